@@ -1,0 +1,76 @@
+"""Write the data set of generated tasks: train, val and test examples and the tokenizer.
+
+    python data/tasks/prepare.py            # a few seconds, no network
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import Example, write_dataset
+from data.tasks.families import FAMILIES, build_world
+
+
+def draw(family: str, split: str, count: int, seed: int,
+         owners: dict[str, str]) -> tuple[list[Example], Counter]:
+    """Draw `count` examples of one family with new prompts, and count why others were dropped.
+
+    `owners` says which split each known prompt belongs to; the prompts drawn here are added.
+    """
+    rng = random.Random(f"{family} {split} {seed}")  # a string seeds alike in every process
+    world = build_world(seed, split)
+    kept, dropped = [], Counter()
+    while len(kept) < count:
+        example = FAMILIES[family](rng, world)
+        if example.prompt not in owners:
+            owners[example.prompt] = split
+            kept.append(example)
+            continue
+        dropped["duplicate" if owners[example.prompt] == split else "other split"] += 1
+        if dropped.total() > 10 * count:
+            raise SystemExit(f"{family}: found only {len(kept)} of {count} different prompts; "
+                             f"ask for a smaller --{split}")
+    return kept, dropped
+
+
+def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
+    """Equal shares of the families in each split, shuffled; prints what was kept and dropped.
+
+    The test split is drawn first, so that it stays the same whatever the size of train is.
+    """
+    owners, splits = {}, {}
+    print(f"{'split':<8}{'family':<12}{'kept':>8}{'duplicate':>12}{'other split':>14}")
+    for split in sorted(sizes, key=["test", "val", "train"].index):
+        splits[split] = []
+        for i, family in enumerate(FAMILIES):
+            share = sizes[split] * (i + 1) // len(FAMILIES) - sizes[split] * i // len(FAMILIES)
+            kept, dropped = draw(family, split, share, seed, owners)
+            splits[split] += kept
+            print(f"{split:<8}{family:<12}{share:>8}{dropped['duplicate']:>12}"
+                  f"{dropped['other split']:>14}")
+        random.Random(f"order {split} {seed}").shuffle(splits[split])
+    return splits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent,
+                        help="folder for the .jsonl files and tokenizer.json")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the world and every draw")
+    parser.add_argument("--train", type=int, default=30000, help="examples for training")
+    parser.add_argument("--val", type=int, default=600, help="examples for validation")
+    parser.add_argument("--test", type=int, default=600, help="examples for the final test")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="entries of the tokenizer")
+    parser.add_argument("--unit", type=int, default=10, help="tokens per unit of a span's length")
+    args = parser.parse_args()
+    sizes = {"train": args.train, "val": args.val, "test": args.test}
+    write_dataset(args.out, make_splits(sizes, args.seed), args.vocab_size, args.unit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Where everything is in a sequence, who sees whom, what is noised and what is predicted.
+
+`Layout` is the one place that knows where prompt, plans, spans and rounds are. Every token has three
+integers: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffusion, section 3):
+
+    prompt, plan, text at i    prefix = i + 1                         nothing more
+    span token                 prefix = first <async> of its round    its own span, both directions
+      dense (PD-DA)            the same                               all spans of its round
+      causal (parallel AR)     the same                               its own span up to itself
+
+Run `python masks.py` to see the mask of an example.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tags import Round, Span, Tokenizer, span_slots
+
+PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic
+IGNORE = -100  # target of positions that predict nothing
+ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
+
+
+# ---------------------------------------------------------------- layout
+
+
+@dataclass
+class Layout:
+    """A sequence built from left to right, a column a fact; `attention` is one of ATTENTION.
+
+    Training writes a whole example; the sampler writes tokens as they come and scaffolds as they
+    are planned. Token i of the layout is entry i of the KV cache.
+    """
+
+    attention: str = "sparse"
+    token: list = field(default_factory=list)
+    kind: list = field(default_factory=list)
+    round: list = field(default_factory=list)
+    span: list = field(default_factory=list)  # number of the span within its round, -1 outside spans
+    position: list = field(default_factory=list)  # for RoPE
+    prefix: list = field(default_factory=list)
+    begin: list = field(default_factory=list)
+    end: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.token)
+
+    def write(self, tokens, kind, round_):
+        """Append prompt, plan or text tokens: each sees all before it and itself."""
+        start, n = len(self), len(tokens)
+        self._columns(tokens, [kind] * n, round_, -1)
+        self.prefix += range(start + 1, start + n + 1)
+        self.begin += [0] * n
+        self.end += [0] * n
+
+    def scaffold(self, spans, tokenizer, round_):
+        """Append the spans of a round's plan: `<async> topic:`, slots, `</async>` each.
+
+        `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK].
+        """
+        first = len(self)
+        for number, (topic, slots) in enumerate(spans):
+            head, start = [tokenizer.async_, *topic, tokenizer.colon], len(self)
+            tokens = [*head, *slots, tokenizer.async_end]
+            kinds = [GIVEN] * len(head) + [SLOT] * len(slots) + [GIVEN]
+            self._columns(tokens, kinds, round_, number)
+            stop, n = len(self), len(tokens)
+            self.prefix += [first] * n
+            self.begin += [first if self.attention == "dense" else start] * n
+            self.end += range(start + 1, stop + 1) if self.attention == "causal" else [stop] * n
+        if self.attention == "dense":
+            self.end[first:] = [len(self)] * (len(self) - first)
+
+    def _columns(self, tokens, kinds, round_, span):
+        start, n = len(self), len(tokens)
+        self.token += tokens
+        self.kind += kinds
+        self.round += [round_] * n
+        self.span += [span] * n
+        self.position += range(start, start + n)
+
+
+def encode_prompt(prompt, tokenizer):
+    return [tokenizer.user, *tokenizer.encode(prompt), tokenizer.assistant]
+
+
+def encode_example(example, tokenizer, attention="sparse"):
+    """Layout of a whole example (`prompt`, `rounds`), its last token `<eos>`.
+
+    Raises ValueError if a span's text is longer than its planned length.
+    """
+    layout = Layout(attention)
+    layout.write(encode_prompt(example.prompt, tokenizer), PROMPT, 0)
+    for number, round_ in enumerate(example.rounds):
+        if number:
+            layout.write([tokenizer.sync], PLAN, number)
+        layout.write(tokenizer.encode(round_.text), PLAN, number)
+        spans = []
+        for span in round_.spans:
+            topic, slots = tokenizer.encode(span.topic), tokenizer.encode(span.text)
+            planned = span_slots(span.length, tokenizer.unit)
+            if len(slots) > planned:
+                raise ValueError(f"the span {span.topic!r} of the prompt {example.prompt[:60]!r} has {len(slots)} tokens, "
+                                 f"its plan only {planned} ({span.length} x {tokenizer.unit})")  # fmt: skip
+            layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
+            spans.append((topic, slots + [tokenizer.pad] * (planned - len(slots))))
+        layout.scaffold(spans, tokenizer, number)
+    layout.write([tokenizer.eos], PLAN, number)
+    return layout
+
+
+def visible(see, n_keys):
+    """The dense mask. see: (B, T, 3) integers prefix, begin, end. Returns (B, T, n_keys), True where query sees key."""
+    prefix, begin, end = see.unsqueeze(-2).unbind(-1)  # (B, T, 1) each
+    key = torch.arange(n_keys, device=see.device)
+    return (key < prefix) | ((key >= begin) & (key < end))
+
+
+# ---------------------------------------------------------------- training examples
+
+
+class Sequence:
+    """A layout as arrays, with the autoregressive target of every token that has one.
+
+    At plan and text tokens and at the prompt's last token the target is the next token of the plan
+    or text: the spans in between are skipped, so the last `</topic>` predicts `<sync/>` or `<eos>`.
+    """
+
+    def __init__(self, layout):
+        def array(column):
+            return np.array(column, dtype=np.int64)
+
+        self.token, self.kind, self.round = array(layout.token), array(layout.kind), array(layout.round)
+        self.position = array(layout.position)
+        self.see = np.stack([array(layout.prefix), array(layout.begin), array(layout.end)], axis=1)
+        self.span = np.where(array(layout.span) >= 0, self.round * 1000 + array(layout.span), -1)  # unique in sequence
+        self.dense = layout.attention == "dense"
+        self.n_rounds = int(self.round[-1]) + 1
+        written = np.flatnonzero(self.kind == PLAN)
+        reads = np.concatenate([[np.flatnonzero(self.kind == PROMPT)[-1]], written[:-1]])
+        self.next = np.full(len(self.token), IGNORE)
+        self.next[reads] = self.token[written]
+
+    def stop(self, round_):
+        """Where a sequence that trains this round is cut off."""
+        return int(np.flatnonzero(self.round == round_)[-1]) + 1
+
+    def targets_in(self, round_):
+        """How many tokens of a round are predicted."""
+        mine = self.round == round_
+        return int((mine & (self.kind == SLOT)).sum() + (mine & (self.next != IGNORE)).sum())
+
+
+@dataclass
+class Batch:
+    """Tensors of a training batch; B sequences padded to T tokens."""
+
+    token: torch.Tensor  # (B, T) int64, slots noised
+    position: torch.Tensor  # (B, T) int64
+    see: torch.Tensor  # (B, T, 3) int64: prefix, begin, end
+    target: torch.Tensor  # (B, T) int64, IGNORE where nothing is predicted
+    in_span: torch.Tensor  # (B, T) bool: slots of the noised round, masked or not
+    weight: torch.Tensor  # (B, T) float32, weight of a slot's loss: 1/t or 1
+    n_tokens: int  # tokens that are not padding
+
+    def to(self, device):
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "n_tokens"}
+        return Batch(**tensors, n_tokens=self.n_tokens)
+
+
+def make_batch(sequences, rounds, tokenizer, rng, weight="elbo"):
+    """Noise one round of each sequence: what is before it is clean, what follows is cut off (method: history is clean).
+
+    Each span (each round, if dense) draws t ~ U(0, 1], stratified over the batch; each of its slots
+    becomes [MASK] with probability t and then predicts itself. `weight`: "elbo" weighs a slot by
+    1/t, which makes the sum the negative ELBO of masked diffusion (MDLM, arXiv 2406.07524, eq. 10);
+    "uniform" by 1. `rng`: numpy Generator.
+    """
+    stops = [s.stop(r) for s, r in zip(sequences, rounds)]
+    shape = (len(sequences), max(stops))
+    batch = Batch(
+        token=np.full(shape, tokenizer.pad), position=np.zeros(shape, np.int64), see=np.tile([1, 0, 0], (*shape, 1)),
+        target=np.full(shape, IGNORE), in_span=np.zeros(shape, bool), weight=np.ones(shape, np.float32),
+        n_tokens=sum(stops),
+    )  # fmt: skip
+    group = np.full(shape, -1)  # which draw of t a slot shares
+    for b, (s, r, stop) in enumerate(zip(sequences, rounds, stops)):
+        batch.token[b, :stop], batch.position[b, :stop] = s.token[:stop], s.position[:stop]
+        batch.see[b, :stop], batch.target[b, :stop] = s.see[:stop], s.next[:stop]
+        batch.in_span[b, :stop] = (s.kind[:stop] == SLOT) & (s.round[:stop] == r)
+        group[b, :stop] = b * 1_000_000 + (r * 1000 if s.dense else s.span[:stop])
+    slots = batch.in_span
+    _, draw = np.unique(group[slots], return_inverse=True)
+    n = draw.max(initial=-1) + 1
+    t = (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)  # one draw in each of n equal parts of (0, 1]
+    t = t[draw]
+    masked = rng.random(len(t)) < t
+    batch.target[slots] = np.where(masked, batch.token[slots], IGNORE)
+    batch.token[slots] = np.where(masked, tokenizer.mask, batch.token[slots])
+    batch.weight[slots] = 1 / t if weight == "elbo" else 1
+    return Batch(**{name: value if name == "n_tokens" else torch.from_numpy(value) for name, value in vars(batch).items()})

@@ -1,0 +1,194 @@
+"""A small decoder in Llama's shape, with attention by three integers a token and an exact KV cache.
+
+RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings (Touvron et al. 2023, arXiv 2302.13971).
+Nothing here knows about plans or spans: `see` (masks.py) says what each token sees.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from masks import visible
+from settings import setting
+from tags import Tokenizer
+
+
+@dataclass
+class ModelConfig:
+    """Model."""
+
+    vocab_size: int = 2048  # comes from the data set's tokenizer
+    n_layer: int = setting(6, "transformer blocks")
+    n_head: int = setting(4, "attention heads")
+    n_kv_head: int = setting(2, "heads of keys and values, each shared by n_head / n_kv_head query heads")
+    d_model: int = setting(128, "width of the residual stream")
+    d_ff: int = setting(384, "hidden size of SwiGLU")
+    rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi")
+    qk_norm: bool = setting(True, "RMSNorm on queries and keys (Qwen3); Llama has none")
+
+    def __post_init__(self):
+        if self.d_model % self.n_head or self.n_head % self.n_kv_head or (self.d_model // self.n_head) % 2:
+            raise ValueError(
+                f"d_model {self.d_model} must be a multiple of n_head {self.n_head} with an even quotient, "
+                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
+            )
+
+
+class KVCache:
+    """Keys and values of all layers: entry i holds token i of the layout.
+
+    One entry more than `length`, the last, takes what batch padding writes; nothing ever sees it.
+    """
+
+    def __init__(self, config, batch, length, device=None, dtype=None):
+        shape = (config.n_layer, 2, batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
+        self.junk = length
+
+    def update(self, layer, index, k, v, n_keys):
+        """Write k, v (B, Hkv, T, hd) at entries index (B, T); return all entries up to n_keys."""
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        kv = self.kv[layer]
+        kv[0][rows, :, index] = k.transpose(1, 2)
+        kv[1][rows, :, index] = v.transpose(1, 2)
+        return kv[0][:, :, :n_keys], kv[1][:, :, :n_keys]
+
+
+def rope(position, head_dim, theta):
+    """cos and sin (B, 1, T, head_dim / 2) of RoPE (arXiv 2104.09864) at the given positions (B, T)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    angle = position[:, None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + hd/2}), as Llama's published weights expect."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.d_model // config.n_head
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
+
+    def forward(self, x, cos, sin, mask, store):
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = store(k, v)  # (B, Hkv, S, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm, self.ff_norm = nn.RMSNorm(config.d_model, 1e-5), nn.RMSNorm(config.d_model, 1e-5)
+        self.attention = Attention(config)
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x, *attention_inputs):
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # tied: also the output layer
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, 1e-5)
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Block):  # residual branches start small (GPT-2)
+            for layer in (module.attention.out, module.down):
+                nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+    def forward(self, token, position, see, cache=None, index=None):
+        """Hidden states (B, T, D) of tokens (B, T) at RoPE positions (B, T) that see keys by see (B, T, 3).
+
+        Without a cache the keys are the tokens themselves. With one, token (b, t) is entry
+        index[b, t] of it, and `see` speaks of entries.
+        """
+        n_keys = token.shape[1] if cache is None else int(see.max())
+        mask = visible(see, n_keys)[:, None]  # (B, 1, T, S)
+        cos, sin = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)
+        x = self.embedding(token)
+        for layer, block in enumerate(self.blocks):
+            if cache is None:
+                store = lambda k, v: (k, v)
+            else:
+                store = lambda k, v, layer=layer: cache.update(layer, index, k, v, n_keys)
+            x = block(x, cos, sin, mask, store)
+        return self.norm(x)
+
+    def logits(self, hidden, n_tokens=None):
+        """(..., D) -> (..., n_tokens), logits of the first n_tokens ids (default: all)."""
+        return F.linear(hidden, self.embedding.weight[:n_tokens])
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, n_keys):
+        """Forward FLOPs of a token that sees n_keys keys (multiply-adds count 2; training costs 3x)."""
+        return 2 * self.n_params() + 4 * self.config.n_layer * self.config.d_model * n_keys
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint of this project; says what to do."""
+
+
+def save_checkpoint(path, model, tokenizer, info, state=None, dtype=None):
+    """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`, as one safetensors file.
+
+    It holds tensors and text only, so loading executes no code; it appears whole or not at all.
+    `dtype` converts the weights (float16 halves what is shipped).
+    """
+    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
+    tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
+    text = {"config": json.dumps(asdict(model.config)), "tokenizer": tokenizer.to_json(), "info": json.dumps(info)}
+    save_file(tensors, f"{path}.part", text)
+    os.replace(f"{path}.part", path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read (model in float32, tokenizer, info, state). Raises CheckpointError."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            text = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tokenizer = Tokenizer.from_json(text["tokenizer"])
+        model = Transformer(ModelConfig(**json.loads(text["config"]))).to(device)
+        weights = {name[6:]: value.float() for name, value in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights)
+        info = json.loads(text["info"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: train one with `python train.py`, or see checkpoints/") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
+    return model, tokenizer, info, {name[6:]: value for name, value in tensors.items() if name.startswith("state.")}

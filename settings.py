@@ -1,0 +1,26 @@
+"""Settings as dataclasses: one commented field a setting, from which every `--help` is made."""
+
+import argparse
+from dataclasses import field, fields
+
+
+def setting(default, help):
+    """A dataclass field with the sentence that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+def add_settings(parser, *classes):
+    """Give the parser an option for each `setting` of the dataclasses."""
+    for cls in classes:
+        group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
+        for f in fields(cls):
+            if "help" not in f.metadata:
+                continue
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            group.add_argument("--" + f.name, default=f.default, help=f.metadata["help"] + " (default: %(default)s)", **kind)
+
+
+def pick(cls, args, **more):
+    """The dataclass filled from parsed arguments (and `more`)."""
+    given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+    return cls(**{**given, **more})

@@ -1,0 +1,381 @@
+"""Train a model on a data set: joint loss, loop, checkpoints.
+
+    python train.py                          planned diffusion on data/tasks
+    python train.py --method ar              the autoregressive model on the same examples
+    torchrun --nproc_per_node 2 train.py     the same losses on two processes
+
+All randomness is a function of (seed, step), so a run that is interrupted at any moment and started
+again continues with the losses that it would have had.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from data import read_split
+from masks import ATTENTION, IGNORE, Sequence, encode_example, make_batch
+from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from settings import add_settings, pick, setting
+from tags import Round, Tokenizer, plain_text
+
+ROOT = Path(__file__).resolve().parent
+METHODS = {  # a method is a rewriting of the answer
+    "planned": lambda rounds: rounds,
+    "ar": lambda rounds: (Round(plain_text(rounds)),),
+}
+
+
+@dataclass
+class TrainConfig:
+    """Training."""
+
+    data: str = setting(str(ROOT / "data/tasks"), "folder of a data set, written by its prepare.py")
+    out: str = setting(str(ROOT / "runs/tasks"), "folder of checkpoint and log; an interrupted run in it is resumed")
+    init: str = setting("", "checkpoint to start from, such as an autoregressive model as warm-up")
+    method: str = setting("planned", f"what is learnt: {' or '.join(METHODS)} (plain text)")
+    attention: str = setting("sparse", f"how spans see each other: {', '.join(ATTENTION)}")
+    steps: int = setting(10000, "updates")
+    batch: int = setting(8, "sequences a micro-batch")
+    accumulate: int = setting(1, "micro-batches an update, over all processes")
+    weight: str = setting("uniform", "weight of a slot's loss: uniform, or elbo (1/t)")
+    span_weight: float = setting(1.0, "weight of the span loss beside the plan loss")
+    lr: float = setting(0.005, "peak learning rate of Muon (matrices)")
+    adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)")
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding")
+    warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    seed: int = setting(0, "seed of initial weights, order, rounds and noise")
+    validate_every: int = setting(1000, "updates between validations and checkpoints")
+    validate_on: int = setting(128, "validation examples used during training")
+    log_every: int = setting(50, "updates between lines of the log")
+
+
+# ---------------------------------------------------------------- loss
+
+
+class JointLoss(nn.Module):
+    """Sums of the plan loss and of the weighted span loss over a batch, in nats.
+
+    Plan and text positions predict the next token over the whole vocabulary. A masked slot
+    predicts itself among text and [PAD]: never a tag (zero masking probability, MDLM section 3.2.3).
+    """
+
+    def __init__(self, model, slot_tokens):
+        super().__init__()
+        self.model, self.slot_tokens = model, slot_tokens
+
+    def forward(self, batch):
+        hidden = self.model(batch.token, batch.position, batch.see)  # (B, T, D)
+        plan, span = (batch.target != IGNORE) & ~batch.in_span, (batch.target != IGNORE) & batch.in_span
+        plan_loss = F.cross_entropy(self.model.logits(hidden[plan]).float(), batch.target[plan], reduction="sum")
+        logits = self.model.logits(hidden[span], self.slot_tokens).float()  # (masked slots, slot_tokens)
+        span_loss = F.cross_entropy(logits, batch.target[span], reduction="none") @ batch.weight[span]
+        return plan_loss, span_loss
+
+
+def counts(batch, weight):
+    """What the two sums are divided by: plan targets, and slots (elbo) or masked slots (uniform)."""
+    predicted = batch.target != IGNORE
+    slots = batch.in_span if weight == "elbo" else predicted & batch.in_span
+    return torch.stack([(predicted & ~batch.in_span).sum(), slots.sum()]).double()
+
+
+@torch.no_grad()
+def validate(loss, sequences, tokenizer, device="cpu", draws=1, seed=0, batch=16):
+    """Negative log-likelihoods in nats a token: (plan, span, standard error of span).
+
+    Plan and text exactly; spans as the negative ELBO, a Monte-Carlo mean over `draws` noisings of
+    each round. [PAD] slots count as tokens of a span.
+    """
+    rng = np.random.default_rng(seed)
+    views = [(s, r) for s in sequences for r in range(s.n_rounds)]
+    views.sort(key=lambda view: view[0].stop(view[1]))
+    plan, total, spans = 0.0, np.zeros(2), []
+    for draw in range(draws):
+        spans.append(0.0)
+        for i in range(0, len(views), batch):
+            part, rounds = zip(*views[i : i + batch])
+            noised = make_batch(part, rounds, tokenizer, rng, "elbo")
+            last = torch.tensor([r == s.n_rounds - 1 for s, r in zip(part, rounds)])  # it holds the plans of all rounds
+            noised.target[~last[:, None] & ~noised.in_span] = IGNORE
+            plan_sum, span_sum = loss(noised.to(device))
+            spans[-1] += float(span_sum)
+            if draw == 0:
+                plan, total = plan + float(plan_sum), total + counts(noised, "elbo").numpy()
+    spans = np.array(spans) / max(total[1], 1)
+    error = spans.std(ddof=1) / len(spans) ** 0.5 if len(spans) > 1 else float("nan")
+    return plan / max(total[0], 1), float(spans.mean()), float(error)
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_sequences(path, tokenizer, method="planned", attention="sparse"):
+    examples = [replace(e, rounds=METHODS[method](e.rounds)) for e in read_split(path)]
+    return [Sequence(encode_example(e, tokenizer, attention)) for e in examples]
+
+
+class Batches:
+    """Which examples, and which round of each, make a micro-batch: a function of seed and number.
+
+    Each epoch is a new order. Windows of 16 micro-batches are sorted by length, so that little of
+    a batch is padding. A round is picked in proportion to how many tokens it predicts.
+    """
+
+    def __init__(self, sequences, size, seed):
+        if len(sequences) < size:
+            raise ValueError(f"the training split has {len(sequences)} examples, fewer than a batch of {size}")
+        self.sequences, self.size, self.seed, self.epoch = sequences, size, seed, -1
+        self.per_epoch = len(sequences) // size
+        self.shares = [np.cumsum([s.targets_in(r) for r in range(s.n_rounds)]) for s in sequences]
+
+    def __getitem__(self, number):
+        """Sequences and their rounds of micro-batch `number`, counted over all epochs."""
+        epoch, number = divmod(number, self.per_epoch)
+        if epoch != self.epoch:
+            self._shuffle(epoch)
+        picked = self.order[number]
+        return [self.sequences[i] for i in picked], [self.rounds[i] for i in picked]
+
+    def _shuffle(self, epoch):
+        rng, self.epoch = np.random.default_rng([self.seed, epoch]), epoch
+        self.rounds = [int(np.searchsorted(share, rng.random() * share[-1], "right")) for share in self.shares]
+        order = rng.permutation(len(self.sequences))[: self.per_epoch * self.size]
+        windows = np.array_split(order, range(16 * self.size, len(order), 16 * self.size))
+        length = np.array([s.stop(r) for s, r in zip(self.sequences, self.rounds)])
+        order = np.concatenate([window[np.argsort(length[window], kind="stable")] for window in windows])
+        self.order = rng.permutation(order.reshape(-1, self.size))
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
+
+    torch has it only since 2.9.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalize(g):
+    """The nearest matrix with singular values near 1, by a quintic iteration."""
+    x = g / (g.norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
+
+    def __init__(self, model, config):
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        norms = [p for p in model.parameters() if p.ndim == 1]
+        muon = Muon(matrices, config.lr, weight_decay=config.weight_decay)
+        groups = [dict(params=[model.embedding.weight], weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0)]
+        self.parts, self.config = (muon, torch.optim.AdamW(groups, config.adam_lr, betas=(0.9, 0.99))), config
+
+    def step(self, step):
+        c = self.config
+        share = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
+        for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
+            for group in part.param_groups:
+                group["lr"] = peak * share
+            part.step()
+
+    def state(self):
+        """All state as named tensors."""
+        return {f"{i}.{n}.{name}": value for i, part in enumerate(self.parts)
+                for n, state in part.state_dict()["state"].items() for name, value in state.items()}  # fmt: skip
+
+    def load(self, tensors):
+        for i, part in enumerate(self.parts):
+            saved = part.state_dict()
+            for key, value in tensors.items():
+                number, n, name = key.split(".")
+                if int(number) == i:
+                    saved["state"].setdefault(int(n), {})[name] = value
+            part.load_state_dict(saved)
+
+
+# ---------------------------------------------------------------- loop
+
+
+class Trainer:
+    """A run: what it trains, its place, its log. `config.out` holds all that is needed to go on."""
+
+    def __init__(self, config, model_config):
+        self.config, self.out = config, Path(config.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if config.accumulate % self.world:
+            raise ValueError(f"--accumulate {config.accumulate} must be a multiple of the {self.world} processes")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = Tokenizer.load(Path(config.data) / "tokenizer.json")
+        self.train_set, self.val_set = (
+            load_sequences(Path(config.data) / f"{split}.jsonl", self.tokenizer, config.method, config.attention)
+            for split in ("train", "val")
+        )
+        self.batches = Batches(self.train_set, config.batch, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
+        self.optimizer = Optimizer(self.model, config)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.start()
+        self.loss = JointLoss(self.model, self.tokenizer.pad + 1)
+        self.parallel = nn.parallel.DistributedDataParallel(self.loss) if self.world > 1 else self.loss
+
+    def start(self):
+        """Go on with the run in `out`, or take the weights of `init`."""
+        path = self.out / "checkpoint.safetensors"
+        if path.exists():
+            model, tokenizer, info, state = load_checkpoint(path, self.device)
+            old, new = info["train"], asdict(self.config)
+            changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name] and name != "out"]
+            if changed or model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
+                raise ValueError(f"{path} is of a run with another {'; '.join(changed) or 'model or tokenizer'}: "
+                                 "take its settings, or another --out")  # fmt: skip
+            self.model.load_state_dict(model.state_dict())
+            self.optimizer.load(state)
+            self.step, self.tokens, self.seconds = info["step"], info["tokens"], info["seconds"]
+            self.say(f"going on with {path} after {self.step} updates")
+        elif self.config.init:
+            model, tokenizer, _, _ = load_checkpoint(self.config.init, self.device)
+            if tokenizer.tokens != self.tokenizer.tokens or model.config != self.model.config:
+                raise ValueError(f"{self.config.init} has another model shape or tokenizer than this run")
+            self.model.load_state_dict(model.state_dict())
+
+    def save(self):
+        if self.rank == 0:
+            info = {"train": asdict(self.config), "step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+            save_checkpoint(self.out / "checkpoint.safetensors", self.model, self.tokenizer, info, self.optimizer.state())
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def update(self):
+        """One update of the weights. Returns plan loss and span loss of the global batch, in nats a token, and the share of padding."""
+        c = self.config
+        mine = range(self.rank, c.accumulate, self.world)
+        made = [make_batch(*self.batches[self.step * c.accumulate + i], self.tokenizer,
+                           np.random.default_rng([c.seed, self.step, i]), c.weight).to(self.device) for i in mine]  # fmt: skip
+        sizes = torch.tensor([[b.n_tokens, b.token.numel()] for b in made], dtype=torch.double, device=self.device).sum(0)
+        total = torch.cat([sum(counts(b, c.weight) for b in made), sizes])
+        if self.world > 1:
+            dist.all_reduce(total)
+        losses = torch.zeros(2, dtype=torch.double, device=self.device)
+        for i, batch in enumerate(made):
+            self.parallel.require_backward_grad_sync = i == len(made) - 1  # exchange gradients once an update
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                sums = torch.stack(self.parallel(batch)) / total[:2].clamp(min=1)
+            # DDP takes the mean over processes, but total already counts them all
+            (self.world * (sums[0] + c.span_weight * sums[1])).backward()
+            losses += sums.detach()
+        if self.world > 1:
+            dist.all_reduce(losses)
+        nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step(self.step)
+        self.model.zero_grad()
+        self.step += 1
+        self.tokens += int(total[2])
+        return (*losses.tolist(), 1 - float(total[2] / total[3]))
+
+    def run(self):
+        """Train to the end, or until Ctrl-C, which saves."""
+        c, log = self.config, Log(self.out / "log.csv", self.step) if self.rank == 0 else None
+        self.say(f"{self.model.n_params() / 1e6:.2f}M parameters, {len(self.train_set)} examples, on {self.world} x {self.device}")
+        recent, started, base, tokens = [], time.perf_counter(), self.seconds, self.tokens
+        stop = []  # Ctrl-C ends the run between two updates, so that what is saved is whole
+        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+        try:
+            while self.step < c.steps and not stop:
+                recent.append(self.update())
+                done = self.step == c.steps
+                if self.step % c.log_every == 0 or done:
+                    plan, span, padding = np.mean(recent, axis=0)
+                    now = time.perf_counter() - started
+                    self.seconds, rate, recent = base + now, (self.tokens - tokens) / now, []
+                    left = now / (self.tokens - tokens) * self.tokens / self.step * (c.steps - self.step)
+                    self.say(f"step {self.step:6}/{c.steps}  plan {plan:.4f}  span {span:.4f}  "
+                             f"{rate:6.0f} tokens/s  padding {padding:4.1%}  {left / 60:.1f} min left")  # fmt: skip
+                    row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), plan=plan, span=span)
+                    if self.step % c.validate_every == 0 or done:
+                        row["val_plan"], row["val_span"], _ = self.validate()
+                        self.say(f"validation: plan {row['val_plan']:.4f}, span ELBO {row['val_span']:.4f} nats a token")
+                    if log:
+                        log.write(row)
+                if self.step % c.validate_every == 0 or done:
+                    self.save()
+            if stop:
+                self.save()
+                self.say(f"stopped after {self.step} updates; the same command goes on from here")
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if self.world > 1:
+                dist.destroy_process_group()
+
+    def validate(self):
+        return validate(self.loss, self.val_set[: self.config.validate_on], self.tokenizer, self.device)
+
+
+class Log:
+    """log.csv: one row of losses every so many updates; rows that a resumed run repeats are dropped."""
+
+    COLUMNS = ("step", "tokens", "seconds", "plan", "span", "val_plan", "val_span")
+
+    def __init__(self, path, step):
+        rows = [r for r in csv.DictReader(path.open()) if int(r["step"]) <= step] if path.exists() else []
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def write(self, row):
+        self.writer.writerow({name: f"{value:.5f}" if isinstance(value, float) else value for name, value in row.items()})
+        self.file.flush()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(parser, TrainConfig, ModelConfig)
+    args = parser.parse_args()
+    for name, choices in (("method", METHODS), ("attention", ATTENTION), ("weight", ("uniform", "elbo"))):
+        if getattr(args, name) not in choices:
+            parser.error(f"--{name} {getattr(args, name)}: expected one of {', '.join(choices)}")
+    try:
+        Trainer(pick(TrainConfig, args), pick(ModelConfig, args)).run()
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
