@@ -60,19 +60,22 @@ class Layout:
         """Append the spans of a round's plan: `<async> topic:`, slots, `</async>` each.
 
         `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK].
+        Returns where each span begins and ends, its tags included.
         """
-        first = len(self)
+        first, places = len(self), []
         for number, (topic, slots) in enumerate(spans):
             head, start = [tokenizer.async_, *topic, tokenizer.colon], len(self)
             tokens = [*head, *slots, tokenizer.async_end]
             kinds = [GIVEN] * len(head) + [SLOT] * len(slots) + [GIVEN]
             self._columns(tokens, kinds, round_, number)
             stop, n = len(self), len(tokens)
+            places.append((start, stop))
             self.prefix += [first] * n
             self.begin += [first if self.attention == "dense" else start] * n
             self.end += range(start + 1, stop + 1) if self.attention == "causal" else [stop] * n
         if self.attention == "dense":
             self.end[first:] = [len(self)] * (len(self) - first)
+        return places
 
     def _columns(self, tokens, kinds, round_, span):
         start, n = len(self), len(tokens)

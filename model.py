@@ -59,6 +59,10 @@ class KVCache:
         kv[1][rows, :, index] = v.transpose(1, 2)
         return kv[0][:, :, :n_keys], kv[1][:, :, :n_keys]
 
+    def keep(self, rows):
+        """Go on with these rows of the batch only."""
+        self.kv = self.kv[:, :, rows]
+
 
 def rope(position, head_dim, theta):
     """cos and sin (B, 1, T, head_dim / 2) of RoPE (arXiv 2104.09864) at the given positions (B, T)."""

@@ -2,6 +2,9 @@
 
 import argparse
 from dataclasses import field, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
 
 
 def setting(default, help):
@@ -24,3 +27,8 @@ def pick(cls, args, **more):
     """The dataclass filled from parsed arguments (and `more`)."""
     given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
     return cls(**{**given, **more})
+
+
+def locate(path):
+    """A path as given, or, if there is nothing, the one of that name in the project's folder: commands work from anywhere."""
+    return Path(path) if Path(path).exists() else ROOT / path

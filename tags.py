@@ -306,8 +306,9 @@ class Grammar:
     and fits. Where `allowed` leaves one token, that token needs no forward pass of its own.
     """
 
-    def __init__(self, tokenizer, room, length_scale=1.0):
-        self.tokenizer, self.room, self.scale = tokenizer, max(room, 1), length_scale
+    def __init__(self, tokenizer, room, length_scale=1.0, plans=True):
+        """`plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone."""
+        self.tokenizer, self.room, self.scale, self.plans = tokenizer, max(room, 1), length_scale, plans
         self.state, self.name, self.length = "text", 0, 0
 
     def allowed(self):
@@ -322,10 +323,15 @@ class Grammar:
                 mask[tok.length_id(length)] = self._fits(1, self.name, length)
         elif self.state != "done":
             mask[tok.eos] = True
-            mask[tok.sync] = self.room >= 2
-            mask[tok.topic] = self._fits(1 + 1 + 1, 1, 1)
+            mask[tok.sync] = self.plans and self.room >= 2
+            mask[tok.topic] = self.plans and self._fits(1 + 1 + 1, 1, 1)
             mask[: tok.pad] = self.state == "text" and self.room >= 2
         return mask
+
+    def forced(self):
+        """The only token that may come next, or None."""
+        tokens = np.flatnonzero(self.allowed())
+        return int(tokens[0]) if len(tokens) == 1 else None
 
     def _fits(self, before_close, name, length):
         """Room for that many tokens, `</topic>`, the scaffold of such a topic, and `<eos>`."""

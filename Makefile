@@ -1,0 +1,27 @@
+# Two commands: `make demo` shows the project at work, `make test` runs its tests. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test data clean
+
+demo: $(VENV)/ready
+	@$(RUN) demo.py
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q tests
+
+data: $(VENV)/ready
+	$(RUN) data/tasks/prepare.py
+	$(RUN) data/recipes/prepare.py
+
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 demo"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv module is missing; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

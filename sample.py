@@ -1,0 +1,313 @@
+"""The two-stage sampler: write a plan token by token, then denoise its spans in parallel.
+
+    python sample.py --prompt "Tell me about the river, the food and the ruler of Brivok."
+
+One loop serves planned and autoregressive models: every forward pass computes, for each answer of
+the batch, the layout entries that this answer needs next (Planned Diffusion, section 4).
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
+from model import KVCache, load_checkpoint
+from settings import add_settings, locate, pick, setting
+from show import Screen
+from tags import Grammar, Round, Span, format_answer, plain_text, span_slots
+
+ORDERS = ("entropy", "confidence", "margin", "random")
+
+
+@dataclass
+class SampleConfig:
+    """Sampling."""
+
+    steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots")
+    threshold: float = setting(0.0, "if above 0: fill every slot of at least this confidence instead of steps_ratio's share")
+    order: str = setting("entropy", f"which slots are certain, so filled first: {', '.join(ORDERS)}")
+    length_scale: float = setting(1.0, "scales every planned length")
+    temperature: float = setting(0.0, "0 takes the likeliest token")
+    top_p: float = setting(1.0, "draws from the likeliest tokens that have this probability together")
+    max_tokens: int = setting(512, "most positions of an answer: plan, text and spans with their tags")
+    seed: int = setting(0, "seed; answer i of a batch uses seed + i")
+
+    def __post_init__(self):
+        limits = {"steps_ratio": (0, 1), "threshold": (-1e-9, 1), "length_scale": (0, 100), "top_p": (0, 1)}
+        for name, (low, high) in limits.items():
+            if not low < getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected more than {max(low, 0)}, at most {high}")
+        if self.temperature < 0 or self.max_tokens < 1 or self.order not in ORDERS:
+            raise ValueError(f"expected temperature >= 0, max_tokens >= 1 and an order of {', '.join(ORDERS)}, not "
+                             f"{self.temperature}, {self.max_tokens}, {self.order}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- drawing tokens
+
+
+def probabilities(logits, config):
+    """(N, V) probabilities that tokens are drawn from; at temperature 0 those of temperature 1."""
+    probs = torch.softmax(logits.float() / (config.temperature or 1.0), dim=-1)
+    if config.top_p < 1:  # nucleus (Holtzman et al. 2020): drop what the likelier tokens leave no room for
+        ranked, order = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= config.top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        probs /= probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs, config, generator):
+    """Token ids (N,) from probabilities (N, V)."""
+    if config.temperature == 0:
+        return probs.argmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def certainty(probs, token, config, generator):
+    """(N,) how certain each slot's token is, by config.order; a threshold is one of confidence."""
+    if config.threshold or config.order == "confidence":
+        return probs.gather(-1, token[:, None])[:, 0]
+    if config.order == "entropy":
+        return torch.special.entr(probs).sum(-1).neg()
+    if config.order == "margin":
+        top = probs.topk(2, dim=-1).values
+        return top[:, 0] - top[:, 1]
+    return torch.rand(len(probs), generator=generator, device=probs.device)
+
+
+# ---------------------------------------------------------------- one answer
+
+
+@dataclass
+class Draft:
+    """A round being made, in token ids."""
+
+    text: list = field(default_factory=list)
+    topics: list = field(default_factory=list)  # [name tokens, length in units] a topic
+    spans: list = field(default_factory=list)  # (first, last + 1) layout entry a span
+
+
+class Answer:
+    """An answer being made: its layout so far, what it needs computed next, and what it has cost.
+
+    Stages: "write" (plan or text, a token a pass), "denoise" (the spans of a round), "done".
+    """
+
+    def __init__(self, prompt, sampler, seed):
+        self.prompt, self.sampler, self.config, self.tokenizer = prompt, sampler, sampler.config, sampler.tokenizer
+        self.layout, self.drafts, self.stage = Layout(sampler.attention), [Draft()], "write"
+        self.layout.write(encode_prompt(prompt, self.tokenizer), PROMPT, 0)
+        self.grammar = Grammar(self.tokenizer, self.config.max_tokens, self.config.length_scale, sampler.method != "ar")
+        self.generator = torch.Generator(sampler.device).manual_seed(seed)
+        self.cached = 0  # the first so many layout entries are in the KV cache as a fresh forward would compute them
+        self.active, self.step, self.steps = [], 0, 0  # unfinished spans; denoising steps done and planned
+        self.plan_passes = self.denoise_passes = self.critical_path = self.positions = 0
+        self.cut, self.seconds = False, 0.0
+
+    def entries(self):
+        """The layout entries that the next pass computes: what the cache lacks, but of spans only the unfinished."""
+        if self.stage == "write":
+            return list(range(self.cached, len(self.layout)))
+        first = self.drafts[-1].spans[0][0]
+        return [*range(self.cached, first), *(i for start, stop in self.active for i in range(start, stop))]
+
+    def take(self, hidden, entries):
+        """Go on with the hidden states (n, D) of those entries."""
+        self.positions += len(entries)
+        if self.stage == "write":
+            self.plan_passes += 1
+            self.cached = len(self.layout)
+            self.write(hidden[-1])
+        else:
+            self.denoise_passes += 1
+            self.cached = self.drafts[-1].spans[0][0]
+            self.denoise(hidden, entries)
+
+    def write(self, hidden):
+        """Stage 1: append the next token of plan or text, and those that the grammar then forces."""
+        allowed = torch.from_numpy(self.grammar.allowed()).to(hidden.device)
+        logits = self.sampler.model.logits(hidden).masked_fill(~allowed, float("-inf"))
+        probs = probabilities(logits[None], self.config)
+        self.append(int(draw(probs, self.config, self.generator)))
+        while self.stage == "write" and (forced := self.grammar.forced()) is not None:
+            self.cut |= forced == self.tokenizer.eos  # no room for anything else
+            self.append(forced)
+
+    def append(self, token):
+        tok, draft = self.tokenizer, self.drafts[-1]
+        self.critical_path += 1
+        self.grammar.advance(token)
+        if token in (tok.sync, tok.eos):
+            self.last = token == tok.eos
+            self.scaffold(draft) if draft.topics else self.end_round()
+            return
+        if token == tok.topic:
+            draft.topics.append([[], 0])
+        elif tok.length_of(token):
+            draft.topics[-1][1] = tok.length_of(token)
+        elif token != tok.topic_end:
+            (draft.topics[-1][0] if draft.topics else draft.text).append(token)
+        self.layout.write([token], PLAN, len(self.drafts) - 1)
+
+    def scaffold(self, draft):
+        """Turn the plan into spans of [MASK]."""
+        sizes = [span_slots(length, self.tokenizer.unit, self.config.length_scale) for _, length in draft.topics]
+        masked = [(name, [self.tokenizer.mask] * size) for (name, _), size in zip(draft.topics, sizes)]
+        draft.spans = self.layout.scaffold(masked, self.tokenizer, len(self.drafts) - 1)
+        self.active, self.stage = draft.spans, "denoise"
+        self.step, self.steps = 0, math.ceil(self.config.steps_ratio * max(sizes))
+
+    def denoise(self, hidden, entries):
+        """Stage 2: fill the most certain slots of each unfinished span.
+
+        Sparse spans fill by themselves. Dense ones do so together, most certain first over the whole
+        round, or they could not agree on anything.
+        """
+        tok, token = self.tokenizer, self.layout.token
+        masked = [n for n, i in enumerate(entries) if token[i] == tok.mask]
+        probs = probabilities(self.sampler.model.logits(hidden[masked], tok.pad + 1), self.config)  # never a tag
+        drawn = draw(probs, self.config, self.generator)
+        sure = certainty(probs, drawn, self.config, self.generator)
+        guess = {entries[n]: pair for n, pair in zip(masked, zip(sure.tolist(), drawn.tolist()))}
+        self.step += 1
+        self.critical_path += 1
+        dense = self.layout.attention == "dense"
+        for group in [self.active] if dense else [[span] for span in self.active]:
+            slots = [i for start, stop in group for i in range(start, stop) if self.layout.kind[i] == SLOT]
+            left = sorted((i for i in slots if i in guess), key=lambda i: -guess[i][0])
+            for i in left[: self.share(len(slots), [guess[i][0] for i in left])]:
+                token[i] = guess[i][1]
+        unfinished = [(start, stop) for start, stop in self.active if tok.mask in token[start:stop]]
+        self.active = self.active if dense and unfinished else unfinished  # dense spans still see the finished ones
+        if not unfinished:
+            self.end_round()
+
+    def share(self, slots, sure):
+        """How many of the unfilled slots, whose certainties are `sure` (falling), to fill of `slots` in all."""
+        if self.config.threshold:
+            return max(1, sum(s >= self.config.threshold for s in sure))
+        return max(0, math.ceil(slots * self.step / self.steps) - (slots - len(sure)))
+
+    def end_round(self):
+        """After `<sync/>` the finished spans are computed once more, by the pass that reads it: the cache stays exact."""
+        if self.last:
+            self.stage = "done"
+            return
+        self.layout.write([self.tokenizer.sync], PLAN, len(self.drafts))
+        self.drafts.append(Draft())
+        self.stage = "write"
+
+    def contents(self, span):
+        """Slot tokens of a span, [PAD] and [MASK] included."""
+        return [self.layout.token[i] for i in range(*span) if self.layout.kind[i] == SLOT]
+
+    def rounds(self):
+        """The finished answer as a list of `Round`."""
+        decode = self.tokenizer.decode
+        return [
+            Round(decode(draft.text), tuple(Span(decode(name), decode(self.contents(span)), length)
+                                            for (name, length), span in zip(draft.topics, draft.spans)))  # fmt: skip
+            for draft in self.drafts
+        ]
+
+    def result(self):
+        """What `--json` prints."""
+        rounds = self.rounds()
+        contents = [i for d in self.drafts for i in (*d.text, *(t for span in d.spans for t in self.contents(span)))]
+        return {
+            "prompt": self.prompt,
+            "text": plain_text(rounds),
+            "tagged": format_answer(rounds),
+            "rounds": [{"text": r.text, "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
+                        "spans": [s.text for s in r.spans]} for r in rounds],  # fmt: skip
+            "cut": self.cut,
+            "plan_passes": self.plan_passes,
+            "denoise_passes": self.denoise_passes,
+            "critical_path": self.critical_path,
+            "positions": self.positions,
+            "content_tokens": sum(i != self.tokenizer.pad for i in contents),
+            "seconds": round(self.seconds, 4),
+        }
+
+
+# ---------------------------------------------------------------- a batch of answers
+
+
+class Sampler:
+    """Answers prompts with a model; `attention` and `method` are those that it was trained with."""
+
+    def __init__(self, model, tokenizer, config, attention="sparse", method="planned"):
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.attention, self.method, self.device = attention, method, model.embedding.weight.device
+
+    @classmethod
+    def load(cls, path, config, device="cpu"):
+        """From a checkpoint, which says how it was trained."""
+        model, tokenizer, info, _ = load_checkpoint(locate(path), device)
+        return cls(model, tokenizer, config, info["train"]["attention"], info["train"]["method"])
+
+    @torch.inference_mode()
+    def answer(self, prompts, watch=None):
+        """Answer a list of prompts together. Returns a list of finished `Answer`.
+
+        `watch`: called with each answer after each of its passes.
+        """
+        start = time.perf_counter()
+        answers = [Answer(prompt, self, self.config.seed + i) for i, prompt in enumerate(prompts)]
+        live = answers
+        cache = KVCache(self.model.config, len(live), max(len(a.layout) for a in live) + self.config.max_tokens, self.device)
+        while live:
+            entries = [a.entries() for a in live]
+            hidden = self.forward(live, entries, cache)
+            for answer, mine, h in zip(live, entries, hidden):
+                answer.take(h[: len(mine)], mine)
+                if watch:
+                    watch(answer)
+                answer.seconds = time.perf_counter() - start
+            going = [n for n, a in enumerate(live) if a.stage != "done"]
+            if len(going) < len(live):
+                live = [live[n] for n in going]
+                cache.keep(going)
+        return answers
+
+    def forward(self, live, entries, cache):
+        """Hidden states (B, T, D) of some layout entries of each answer; what is past an answer's own is padding."""
+        columns = torch.zeros(len(live), max(map(len, entries)), 6, dtype=torch.long)
+        columns[:, :, 2], columns[:, :, 5] = 1, cache.junk  # padding sees one entry, writes where nobody looks
+        for row, (answer, mine) in enumerate(zip(live, entries)):
+            y = answer.layout
+            columns[row, : len(mine)] = torch.tensor(
+                [(y.token[i], y.position[i], y.prefix[i], y.begin[i], y.end[i], i) for i in mine]
+            )
+        columns = columns.to(self.device)
+        return self.model(columns[..., 0], columns[..., 1], columns[..., 2:5], cache, columns[..., 5])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", action="append", required=True, help="a question; give it again for a batch")
+    parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
+                        help="trained model (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of the answer in colours")
+    add_settings(parser, SampleConfig)
+    args = parser.parse_args()
+    try:
+        sampler = Sampler.load(args.checkpoint, pick(SampleConfig, args), args.device)
+    except ValueError as error:
+        sys.exit(f"sample.py: {error}")
+    if args.json:
+        for answer in sampler.answer(args.prompt):
+            print(json.dumps(answer.result(), ensure_ascii=False))
+        return
+    for prompt in args.prompt:
+        sampler.answer([prompt], watch=Screen())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the tests share: a small tokenizer, small random models, and random examples."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import Example  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from tags import Round, Span, Tokenizer  # noqa: E402
+
+SENTENCES = (
+    "Tell me about the otter: its habitat, its food and its play.",
+    "Rivers and coasts, lakes and marshes; the otter swims in all of them.",
+    "It eats fish, crabs and frogs.\nIn short: a playful river animal.",
+    "Top 5 tips for the kitchen: sharpen the knife, taste, and rest the dough.",
+)
+WORDS = " ".join(SENTENCES).split(" ")
+TOPICS = ("habitat", "food", "play", "top 5 tips", "the kitchen")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes and about 40 merges; a unit of length is 4 tokens."""
+    return Tokenizer.train(SENTENCES, 256 + 74 + 40, unit=4)
+
+
+def small_model(vocab_size, seed=0, **config):
+    """A random float32 model with weights so large that every token it sees moves its output visibly."""
+    small = dict(n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48)
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab_size=vocab_size, **{**small, **config}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3) if p.ndim == 2 else p.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    return small_model(tokenizer.vocab_size)
+
+
+def random_text(rng, longest):
+    return " ".join(rng.choices(WORDS, k=rng.randint(0, longest))).strip()
+
+
+def random_round(rng, tokenizer, spans=None):
+    """Text, a plan of up to 5 spans, or both, or neither; some spans are planned longer than their text needs."""
+    made = []
+    for _ in range(rng.choice((0, 1, 2, 3, 5)) if spans is None else spans):
+        text = random_text(rng, 4)
+        made.append(Span(rng.choice(TOPICS), text, tokenizer.units(text) + rng.choice((0, 0, 0, 1, 2))))
+    return Round(random_text(rng, 5) if rng.random() < 0.6 else "", tuple(made))
+
+
+def random_example(seed, tokenizer, rounds=None, spans=None):
+    """An example of 1 to 4 rounds; `rounds` and `spans` (of each round) fix the numbers."""
+    rng = random.Random(seed)
+    rounds = rounds or rng.randint(1, 4)
+    return Example(random_text(rng, 6), tuple(random_round(rng, tokenizer, spans) for _ in range(rounds)))
