@@ -21,6 +21,14 @@ SENTENCES = (
 )
 WORDS = " ".join(SENTENCES).split(" ")
 TOPICS = ("habitat", "food", "play", "top 5 tips", "the kitchen")
+OTTER = Example(
+    "Tell me about the otter.",
+    (
+        Round("Here:", (Span("habitat", "Rivers and lakes.", 3), Span("food", "fish", 2))),
+        Round("And more.", (Span("play", "", 1), Span("top 5 tips", "swims", 2), Span("food", "crabs", 1))),
+        Round("In short: a river animal."),
+    ),
+)
 
 
 @pytest.fixture(scope="session")

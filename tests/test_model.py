@@ -1,0 +1,499 @@
+"""The transformer against a naive one, its cache against a fresh forward, its checkpoints against the world."""
+
+import json
+import os
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import OTTER, random_example, small_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as model_module
+from data import Example
+from masks import ATTENTION, PROMPT, SLOT, Layout, Sequence, encode_example, make_batch, visible
+from model import CheckpointError, KVCache, ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from tags import Round, Span
+from train import JointLoss, Optimizer, TrainConfig
+
+def inputs(layout):
+    """Token, position and see of a layout as a batch of one."""
+    see = torch.tensor([layout.prefix, layout.begin, layout.end]).T
+    return torch.tensor([layout.token]), torch.tensor([layout.position]), see[None]
+
+
+@torch.no_grad()
+def fresh(model, layout):
+    """Hidden states (T, D) without a cache."""
+    return model(*inputs(layout))[0]
+
+
+def span_entries(layout, round_, span):
+    return [i for i in range(len(layout)) if (layout.round[i], layout.span[i]) == (round_, span)]
+
+
+# ---------------------------------------------------------------- the transformer, written naively
+
+
+def naive_norm(x, weight):
+    return x / (x.pow(2).mean() + 1e-5) ** 0.5 * weight
+
+
+def naive_rope(x, position, theta):
+    """Turn each pair (x_i, x_{i + half}), a complex number, by position * theta^(-2i / head_dim) radians."""
+    half = len(x) // 2
+    turn = torch.tensor([position * theta ** (-2 * i / len(x)) for i in range(half)], dtype=torch.double)
+    turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * turn)
+    return torch.cat([turned.real, turned.imag])
+
+
+def naive_attention(block, x, position, see, config):
+    """A softmax a query and head over the keys that its three integers name."""
+    T, hd, group = len(x), config.d_model // config.n_head, config.n_head // config.n_kv_head
+    heads = (x @ block.qkv.weight.T).view(T, -1, hd)
+    kv = config.n_head + config.n_kv_head
+    q, k, v = heads[:, : config.n_head], heads[:, config.n_head : kv], heads[:, kv:]
+    out = torch.zeros(T, config.n_head, hd, dtype=x.dtype)
+    for h in range(config.n_head):
+        norms = (block.q_norm.weight, block.k_norm.weight) if config.qk_norm else (None, None)
+        turned = [[naive_rope(row if w is None else naive_norm(row, w), int(p), config.rope_theta)
+                   for row, p in zip(rows, position)] for rows, w in zip((q[:, h], k[:, h // group]), norms)]  # fmt: skip
+        for i, (prefix, begin, end) in enumerate(see.tolist()):
+            keys = sorted({*range(prefix), *range(begin, end)})
+            score = torch.stack([turned[0][i] @ turned[1][j] for j in keys]) / hd**0.5
+            out[i, h] = score.softmax(0) @ v[keys, h // group]
+    return out.reshape(T, -1) @ block.out.weight.T
+
+
+def naive_forward(model, token, position, see):
+    """Hidden states (T, D) of one sequence, in double precision."""
+    x = model.embedding.weight[token]
+    for block in model.blocks:
+        normed = torch.stack([naive_norm(row, block.attention_norm.weight) for row in x])
+        x = x + naive_attention(block.attention, normed, position, see, model.config)
+        normed = torch.stack([naive_norm(row, block.ff_norm.weight) for row in x])
+        gate, up = (normed @ block.gate_up.weight.T).chunk(2, dim=-1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
+    return torch.stack([naive_norm(row, model.norm.weight) for row in x])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("config", [{}, {"qk_norm": False}, {"n_kv_head": 4}, {"n_kv_head": 1, "rope_theta": 100.0}])
+def test_forward_is_the_naive_softmax_over_the_visible_keys(tokenizer, attention, config):
+    model = small_model(tokenizer.vocab_size, **config)
+    example = Example("", (Round("", (Span("food", "fish", 1), Span("play", "", 1))), Round("In")))
+    token, position, see = inputs(encode_example(example, tokenizer, attention))
+    with torch.no_grad():
+        fast = model(token, position, see)[0]
+        naive = naive_forward(model.double(), token[0], position[0], see[0])
+    assert fast.std() > 0.5
+    torch.testing.assert_close(fast, naive.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_only_relative_positions_matter(model, tokenizer):
+    token, position, see = inputs(encode_example(OTTER, tokenizer))
+    with torch.no_grad():
+        here, shifted, stretched = (model(token, p, see) for p in (position, position + 100, position * 2))
+    torch.testing.assert_close(here, shifted, atol=1e-4, rtol=1e-4)
+    assert (here - stretched).abs().max() > 0.1
+
+
+def test_logits_can_be_restricted_to_the_first_ids_and_are_tied_to_the_embedding(model):
+    hidden = torch.randn(2, 3, model.config.d_model)
+    every = model.logits(hidden)
+    assert every.shape == (2, 3, model.config.vocab_size)
+    torch.testing.assert_close(every, hidden @ model.embedding.weight.T)
+    assert torch.equal(model.logits(hidden, 17), every[..., :17])
+
+
+def test_the_plan_loss_is_over_the_whole_vocabulary_and_the_span_loss_over_text_and_pad_alone(model, tokenizer):
+    batch = make_batch([Sequence(encode_example(OTTER, tokenizer))], [1], tokenizer, np.random.default_rng(3))
+    with torch.no_grad():
+        plan, span = JointLoss(model, tokenizer.pad + 1)(batch)
+        logits = model(batch.token, batch.position, batch.see)[0] @ model.embedding.weight.T
+    expected = [0.0, 0.0]
+    for i, target in enumerate(batch.target[0].tolist()):
+        if target >= 0 and batch.in_span[0, i]:
+            expected[1] -= float(batch.weight[0, i] * logits[i, : tokenizer.pad + 1].log_softmax(-1)[target])
+        elif target >= 0:
+            expected[0] -= float(logits[i].log_softmax(-1)[target])
+    assert (float(plan), float(span)) == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 1
+
+
+# ---------------------------------------------------------------- size and work
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_number_of_parameters_is_that_of_the_formula(qk_norm):
+    model = small_model(300, qk_norm=qk_norm)
+    V, D, L, H, H_kv, FF, hd = 300, 32, 2, 4, 2, 48, 8
+    attention = D * (H + 2 * H_kv) * hd + H * hd * D + (2 * hd if qk_norm else 0)
+    assert model.n_params() == V * D + L * (attention + 3 * D * FF + 2 * D) + D
+
+
+def test_flops_per_token_are_those_of_the_matrix_products(tokenizer):
+    """The formula counts a norm's weights as if they were matrices: less than 2% here."""
+    model, T = small_model(tokenizer.vocab_size, n_kv_head=4), 50
+    q = torch.zeros(1, 4, T, 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        F.linear(torch.zeros(T, 32), model.embedding.weight)
+        for block in model.blocks:
+            for layer in (block.attention.qkv, block.attention.out, block.gate_up, block.down):
+                layer(torch.zeros(T, layer.in_features))
+            q @ q.transpose(-1, -2) @ q
+    assert T * model.flops_per_token(T) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_config_whose_heads_do_not_divide_the_width_is_an_error_that_says_so():
+    for wrong in (dict(d_model=30, n_head=4), dict(n_head=4, n_kv_head=3), dict(d_model=12, n_head=4, n_kv_head=4)):
+        with pytest.raises(ValueError, match="must be a multiple of n_head"):
+            ModelConfig(**wrong)
+
+
+# ---------------------------------------------------------------- what the mask forbids
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_gradients_flow_exactly_where_the_mask_allows(model, tokenizer, attention):
+    """What one layer forbids, no number of layers allows: the mask is its own closure."""
+    layout = encode_example(OTTER, tokenizer, attention)
+    token, position, see = (x.expand(len(layout), *x.shape[1:]) for x in inputs(layout))
+    embedded = []
+    hook = model.embedding.register_forward_hook(lambda module, args, out: embedded.append(out))
+    hidden = model(token, position, see)
+    hook.remove()
+    each = torch.arange(len(layout))
+    probe = torch.randn(model.config.d_model)
+    (grad,) = torch.autograd.grad((hidden[each, each] @ probe).sum(), embedded)  # row i: gradients of query i
+    mask = visible(see[:1], len(layout))[0]
+    assert torch.equal(grad.abs().amax(-1) > 0, mask)
+    assert torch.equal((mask.long() @ mask.long()) > 0, mask)
+
+
+def changed_logits(model, layout, entries):
+    """Which tokens' hidden states move when the contents of some entries change."""
+    before = fresh(model, layout)
+    kept = list(layout.token)
+    for i in entries:
+        layout.token[i] = (layout.token[i] + 7) % 256
+    moved = (fresh(model, layout) - before).abs().amax(-1) > 1e-3
+    layout.token = kept
+    return moved
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_change_in_a_span_moves_neither_its_plan_nor_its_siblings(model, tokenizer, attention):
+    layout = encode_example(OTTER, tokenizer, attention)
+    mine, sibling = span_entries(layout, 0, 0), span_entries(layout, 0, 1)
+    moved = changed_logits(model, layout, mine)
+    assert moved[mine].all() if attention != "causal" else moved[mine[-1]]
+    assert not moved[: mine[0]].any(), "prompt and plan"
+    assert moved[sibling].all() if attention == "dense" else not moved[sibling].any()
+    assert moved[sibling[-1] + 1 :].all(), "<sync/> and what follows see the finished spans"
+
+
+def test_a_change_in_a_later_round_moves_nothing_before_it(model, tokenizer):
+    for attention in ATTENTION:
+        layout = encode_example(OTTER, tokenizer, attention)
+        later = [i for i in range(len(layout)) if layout.round[i] == 1]
+        moved = changed_logits(model, layout, later)
+        assert not moved[: later[0]].any() and moved[later[0]] and moved[-1]
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_row_of_a_ragged_batch_is_what_it_is_alone(model, tokenizer, attention):
+    sequences = [Sequence(encode_example(random_example(n, tokenizer), tokenizer, attention)) for n in range(6)]
+    rounds = [n % s.n_rounds for n, s in enumerate(sequences)]
+    batch = make_batch(sequences, rounds, tokenizer, np.random.default_rng(0))
+    with torch.no_grad():
+        together = model(batch.token, batch.position, batch.see)
+        assert together.isfinite().all()
+        for b, (s, r) in enumerate(zip(sequences, rounds)):
+            n = s.stop(r)
+            alone = model(batch.token[b : b + 1, :n], batch.position[b : b + 1, :n], batch.see[b : b + 1, :n])
+            torch.testing.assert_close(together[b, :n], alone[0], atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@torch.no_grad()
+def cached_pass(model, cache, layouts, entries):
+    """Hidden states of some entries of each layout, as rows of one padded pass over a cache."""
+    width = max(map(len, entries))
+    token, position, index = (torch.zeros(len(layouts), width, dtype=torch.long) for _ in range(3))
+    see = torch.tensor([1, 0, 0]).repeat(len(layouts), width, 1)
+    index[:] = cache.junk
+    for row, (layout, mine) in enumerate(zip(layouts, entries)):
+        columns = [x[0, mine] for x in inputs(layout)]
+        token[row, : len(mine)], position[row, : len(mine)], see[row, : len(mine)] = columns
+        index[row, : len(mine)] = torch.tensor(mine)
+    hidden = model(token, position, see, cache, index)
+    return [h[: len(mine)] for h, mine in zip(hidden, entries)]
+
+
+def cuts(layout, rng):
+    """Chunks of a layout in order, of random sizes; what sees itself in both directions stays in one chunk."""
+    chunks = [[0]]
+    for i in range(1, len(layout)):
+        both = layout.begin[i] < i and layout.end[i - 1] > i and layout.span[i] >= 0
+        if both or rng.random() < 0.7:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_chunks_read_in_order_give_what_a_fresh_forward_gives(model, tokenizer, attention):
+    for seed in range(8):
+        layout = encode_example(random_example(seed, tokenizer), tokenizer, attention)
+        cache = KVCache(model.config, 1, len(layout))
+        chunks = cuts(layout, np.random.default_rng(seed))
+        hidden = torch.cat([cached_pass(model, cache, [layout], [chunk])[0] for chunk in chunks])
+        torch.testing.assert_close(hidden, fresh(model, layout), atol=1e-5, rtol=1e-5)
+
+
+def masked_layout(example, tokenizer, attention):
+    """The first round's prompt, plan and scaffold of [MASK], where its spans are, and their finished tokens."""
+    whole = encode_example(example, tokenizer, attention)
+    stop = max(i for i in range(len(whole)) if whole.round[i] == 0) + 1
+    layout = Layout(attention, *(column[:stop] for name, column in vars(whole).items() if name != "attention"))
+    finished = list(layout.token)
+    for i in range(stop):
+        if layout.kind[i] == SLOT:
+            layout.token[i] = tokenizer.mask
+    return layout, [span_entries(layout, 0, n) for n in range(len(example.rounds[0].spans))], finished
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_denoising_pass_over_the_cached_prefix_computes_only_spans_and_is_exact(model, tokenizer, attention):
+    """Slots are filled pass by pass; the entries of spans in the cache are stale in between, and never matter."""
+    layout, spans, finished = masked_layout(OTTER, tokenizer, attention)
+    cache, first, rng = KVCache(model.config, 1, len(layout)), spans[0][0], np.random.default_rng(0)
+    cached_pass(model, cache, [layout], [list(range(first))])
+    for step in range(6):
+        entries = list(range(first, len(layout)))
+        hidden = cached_pass(model, cache, [layout], [entries])[0]
+        torch.testing.assert_close(hidden, fresh(model, layout)[entries], atol=1e-5, rtol=1e-5)
+        for i in rng.permutation(entries)[: len(entries) // 3]:
+            layout.token[i] = finished[i]
+
+
+@pytest.mark.parametrize("attention", ["sparse", "causal"])
+def test_a_finished_span_may_leave_the_denoising_passes(model, tokenizer, attention):
+    layout, spans, finished = masked_layout(OTTER, tokenizer, attention)
+    cache = KVCache(model.config, 1, len(layout))
+    cached_pass(model, cache, [layout], [list(range(spans[0][0]))])
+    for i in spans[0]:
+        layout.token[i] = finished[i]
+    hidden = cached_pass(model, cache, [layout], [spans[1]])[0]
+    torch.testing.assert_close(hidden, fresh(model, layout)[spans[1]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_spans_read_once_more_with_the_sync_leave_an_exact_cache(model, tokenizer, attention):
+    whole = encode_example(OTTER, tokenizer, attention)
+    layout, spans, finished = masked_layout(OTTER, tokenizer, attention)
+    cache, first, stop = KVCache(model.config, 1, len(whole)), spans[0][0], len(layout)
+    cached_pass(model, cache, [layout], [list(range(first))])
+    cached_pass(model, cache, [layout], [list(range(first, stop))])  # all [MASK]: stale entries
+    stale = cached_pass(model, cache, [whole], [[stop]])[0]
+    exact = cached_pass(model, cache, [whole], [list(range(first, stop + 1))])[0][-1:]
+    torch.testing.assert_close(exact, fresh(model, whole)[stop : stop + 1], atol=1e-5, rtol=1e-5)
+    assert (stale - exact).abs().max() > 0.01, "with spans not read again the next plan would differ"
+
+
+def test_ragged_rows_of_a_cached_pass_are_what_they_are_alone_and_rows_can_leave(model, tokenizer):
+    layouts = [encode_example(random_example(seed, tokenizer), tokenizer) for seed in range(4)]
+    cache = KVCache(model.config, 4, max(map(len, layouts)))  # the longest row uses every entry
+    first = [[i for i in range(len(y)) if y.kind[i] == PROMPT] for y in layouts]
+    rest = [[i for i in range(len(y)) if y.kind[i] != PROMPT] for y in layouts]
+    cached_pass(model, cache, layouts, first)
+    cache.keep([3, 1])
+    hidden = cached_pass(model, cache, [layouts[3], layouts[1]], [rest[3], rest[1]])
+    for n, h in zip((3, 1), hidden):
+        torch.testing.assert_close(h, fresh(model, layouts[n])[rest[n]], atol=1e-5, rtol=1e-5)
+
+
+def test_junk_and_unwritten_entries_are_never_seen(model, tokenizer):
+    layouts = [encode_example(random_example(seed, tokenizer), tokenizer) for seed in (1, 2)]
+    first = [[i for i in range(len(y)) if y.kind[i] == PROMPT] for y in layouts]
+    rest = [[i for i in range(len(y)) if y.kind[i] != PROMPT] for y in layouts]
+    outcomes = []
+    for poison in (0.0, 1e4):
+        cache = KVCache(model.config, 2, max(map(len, layouts)))
+        cache.kv.fill_(poison)
+        outcomes.append([*cached_pass(model, cache, layouts, first), *cached_pass(model, cache, layouts, rest)])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def trained(model, tokenizer, steps, optimizer=None):
+    """Run some updates of both optimizers on one fixed batch. Returns the optimizer."""
+    optimizer = optimizer or Optimizer(model, TrainConfig(steps=20, warmup=2))
+    batch = make_batch([Sequence(encode_example(OTTER, tokenizer))], [0], tokenizer, np.random.default_rng(0))
+    for step in steps:
+        model.zero_grad()
+        sum(JointLoss(model, tokenizer.pad + 1)(batch)).backward()
+        optimizer.step(step)
+    return optimizer
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """Path of a good checkpoint, and its model."""
+    model, path = small_model(tokenizer.vocab_size), tmp_path / "model.safetensors"
+    save_checkpoint(path, model, tokenizer, {"step": 3, "train": {"data": "tasks"}}, {"0.1.momentum": torch.ones(2, 3)})
+    return path, model
+
+
+def test_a_checkpoint_holds_model_tokenizer_info_and_state(saved, tokenizer):
+    path, model = saved
+    loaded, its_tokenizer, info, state = load_checkpoint(path)
+    assert loaded.config == model.config and info == {"step": 3, "train": {"data": "tasks"}}
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=0, atol=0)
+    assert its_tokenizer.tokens == tokenizer.tokens and its_tokenizer.unit == tokenizer.unit
+    assert list(state) == ["0.1.momentum"] and torch.equal(state["0.1.momentum"], torch.ones(2, 3))
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, tokenizer):
+    model = small_model(tokenizer.vocab_size)
+    optimizer = trained(model, tokenizer, range(3))
+    save_checkpoint(tmp_path / "c.safetensors", model, tokenizer, {}, optimizer.state())
+    trained(model, tokenizer, range(3, 5), optimizer)
+    again, _, _, state = load_checkpoint(tmp_path / "c.safetensors")
+    optimizer = Optimizer(again, TrainConfig(steps=20, warmup=2))
+    optimizer.load(state)
+    trained(again, tokenizer, range(3, 5), optimizer)
+    torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
+
+
+def test_float16_weights_halve_the_file_and_load_as_float32(saved, tokenizer, tmp_path):
+    path, model = saved
+    save_checkpoint(tmp_path / "half", model, tokenizer, {}, dtype=torch.float16)
+    with safe_open(tmp_path / "half", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())
+    loaded, *_ = load_checkpoint(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before renaming"])
+def test_a_save_that_dies_in_the_middle_leaves_the_old_file_whole(saved, tokenizer, monkeypatch, moment):
+    path, _ = saved
+    before = path.read_bytes()
+
+    def die(*args):
+        if moment == "while writing":
+            with open(args[1], "wb") as file:
+                file.write(before[: len(before) // 2])
+        raise KeyboardInterrupt
+
+    if moment == "while writing":
+        monkeypatch.setattr(model_module, "save_file", die)
+    else:
+        monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, small_model(tokenizer.vocab_size, seed=1), tokenizer, {})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    load_checkpoint(path)
+    save_checkpoint(path, small_model(tokenizer.vocab_size, seed=1), tokenizer, {"step": 4})
+    assert load_checkpoint(path)[2] == {"step": 4}, "what the dead save left does not stand in the way"
+
+
+def refused(path):
+    """The message of the CheckpointError that loading raises; it names the file."""
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
+    assert "train.py" in refused(tmp_path / "none.safetensors")
+
+
+def test_garbage_empty_and_truncated_files_are_not_checkpoints(saved, tmp_path):
+    path, _ = saved
+    whole = path.read_bytes()
+    for content in (b"", b"hello", b"\xff" * 1000, b"{}", np.random.default_rng(0).bytes(5000)):
+        (tmp_path / "bad").write_bytes(content)
+        refused(tmp_path / "bad")
+    for length in (1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "bad").write_bytes(whole[:length])
+        refused(tmp_path / "bad")
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    refused(tmp_path)
+
+
+def rewritten(path, out, tensors=None, **text):
+    """Write a checkpoint again with other tensors or texts; None leaves a text out."""
+    with safe_open(path, "pt") as file:
+        old, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(kept if tensors is None else tensors(kept), out, {k: v for k, v in {**old, **text}.items() if v is not None})
+    return out
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "info"])
+@pytest.mark.parametrize("text", [None, "", "not JSON"])
+def test_a_checkpoint_without_one_of_its_texts_is_refused(saved, tmp_path, name, text):
+    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config", "[1, 2]"), ("config", '{"width": 3}'), ("config", '{"d_model": "wide"}'), ("config", '{"d_model": 30}'),
+    ("tokenizer", "[]"), ("tokenizer", '{"unit": 10}'), ("tokenizer", '{"unit": 10, "tokens": []}'),
+    ("tokenizer", '{"unit": 10, "tokens": [1]}'), ("tokenizer", '{"unit": 10, "tokens": ["?"]}'),
+])  # fmt: skip
+def test_a_checkpoint_with_another_config_or_tokenizer_format_is_refused(saved, tmp_path, name, text):
+    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+
+
+def test_wrong_missing_and_surplus_tensors_are_refused_by_name(saved, tmp_path):
+    path, name = saved[0], "model.blocks.1.down.weight"
+    without = lambda tensors: {n: t for n, t in tensors.items() if n != name}
+    assert name[6:] in refused(rewritten(path, tmp_path / "bad", without))
+    assert "32, 47" in refused(rewritten(path, tmp_path / "bad", lambda t: {**t, name: torch.zeros(32, 47)}))
+    assert "extra" in refused(rewritten(path, tmp_path / "bad", lambda t: {**t, "model.extra": torch.zeros(1)}))
+    wider = json.dumps({**asdict(saved[1].config), "d_model": 64})
+    assert "embedding.weight" in refused(rewritten(path, tmp_path / "bad", config=wider))
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_loading_a_pickle_is_refused_and_executes_nothing(tmp_path):
+    marker = tmp_path / "executed"
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious(marker)))
+    torch.save({"model": Malicious(marker)}, tmp_path / "zip.pt")
+    for name in ("raw.pt", "zip.pt"):
+        refused(tmp_path / name)
+        assert not marker.exists()
+    pickle.loads((tmp_path / "raw.pt").read_bytes())
+    assert marker.exists(), "the file is one that does harm when it is unpickled"
