@@ -240,7 +240,7 @@ def test_any_mix_of_tags_and_text_parses_or_says_why():
 def test_a_damaged_answer_parses_or_says_why():
     rng = random.Random(3)
     outcomes = Counter()
-    for _ in range(2000):
+    for _ in range(1200):
         tagged = format_answer(rng.choice([OTTER, hostile_rounds(rng)]))
         for _ in range(rng.randint(1, 3)):
             a, b = sorted(rng.randint(0, len(tagged)) for _ in range(2))
@@ -312,7 +312,7 @@ def random_text(rng, length=40):
     return "".join(rng.choice([c, c, c, " ", "\n", rng.choice(NASTY)]) for c in characters)
 
 
-@pytest.mark.parametrize("merges", [0, 1, 20, 120])
+@pytest.mark.parametrize("merges", [0, 1, 20, 60])
 def test_training_agrees_with_a_trainer_that_recounts_everything(merges):
     trained = Tokenizer.train(CORPUS, OVERHEAD + merges)
     learned = naive_byte_pairs(CORPUS, merges)
@@ -323,9 +323,10 @@ def test_training_agrees_with_a_trainer_that_recounts_everything(merges):
 @pytest.mark.parametrize("seed", range(4))
 def test_training_agrees_on_texts_full_of_ties_and_overlaps(seed):
     rng = random.Random(seed)
-    texts = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(15)) for _ in range(3)]
-    trained = Tokenizer.train(texts, OVERHEAD + 80)
-    assert trained.tokens == list(dict.fromkeys(BYTES + naive_byte_pairs(texts, 80)))
+    texts = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(40)) for _ in range(5)]
+    learned = naive_byte_pairs(texts, 150)
+    assert len(learned) > 60
+    assert Tokenizer.train(texts, OVERHEAD + 150).tokens == list(dict.fromkeys(BYTES + learned))
 
 
 def test_training_stops_when_no_pair_occurs_twice():
@@ -477,7 +478,7 @@ TOPIC_LETTERS = f"Ta[aw]{{0,{MAX_NAME - 1}}}LC"
 ANSWER_LETTERS = regex.compile(f"([aw]*({TOPIC_LETTERS})*S)*[aw]*({TOPIC_LETTERS})*E")
 
 
-@pytest.fixture(scope="module", params=[1, 4, 10], ids="unit {}".format)
+@pytest.fixture(scope="module", params=[2, 10], ids="unit {}".format)
 def planner(request):
     return Tokenizer.train(CORPUS, OVERHEAD + 60, unit=request.param)
 
@@ -567,7 +568,7 @@ def rounds_of(tok, tokens, rng):
 def test_every_walk_ends_fits_into_its_room_and_parses(planner, choose, rooms):
     rng = random.Random(7)
     with_plan = 0
-    for _ in range(280 if rooms == (1, 60) else 60):
+    for _ in range(440 if rooms == (1, 60) else 60):
         room, scale = rng.randint(*rooms), rng.choice(SCALES)
         tokens = walk(Grammar(planner, room, scale), choose(rng, planner), room)
         check_whole_answer(planner, tokens, room, scale)
@@ -591,12 +592,12 @@ def test_no_preference_leads_a_walk_out_of_its_room(planner, extreme):
             best = min(rank[kind_of(planner, token)] for token in allowed)
             return extreme(token for token in allowed if rank[kind_of(planner, token)] == best)
 
-        room, scale = rng.choice([rng.randint(1, 60), rng.randint(60, 120)]), rng.choice(SCALES)
+        room, scale = rng.choice([rng.randint(1, 60), rng.randint(30, 120)]), rng.choice(SCALES)
         check_whole_answer(planner, walk(Grammar(planner, room, scale), choose, room), room, scale)
 
 
 def test_always_the_token_that_costs_the_most_room_still_fits(planner):
-    for room, scale in itertools.product(range(1, 61), SCALES):
+    for room, scale in itertools.product(range(1, 61), [0.5, 1.0, 2.0]):
         cost = {"topic": 2, "text": 1, "sync": 1, "topic_end": 1, "eos": 0}
 
         def positions(token):
