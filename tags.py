@@ -73,10 +73,10 @@ def format_answer(rounds):
     tagged = []
     for round_ in rounds:
         text = _escape(round_.text)
-        topics = [f"{TOPIC} {_escape(s.topic)} {s.length}{TOPIC_END}" for s in round_.spans]
-        spans = [f"{ASYNC} {_escape(s.topic)}: {_escape(s.text)}{ASYNC_END}" for s in round_.spans]
+        topics = [f"{TOPIC} {_escape(f'{s.topic.strip()} {s.length}')}{TOPIC_END}" for s in round_.spans]
+        spans = [f"{ASYNC} {_escape(f'{s.topic.strip()}: {s.text.strip()}')}{ASYNC_END}" for s in round_.spans]
         tagged.append((f" {text}" if text else "") + "".join(topics + spans))
-    return SYNC.join(tagged).strip() + EOS
+    return SYNC.join(tagged).lstrip() + EOS
 
 
 class _Reader:
@@ -122,10 +122,10 @@ def parse_answer(tagged):
     reader, rounds, tag = _Reader(tagged), [], SYNC
     while tag != EOS:
         text, topics, spans = reader.text(), [], []
-        tag = reader.tag(*((TOPIC, SYNC, EOS)))
+        tag = reader.tag(TOPIC, SYNC, EOS)
         while tag == TOPIC:
             place = reader.pieces[reader.next][2]
-            match = re.fullmatch(r"(.*\S)\s+([0-9]+)", reader.text(), re.DOTALL)
+            match = re.fullmatch(r"(.*\S)\s+([0-9]{1,9})", reader.text(), re.DOTALL)
             if not match or int(match[2]) == 0:
                 reader.fail("expected a topic's name and its length in units, such as ' food 2'", place)
             topics.append((match[1], int(match[2])))
@@ -197,7 +197,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, unit=10):
-        """Learn byte pairs from texts until there are `vocab_size` tokens in all, tags and lengths included.
+        """Learn byte pairs from texts until there are `vocab_size` tokens, tags and lengths included, or no pair occurs twice.
 
         Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
         """
@@ -270,7 +270,12 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text):
         saved = json.loads(text)
-        return cls([base64.b64decode(token) for token in saved["tokens"]], saved["unit"])
+        tokens, unit = [base64.b64decode(token) for token in saved["tokens"]], saved["unit"]
+        if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
+            raise ValueError("expected the 256 bytes, then longer tokens, each once")
+        if type(unit) is not int or unit < 1:
+            raise ValueError(f"expected a unit of 1 token or more, found {unit!r}")
+        return cls(tokens, unit)
 
     @classmethod
     def load(cls, path):

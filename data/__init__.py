@@ -36,7 +36,7 @@ def write_dataset(folder, splits, vocab_size, unit):
         examples = [_with_lengths(example, tokenizer) for example in examples]
         lines = [json.dumps({"prompt": e.prompt, "answer": format_answer(e.rounds), "family": e.family},
                             ensure_ascii=False) for e in examples]  # fmt: skip
-        write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write_whole(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
         print(_sizes(name, examples, tokenizer))
     write_whole(folder / "tokenizer.json", tokenizer.to_json())
     print(f"{tokenizer.vocab_size} tokens in {folder / 'tokenizer.json'}")
@@ -47,8 +47,11 @@ def _topics(example):
 
 
 def _with_lengths(example, tokenizer):
-    rounds = [replace(r, spans=tuple(replace(s, length=tokenizer.units(s.text)) for s in r.spans)) for r in example.rounds]
-    return replace(example, rounds=tuple(rounds))
+    def known(span):
+        tokenizer.length_id(length := tokenizer.units(span.text))  # raises ValueError for too long a span
+        return replace(span, length=length)
+
+    return replace(example, rounds=tuple(replace(r, spans=tuple(map(known, r.spans))) for r in example.rounds))
 
 
 def _sizes(name, examples, tokenizer):
@@ -78,12 +81,14 @@ def read_split(path):
     if not path.exists():
         raise ValueError(f"{path} does not exist: run `python {path.parent / 'prepare.py'}` first")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text may hold other line breaks
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             rounds = tuple(parse_answer(row["answer"]))
-            examples.append(Example(str(row["prompt"]), rounds, str(row.get("family", ""))))
-        except (json.JSONDecodeError, TagError) as error:
+            if not isinstance(row["prompt"], str):
+                raise TypeError
+            examples.append(Example(row["prompt"], rounds, str(row.get("family", ""))))
+        except (UnicodeDecodeError, json.JSONDecodeError, TagError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}: expected an object with 'prompt' and 'answer' texts") from None

@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Example  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
-from tags import Round, Span, Tokenizer  # noqa: E402
+from data import Example
+from model import ModelConfig, Transformer
+from tags import EOS, MAX_LENGTH, TAGS, TOPIC, Round, Span, Tokenizer
 
 SENTENCES = (
     "Tell me about the otter: its habitat, its food and its play.",
@@ -31,6 +31,35 @@ OTTER = Example(
 )
 
 
+ODD_SPACE = [" ", "\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000"]
+NASTY = [
+    *TAGS, *ODD_SPACE, "\\", "\\\\", "\\" + EOS, "\\\\" + TOPIC, "<topic", "topic>", "<", ">", ":", ": ", "a:",
+    "0", "3", "12", "top 5 tips 3", "food 2", "otter", "Straße", "水獺", "🦦", "e\u0301", "\u200b", "\ufeff", "\x00",
+    "\x7f", "٣", "[PAD", "",
+]  # fmt: skip
+
+
+def hostile(rng, pieces=6):
+    """Text made to confuse a parser, without white space at its ends (which is not stored)."""
+    return "".join(rng.choice(NASTY) for _ in range(rng.randint(0, pieces))).strip()
+
+
+CORPUS = [
+    "The otter eats fish, crabs and frogs; the otters of the coast eat crabs.",
+    "Top 5 tips: eat 10 fish, 100 crabs or 1000 frogs!",
+    "The river otter lives in rivers, the sea otter lives in the sea.",
+    "Straße, Straßen und Flüsse: 水獺吃魚。水獺 eats 🦦🦦?!",
+    "banana bandana, bananas and bandanas; aaaaaaaa aaaa aaa abababab",
+]
+BYTES = [bytes([b]) for b in range(256)]
+OVERHEAD = 256 + len(TAGS) + MAX_LENGTH  # ids that no training can save
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return Tokenizer.train(CORPUS, OVERHEAD + 60, unit=4)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Bytes and about 40 merges; a unit of length is 4 tokens."""
@@ -39,7 +68,7 @@ def tokenizer():
 
 def small_model(vocab_size, seed=0, **config):
     """A random float32 model with weights so large that every token it sees moves its output visibly."""
-    small = dict(n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48)
+    small = {"n_layer": 2, "d_model": 32, "n_head": 4, "n_kv_head": 2, "d_ff": 48}
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(vocab_size=vocab_size, **{**small, **config}))
     with torch.no_grad():

@@ -15,8 +15,8 @@ from tags import Round, Span, Tokenizer, format_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = 3
-WORDS = ["otter", "river", "fish", "top 5 tips 3", "a <eos> typed", "<topic>", "back\\slash", "水獺", "🦦", "one\ntwo"]
-ODD = ["next\x85line", "line\u2028separator", "paragraph\u2029separator", "feed\x0cand\x1cmark", 'quote"and\\', "tab\there"]
+WORDS = ["otter", "river", "fish", "top 5 tips 3", "a <eos> typed", "<topic>", "back\\slash", "水獺", "one\ntwo"]
+ODD = ["next\x85line", "line\u2028break", "paragraph\u2029break", "feed\x0cand\x1cmark", 'quote"and\\', "tab\there"]
 
 
 def example(rng, words=WORDS):

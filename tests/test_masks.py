@@ -12,7 +12,19 @@ import torch
 from conftest import OTTER, random_example
 
 from data import Example
-from masks import ATTENTION, GIVEN, IGNORE, PLAN, PROMPT, SLOT, Layout, Sequence, encode_example, make_batch, visible
+from masks import (
+    ATTENTION,
+    GIVEN,
+    IGNORE,
+    PLAN,
+    PROMPT,
+    SLOT,
+    Layout,
+    Sequence,
+    encode_example,
+    make_batch,
+    visible,
+)
 from tags import Round, Span
 
 # ---------------------------------------------------------------- the tags, read once more
@@ -30,10 +42,10 @@ class Place:
     content: bool = False  # a slot: between the scaffold's `<async> topic:` and `</async>`
 
     def with_sibling(self, other):
-        return self.span is not None and other.span is not None and self.round == other.round and self.span != other.span
+        return self.part == other.part == "span" and self.round == other.round and self.span != other.span
 
     def same_span(self, other):
-        return self.span is not None and (self.round, self.span) == (other.round, other.span)
+        return self.part == other.part == "span" and self.round == other.round and self.span == other.span
 
 
 def read_tags(tokens, tokenizer):
@@ -231,7 +243,8 @@ def test_sync_itself_already_sees_the_spans_that_it_ends(otter):
 
 def test_no_token_outside_a_span_sees_it_before_its_rounds_sync(otter):
     _, mask, places = otter
-    assert not pairs(mask, places, lambda q: q.part != "span", lambda q, k: k.part == "span" and k.round >= q.round).any()
+    outside = lambda q: q.part != "span"
+    assert not pairs(mask, places, outside, lambda q, k: k.part == "span" and k.round >= q.round).any()
 
 
 def test_a_span_sees_prompt_plan_and_earlier_rounds(otter):
@@ -257,12 +270,12 @@ def test_a_span_sees_its_siblings_only_if_dense(otter):
     assert siblings.all() if attention == "dense" else not siblings.any()
 
 
-def test_async_and_its_end_belong_to_their_span(otter):
+@pytest.mark.parametrize("tag", ["<async>", "</async>"])
+def test_async_and_its_end_belong_to_their_span(otter, tag):
     _, mask, places = otter
-    for tag in ("<async>", "</async>"):
-        tags = lambda k: k.name == tag
-        assert pairs(mask, places, lambda q: q.name == "</async>", lambda q, k: tags(k) and q.same_span(k)).all()
-        assert not pairs(mask, places, lambda q: q.name == "</topic>", lambda q, k: tags(k) and k.round == q.round).any()
+    assert pairs(mask, places, lambda q: q.name == "</async>", lambda q, k: k.name == tag and q.same_span(k)).all()
+    topic_end = lambda q: q.name == "</topic>"
+    assert not pairs(mask, places, topic_end, lambda q, k: k.name == tag and k.round == q.round).any()
 
 
 # ---------------------------------------------------------------- autoregressive targets
@@ -450,14 +463,16 @@ def test_plan_targets_are_never_weighted_by_1_over_t(tokenizer):
 
 def random_batch(tokenizer, seed=0, weight="elbo", attention="sparse"):
     """Five sequences of different lengths and the rounds that a batch noises."""
-    sequences = [Sequence(encode_example(random_example(n, tokenizer, rounds=2), tokenizer, attention)) for n in range(5)]
+    examples = [random_example(n, tokenizer, rounds=2) for n in range(5)]
+    sequences = [Sequence(encode_example(e, tokenizer, attention)) for e in examples]
     rounds = [0, 1, 1, 0, 1]
     return sequences, rounds, make_batch(sequences, rounds, tokenizer, np.random.default_rng(seed), weight)
 
 
 def test_the_same_random_state_makes_the_same_batch_and_another_another(tokenizer):
     (_, _, a), (_, _, b), (_, _, c) = (random_batch(tokenizer, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("token", "position", "see", "target", "in_span", "weight"))
+    for name in ("token", "position", "see", "target", "in_span", "weight"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
     assert not torch.equal(a.token, c.token)
 
 

@@ -10,16 +10,32 @@ import pytest
 import torch
 from conftest import OTTER, random_example, small_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from data import Example
-from masks import ATTENTION, PROMPT, SLOT, Layout, Sequence, encode_example, make_batch, visible
-from model import CheckpointError, KVCache, ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from masks import (
+    ATTENTION,
+    PROMPT,
+    SLOT,
+    Layout,
+    Sequence,
+    encode_example,
+    make_batch,
+    visible,
+)
+from model import (
+    CheckpointError,
+    KVCache,
+    ModelConfig,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tags import Round, Span
 from train import JointLoss, Optimizer, TrainConfig
+
 
 def inputs(layout):
     """Token, position and see of a layout as a batch of one."""
@@ -151,9 +167,9 @@ def test_flops_per_token_are_those_of_the_matrix_products(tokenizer):
 
 
 def test_a_config_whose_heads_do_not_divide_the_width_is_an_error_that_says_so():
-    for wrong in (dict(d_model=30, n_head=4), dict(n_head=4, n_kv_head=3), dict(d_model=12, n_head=4, n_kv_head=4)):
+    for width, heads, kv_heads in ((30, 4, 2), (32, 4, 3), (12, 4, 4)):
         with pytest.raises(ValueError, match="must be a multiple of n_head"):
-            ModelConfig(**wrong)
+            ModelConfig(d_model=width, n_head=heads, n_kv_head=kv_heads)
 
 
 # ---------------------------------------------------------------- what the mask forbids
@@ -176,8 +192,8 @@ def test_gradients_flow_exactly_where_the_mask_allows(model, tokenizer, attentio
     assert torch.equal((mask.long() @ mask.long()) > 0, mask)
 
 
-def changed_logits(model, layout, entries):
-    """Which tokens' hidden states move when the contents of some entries change."""
+def moved_by_a_change(model, layout, entries):
+    """Which tokens get other hidden states when the tokens of some entries change."""
     before = fresh(model, layout)
     kept = list(layout.token)
     for i in entries:
@@ -191,7 +207,7 @@ def changed_logits(model, layout, entries):
 def test_a_change_in_a_span_moves_neither_its_plan_nor_its_siblings(model, tokenizer, attention):
     layout = encode_example(OTTER, tokenizer, attention)
     mine, sibling = span_entries(layout, 0, 0), span_entries(layout, 0, 1)
-    moved = changed_logits(model, layout, mine)
+    moved = moved_by_a_change(model, layout, mine)
     assert moved[mine].all() if attention != "causal" else moved[mine[-1]]
     assert not moved[: mine[0]].any(), "prompt and plan"
     assert moved[sibling].all() if attention == "dense" else not moved[sibling].any()
@@ -202,7 +218,7 @@ def test_a_change_in_a_later_round_moves_nothing_before_it(model, tokenizer):
     for attention in ATTENTION:
         layout = encode_example(OTTER, tokenizer, attention)
         later = [i for i in range(len(layout)) if layout.round[i] == 1]
-        moved = changed_logits(model, layout, later)
+        moved = moved_by_a_change(model, layout, later)
         assert not moved[: later[0]].any() and moved[later[0]] and moved[-1]
 
 
@@ -303,7 +319,7 @@ def test_a_finished_span_may_leave_the_denoising_passes(model, tokenizer, attent
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_spans_read_once_more_with_the_sync_leave_an_exact_cache(model, tokenizer, attention):
     whole = encode_example(OTTER, tokenizer, attention)
-    layout, spans, finished = masked_layout(OTTER, tokenizer, attention)
+    layout, spans, _ = masked_layout(OTTER, tokenizer, attention)
     cache, first, stop = KVCache(model.config, 1, len(whole)), spans[0][0], len(layout)
     cached_pass(model, cache, [layout], [list(range(first))])
     cached_pass(model, cache, [layout], [list(range(first, stop))])  # all [MASK]: stale entries
@@ -385,10 +401,9 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, t
 
 
 def test_float16_weights_halve_the_file_and_load_as_float32(saved, tokenizer, tmp_path):
-    path, model = saved
+    _, model = saved
     save_checkpoint(tmp_path / "half", model, tokenizer, {}, dtype=torch.float16)
-    with safe_open(tmp_path / "half", "pt") as file:
-        assert all(file.get_tensor(name).dtype == torch.float16 for name in file.keys())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half").values()} == {torch.float16}
     loaded, *_ = load_checkpoint(tmp_path / "half")
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     torch.testing.assert_close(weights(loaded), weights(model), rtol=1e-3, atol=1e-6)
@@ -446,10 +461,11 @@ def test_a_folder_is_not_a_checkpoint(tmp_path):
 
 
 def rewritten(path, out, tensors=None, **text):
-    """Write a checkpoint again with other tensors or texts; None leaves a text out."""
+    """Write a checkpoint again with other tensors (a function of the old) or texts; None leaves a text out."""
     with safe_open(path, "pt") as file:
-        old, kept = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    save_file(kept if tensors is None else tensors(kept), out, {k: v for k, v in {**old, **text}.items() if v is not None})
+        text = {**file.metadata(), **text}
+    kept = load_file(path)
+    save_file(tensors(kept) if tensors else kept, out, {k: v for k, v in text.items() if v is not None})
     return out
 
 

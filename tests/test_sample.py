@@ -1,0 +1,386 @@
+"""The sampler against a naive one without cache (naive_sampler.py), and against the sentences of its schedule."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import SENTENCES, small_model
+from naive_sampler import NaiveSampler, Token, hidden_states
+
+from masks import GIVEN, PLAN, PROMPT, SLOT, Layout, encode_prompt
+from sample import ORDERS, SampleConfig, Sampler
+from tags import EOS, TAGS, Grammar, Tokenizer, parse_answer
+
+PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
+CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=6.0)  # logits added, so that plans of several rounds come about
+
+
+def steered(tokenizer, seed=0, scale=0.7, lengths=3, **bias):
+    """A random model whose output layer is no transposed embedding, so that no token predicts itself, with some tokens
+    made likelier. `bias`: name -> what is added to the logit of that tag, or of the first few `lengths`."""
+    model = small_model(tokenizer.vocab_size, seed)
+    weight = torch.randn(tokenizer.vocab_size, 32, generator=torch.Generator().manual_seed(seed)) * scale
+    added = torch.zeros(tokenizer.vocab_size)
+    for name, value in (bias or CHOSEN).items():
+        first = tokenizer.length_id(1) if name == "length" else getattr(tokenizer, name)
+        added[first : first + (lengths if name == "length" else 1)] = value
+    model.logits = lambda hidden, n=None: hidden @ weight[:n].T + added[:n]
+    return model
+
+
+@pytest.fixture(scope="module")
+def planner(tokenizer):
+    return steered(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def one_span(tokenizer):
+    """A model that plans a single span, of any length from 1 to 8 units, when `max_tokens` allows no more."""
+    return steered(tokenizer, lengths=8, topic=90.0, length=80.0)
+
+
+class Recorder(Sampler):
+    """A sampler that notes what each pass computes: (stage, entries, the answer's layout length)."""
+
+    def answer(self, prompts, watch=None):
+        self.passes = []
+        return super().answer(prompts, watch)
+
+    def forward(self, live, entries, cache):
+        self.passes.append((live[0].stage, entries[0], live[0]))
+        return super().forward(live, entries, cache)
+
+
+class Exact(Recorder):
+    """A sampler that compares each pass with a forward of the whole sequence without cache."""
+
+    def forward(self, live, entries, cache):
+        hidden = super().forward(live, entries, cache)
+        for answer, mine, h in zip(live, entries, hidden):
+            y = answer.layout
+            tokens = [Token(*t) for t in zip(y.token, y.round, (None if s < 0 else s for s in y.span))]
+            fresh = hidden_states(self.model, tokens, self.attention)[mine]
+            torch.testing.assert_close(h[: len(mine)], fresh, atol=1e-5, rtol=0)
+        return hidden
+
+
+def ids(answer):
+    """An answer in token ids, as NaiveSampler gives it."""
+    return [(d.text, [(name, length, answer.contents(s)) for (name, length), s in zip(d.topics, d.spans)])
+            for d in answer.drafts]  # fmt: skip
+
+
+def costs(answer):
+    names = ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens")
+    return {name: answer.result()[name] for name in names}
+
+
+def denoising(sampler, prompt):
+    """The answer, and for each round with spans its passes, each the slots of every span after it."""
+    rounds, seen = {}, [0]
+
+    def watch(answer):
+        if answer.denoise_passes > seen[0]:
+            number, draft = max((n, d) for n, d in enumerate(answer.drafts) if d.spans)
+            rounds.setdefault(number, []).append([answer.contents(span) for span in draft.spans])
+            seen[0] = answer.denoise_passes
+
+    return sampler.answer([prompt], watch)[0], list(rounds.values())
+
+
+# ---------------------------------------------------------------- the naive sampler
+
+SETTINGS = [
+    ("sparse", dict()),
+    ("sparse", dict(order="confidence", steps_ratio=0.3)),
+    ("sparse", dict(order="margin", steps_ratio=1.0)),
+    ("sparse", dict(threshold=0.6)),
+    ("sparse", dict(length_scale=1.4, steps_ratio=0.8)),
+    ("dense", dict()),
+    ("dense", dict(order="margin", steps_ratio=0.7)),
+    ("dense", dict(threshold=0.6)),
+]
+
+
+@pytest.mark.parametrize("attention, settings", SETTINGS)
+def test_answers_and_costs_equal_the_naive_ones(planner, tokenizer, attention, settings):
+    config = SampleConfig(max_tokens=90, **settings)
+    for prompt in PROMPTS[:3]:
+        answer = Sampler(planner, tokenizer, config, attention).answer([prompt])[0]
+        expected = NaiveSampler(planner, tokenizer, config, attention).answer(prompt)
+        assert ids(answer) == expected.pop("rounds")
+        assert costs(answer) == expected
+
+
+def test_the_steered_answers_are_worth_comparing(planner, tokenizer):
+    answers = Sampler(planner, tokenizer, SampleConfig(max_tokens=90)).answer(PROMPTS[:3])
+    spans = [[len(d.spans) for d in a.drafts] for a in answers]
+    assert max(map(len, spans)) >= 3, "several rounds"
+    assert len({n for s in spans for n in s} & {1, 2, 3, 4}) >= 2, "one to four spans"
+    assert any(sum(n > 0 for n in s) > 1 for s in spans), "spans again after a <sync/>"
+    assert any(d.text for a in answers for d in a.drafts), "text"
+    slots = [i for a in answers for d in a.drafts for s in d.spans for i in a.contents(s)]
+    assert tokenizer.pad in slots and len(set(slots)) > 5, "[PAD] and text"
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_the_cache_is_exact_also_after_sync(planner, tokenizer, attention):
+    sampler = Exact(planner, tokenizer, SampleConfig(max_tokens=90), attention)
+    after = [len(sampler.answer([prompt])[0].drafts) for prompt in PROMPTS[:2]]
+    assert max(after) > 1
+
+
+@pytest.mark.parametrize("attention, settings", [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[7]])
+def test_a_batch_answers_each_prompt_as_if_alone(planner, tokenizer, attention, settings):
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, **settings), attention)
+    for prompt, batched in zip(PROMPTS, sampler.answer(PROMPTS)):
+        alone = sampler.answer([prompt])[0]
+        assert ids(batched) == ids(alone)
+        assert costs(batched) == costs(alone)
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("bias", [dict(pad=0.0), dict(topic=4.0, length=3.0, sync=3.0)])
+def test_a_thousand_plans_of_an_untrained_model_all_parse(tokenizer, bias):
+    planned = 0
+    for seed in range(0, 500, 50):
+        config = SampleConfig(temperature=1.5, max_tokens=40, steps_ratio=0.01, length_scale=0.5, seed=seed)
+        for answer in Sampler(steered(tokenizer, seed, 0.2, **bias), tokenizer, config).answer([""] * 50):
+            result = answer.result()
+            rounds = [{"text": r.text, "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
+                       "spans": [s.text for s in r.spans]} for r in parse_answer(result["tagged"])]  # fmt: skip
+            assert rounds == result["rounds"]
+            planned += sum(bool(r["plan"]) for r in rounds)
+    assert planned > 20
+
+
+def test_an_autoregressive_model_never_plans(planner, tokenizer):
+    for answer in Sampler(planner, tokenizer, SampleConfig(max_tokens=30), method="ar").answer(PROMPTS):
+        assert [draft.topics for draft in answer.drafts] == [[]]
+        assert answer.denoise_passes == 0
+        assert answer.plan_passes == answer.critical_path - answer.cut  # the <eos> of a full answer is forced
+
+
+# ---------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 1.0])
+def test_after_step_s_of_S_a_span_of_n_slots_has_at_least_ns_over_S_filled(planner, tokenizer, ratio):
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=90, steps_ratio=ratio))
+    for prompt in PROMPTS[:3]:
+        for passes in denoising(sampler, prompt)[1]:
+            steps = math.ceil(ratio * max(map(len, passes[0])))
+            assert len(passes) == steps
+            for step, spans in enumerate(passes, 1):
+                for slots in spans:
+                    assert len(slots) - slots.count(tokenizer.mask) >= math.ceil(len(slots) * step / steps)
+
+
+def test_what_is_filled_stays(planner, tokenizer):
+    for passes in denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=90)), PROMPTS[0])[1]:
+        for before, after in zip(passes, passes[1:]):
+            for b, a in zip(sum(before, []), sum(after, [])):
+                assert a == b or b == tokenizer.mask
+
+
+def test_a_threshold_above_all_confidences_fills_one_slot_of_each_span_a_pass(planner, tokenizer):
+    _, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0)), PROMPTS[0])
+    for passes in rounds:
+        for step, spans in enumerate(passes, 1):
+            assert [s.count(tokenizer.mask) for s in spans] == [max(0, len(s) - step) for s in spans]
+
+
+def test_dense_spans_fill_one_slot_of_the_round_then(planner, tokenizer):
+    _, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0), "dense"), PROMPTS[0])
+    assert max(len(passes[0]) for passes in rounds) > 1
+    for passes in rounds:
+        assert [sum(passes[0], []).count(tokenizer.mask) for passes[0] in passes] == list(range(len(passes)))[::-1]
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_a_threshold_below_all_confidences_fills_a_round_in_one_pass(planner, tokenizer, attention):
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1e-9), attention)
+    answer, rounds = denoising(sampler, PROMPTS[0])
+    assert answer.denoise_passes == len(rounds) >= 1
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_span, tokenizer, threshold):
+    """A span fills alone, so its first pass shows the rule: all that are sure enough, or else the surest."""
+    config = SampleConfig(max_tokens=30, threshold=threshold)
+    answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
+    y, first = answer.layout, answer.drafts[0].spans[0][0]
+    tokens = [Token(i if k != SLOT else tokenizer.mask, 0, 0 if n >= first else None) for n, (i, k) in enumerate(zip(y.token, y.kind))]
+    slots = [n for n, kind in enumerate(y.kind) if kind == SLOT]
+    best = one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
+    filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
+    assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_only_unfinished_spans_are_computed_but_dense_ones_until_the_round_ends(planner, tokenizer, attention):
+    sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90, threshold=1.0), attention)
+    answer, rounds = denoising(sampler, PROMPTS[0])
+    drafts = [d for d in answer.drafts if d.spans]
+    computed = [set(entries) for stage, entries, _ in sampler.passes if stage == "denoise"]
+    for draft, passes in zip(drafts, rounds):
+        masked = [[True] * len(draft.spans)] + [[tokenizer.mask in slots for slots in spans] for spans in passes]
+        for unfinished in masked[:-1]:
+            now = computed.pop(0)
+            for span, open_ in zip(draft.spans, unfinished):
+                assert now.isdisjoint(range(*span)) != (open_ or attention == "dense")
+                assert open_ != now.isdisjoint(range(*span)) or attention == "dense"
+
+
+def test_nothing_outside_spans_is_computed_twice(planner, tokenizer):
+    sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90))
+    for prompt in PROMPTS[:3]:
+        answer = sampler.answer([prompt])[0]
+        computed = [i for _, entries, _ in sampler.passes for i in entries if answer.layout.kind[i] in (PROMPT, PLAN)]
+        assert len(computed) == len(set(computed))
+        assert answer.positions == sum(len(entries) for _, entries, _ in sampler.passes)
+
+
+def test_finished_spans_are_computed_once_more_by_the_pass_that_reads_sync(planner, tokenizer):
+    sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90))
+    answer = sampler.answer([PROMPTS[0]])[0]
+    assert any(draft.spans for draft in answer.drafts[:-1])
+    after = [entries for (before, *_), (stage, entries, _) in zip(sampler.passes, sampler.passes[1:])
+             if (before, stage) == ("denoise", "write")]  # fmt: skip
+    for draft in (d for d in answer.drafts[:-1] if d.spans):
+        begin, sync = draft.spans[0][0], draft.spans[-1][1]
+        assert answer.layout.token[sync] == tokenizer.sync
+        assert list(range(begin, sync + 1)) in after
+
+
+def test_forced_tokens_cost_no_pass_and_every_other_token_of_plan_and_text_one(planner, tokenizer):
+    config = SampleConfig(max_tokens=90)
+    for prompt in PROMPTS[:3]:
+        answer = Sampler(planner, tokenizer, config).answer([prompt])[0]
+        grammar, free = Grammar(tokenizer, config.max_tokens), 0
+        written = [i for i, kind in zip(answer.layout.token, answer.layout.kind) if kind == PLAN] + [tokenizer.eos]
+        for token in written:
+            free += grammar.forced() is None
+            grammar.advance(token)
+        assert free < len(written)
+        assert answer.plan_passes == free
+
+
+def test_the_critical_path_is_plan_tokens_and_the_steps_of_the_longest_spans(planner, tokenizer):
+    answer, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=90)), PROMPTS[0])
+    steps = sum(math.ceil(0.5 * max(map(len, passes[0]))) for passes in rounds)
+    assert answer.critical_path == answer.layout.kind.count(PLAN) + 1 + steps  # <eos> is written, not kept
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.5])
+def test_length_scale_scales_slots_but_no_plan(planner, tokenizer, scale):
+    answer = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, length_scale=scale)).answer([PROMPTS[0]])[0]
+    lengths = [(length, len(answer.contents(s))) for d in answer.drafts for (_, length), s in zip(d.topics, d.spans)]
+    assert lengths and all(slots == max(1, math.ceil(length * 4 * scale)) for length, slots in lengths)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_seed_is_an_answer_and_answer_i_of_a_batch_has_seed_plus_i(planner, tokenizer, order):
+    def answers(n, seed):
+        config = SampleConfig(temperature=1.0, seed=seed, max_tokens=40, order=order)
+        return [ids(a) for a in Sampler(planner, tokenizer, config).answer(["the otter"] * n)]
+
+    batch = answers(4, seed=3)
+    assert [answers(1, seed=3 + i)[0] for i in range(4)] == batch
+    assert answers(4, seed=3) == batch
+    assert all(a != b for a, b in itertools.combinations(batch, 2))
+
+
+def test_a_tiny_nucleus_is_greedy(planner, tokenizer):
+    greedy = SampleConfig(max_tokens=60, steps_ratio=0.01)  # one step a round, as the nucleus hides who is more certain
+    nucleus = SampleConfig(max_tokens=60, steps_ratio=0.01, temperature=1.0, top_p=1e-6)
+    for a, b in zip(*(Sampler(planner, tokenizer, config).answer(PROMPTS) for config in (greedy, nucleus))):
+        assert ids(a) == ids(b)
+
+
+@torch.no_grad()
+def random_order_probabilities(model, tokenizer, prompt, name, slots, tokens):
+    """Exact probability of each content of a span of a plan without text, its slots drawn one by one in random order."""
+    layout = Layout()
+    layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
+    layout.write([tokenizer.topic, *name, tokenizer.length_id(1), tokenizer.topic_end], PLAN, 0)
+    layout.scaffold([(name, [tokenizer.mask] * slots)], tokenizer, 0)
+    places = [n for n, kind in enumerate(layout.kind) if kind == SLOT]
+
+    def given(content):  # probabilities of each slot given those already filled
+        sequence = [Token(i, r, None if s < 0 else s) for i, r, s in zip(layout.token, layout.round, layout.span)]
+        for place, token in zip(places, content):
+            sequence[place].id = token
+        return model.logits(hidden_states(model, sequence, "sparse")[places], tokenizer.pad + 1).softmax(-1).tolist()
+
+    table = {c: given(c) for c in itertools.product((*tokens, tokenizer.mask), repeat=slots)}
+    exact = dict.fromkeys(itertools.product(tokens, repeat=slots), 0.0)
+    orders = list(itertools.permutations(range(slots)))
+    for content, order in itertools.product(exact, orders):
+        p, state = 1 / len(orders), [tokenizer.mask] * slots
+        for slot in order:
+            p *= table[tuple(state)][slot][content[slot]]
+            state[slot] = content[slot]
+        exact[content] += p
+    return exact
+
+
+def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(tokenizer):
+    tokenizer, n = Tokenizer(tokenizer.tokens, unit=3), 3000
+    (name,), tokens = tokenizer.encode("a")[-1:], (*tokenizer.encode("the")[-1:], *tokenizer.encode("of")[-1:], tokenizer.pad)
+    model = steered(tokenizer, 1, 0.25, topic=999.0, length=999.0, lengths=1)
+    logits, only = model.logits, torch.full((tokenizer.vocab_size,), -999.0)
+    only[list(tokens)] = 0
+    only[[name, tokenizer.topic, tokenizer.length_id(1), tokenizer.eos]] = torch.tensor([300.0, 0, 0, 0])
+    only_slots = only.index_fill(0, torch.tensor([name]), -999.0)
+    model.logits = lambda hidden, n=None: logits(hidden, n) + (only if n is None else only_slots)[:n]
+
+    exact = random_order_probabilities(model, tokenizer, "", [name], 3, tokens)
+    assert sum(exact.values()) == pytest.approx(1)
+    config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
+    drawn = dict.fromkeys(exact, 0)
+    for answer in Sampler(model, tokenizer, config).answer([""] * n):
+        drawn[tuple(answer.contents(answer.drafts[0].spans[0]))] += 1
+    chi2 = sum((drawn[c] - n * p) ** 2 / (n * p) for c, p in exact.items())
+    assert chi2 < 55, f"26 degrees of freedom exceed 55 in one of 1000 cases; here {chi2}"
+    left_to_right = {c: 0 for c in exact}  # and the test can tell one order from all
+    del left_to_right
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_every_limit_ends_in_an_answer_that_fits_and_says_if_it_was_cut(planner, tokenizer):
+    for limit in range(1, 61):
+        for answer in Sampler(planner, tokenizer, SampleConfig(max_tokens=limit)).answer(PROMPTS[:2]):
+            written = len(answer.layout) - answer.layout.kind.count(PROMPT) + 1  # <eos> is written, not kept
+            assert written <= limit
+            assert answer.cut >= (written == limit)  # full: nothing but <eos> could come
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "".join(TAGS) * 3, f"\\{EOS} x\\", "\x00\x1b[2J\r\t", "é水🦦\u2028\u200d", "otter " * 300])
+def test_any_prompt_is_answered(planner, tokenizer, prompt):
+    result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
+    assert result["prompt"] == prompt and parse_answer(result["tagged"])
+
+
+def test_tags_typed_in_a_prompt_are_text(planner, tokenizer):
+    layout = Sampler(planner, tokenizer, SampleConfig(max_tokens=1)).answer(["".join(TAGS)])[0].layout
+    assert [i for i in layout.token if i >= tokenizer.pad] == [tokenizer.user, tokenizer.assistant]
+    assert GIVEN not in layout.kind
+
+
+BAD = [("steps_ratio", 0), ("steps_ratio", 1.1), ("threshold", -0.1), ("threshold", 1.1), ("length_scale", 0), ("top_p", 0),
+       ("top_p", 1.5), ("temperature", -1), ("max_tokens", 0), ("order", "surest"), ("steps_ratio", math.nan)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_a_bad_setting_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        SampleConfig(**{name: value})
