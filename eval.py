@@ -68,9 +68,8 @@ def score(examples, results, check):
         if check:
             verdict = check(example, result["text"])
             row |= {"exact": float(verdict.exact), "spans": sum(verdict.spans) / max(len(verdict.spans), 1)}
-        reference = [[(s.topic, s.length) for s in r.spans] for r in example.rounds]
-        planned = [[(t["topic"], t["length"]) for t in r["plan"]] for r in result["rounds"]]
-        row["plan_right"] = float(reference == planned)
+        reference = [(s.topic, s.length) for r in example.rounds for s in r.spans]
+        row["plan_right"] = float(reference == [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]])
         for name in (example.family, "all"):
             groups[name].append(row)
     return {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}

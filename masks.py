@@ -97,7 +97,7 @@ def encode_example(example, tokenizer, attention="sparse"):
 
     Raises ValueError if a span's text is longer than its planned length.
     """
-    layout = Layout(attention)
+    layout, number = Layout(attention), 0
     layout.write(encode_prompt(example.prompt, tokenizer), PROMPT, 0)
     for number, round_ in enumerate(example.rounds):
         if number:

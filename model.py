@@ -7,6 +7,7 @@ Nothing here knows about plans or spans: `see` (masks.py) says what each token s
 import json
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,10 @@ class ModelConfig:
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Qwen3); Llama has none")
 
     def __post_init__(self):
-        if self.d_model % self.n_head or self.n_head % self.n_kv_head or (self.d_model // self.n_head) % 2:
+        sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff
+        if min(sizes) < 1 or self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
             raise ValueError(
-                f"d_model {self.d_model} must be a multiple of n_head {self.n_head} with an even quotient, "
+                f"all sizes must be 1 or more, d_model {self.d_model} an even multiple of n_head {self.n_head}, "
                 f"and n_head a multiple of n_kv_head {self.n_kv_head}"
             )
 
@@ -176,6 +178,7 @@ def save_checkpoint(path, model, tokenizer, info, state=None, dtype=None):
     tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
     tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
     text = {"config": json.dumps(asdict(model.config)), "tokenizer": tokenizer.to_json(), "info": json.dumps(info)}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, f"{path}.part", text)
     os.replace(f"{path}.part", path)
 
@@ -191,6 +194,8 @@ def load_checkpoint(path, device="cpu"):
         weights = {name[6:]: value.float() for name, value in tensors.items() if name.startswith("model.")}
         model.load_state_dict(weights)
         info = json.loads(text["info"])
+        if tokenizer.vocab_size != model.config.vocab_size or not isinstance(info, dict):
+            raise ValueError("its tokenizer is not its model's, or nothing says how it was made")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: train one with `python train.py`, or see checkpoints/") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -249,7 +249,8 @@ class Sampler:
     def load(cls, path, config, device="cpu"):
         """From a checkpoint, which says how it was trained."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        return cls(model, tokenizer, config, info["train"]["attention"], info["train"]["method"])
+        trained = info.get("train", {})
+        return cls(model, tokenizer, config, trained.get("attention", "sparse"), trained.get("method", "planned"))
 
     @torch.inference_mode()
     def answer(self, prompts, watch=None):

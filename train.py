@@ -261,7 +261,7 @@ class Trainer:
         path = self.out / "checkpoint.safetensors"
         if path.exists():
             model, tokenizer, info, state = load_checkpoint(path, self.device)
-            old, new = info["train"], asdict(self.config)
+            old, new = info.get("train", {}), asdict(self.config)
             changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name] and name != "out"]
             if changed or model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
                 raise ValueError(f"{path} is of a run with another {'; '.join(changed) or 'model or tokenizer'}: "

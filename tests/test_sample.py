@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -305,8 +306,8 @@ def test_a_tiny_nucleus_is_greedy(planner, tokenizer):
 
 
 @torch.no_grad()
-def random_order_probabilities(model, tokenizer, prompt, name, slots, tokens):
-    """Exact probability of each content of a span of a plan without text, its slots drawn one by one in random order."""
+def order_probabilities(model, tokenizer, prompt, name, slots, tokens, orders):
+    """Exact probability of each content of a span, the only one of its plan, if slots are drawn one by one in one of `orders`."""
     layout = Layout()
     layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
     layout.write([tokenizer.topic, *name, tokenizer.length_id(1), tokenizer.topic_end], PLAN, 0)
@@ -321,7 +322,6 @@ def random_order_probabilities(model, tokenizer, prompt, name, slots, tokens):
 
     table = {c: given(c) for c in itertools.product((*tokens, tokenizer.mask), repeat=slots)}
     exact = dict.fromkeys(itertools.product(tokens, repeat=slots), 0.0)
-    orders = list(itertools.permutations(range(slots)))
     for content, order in itertools.product(exact, orders):
         p, state = 1 / len(orders), [tokenizer.mask] * slots
         for slot in order:
@@ -341,16 +341,17 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
     only_slots = only.index_fill(0, torch.tensor([name]), -999.0)
     model.logits = lambda hidden, n=None: logits(hidden, n) + (only if n is None else only_slots)[:n]
 
-    exact = random_order_probabilities(model, tokenizer, "", [name], 3, tokens)
-    assert sum(exact.values()) == pytest.approx(1)
     config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
-    drawn = dict.fromkeys(exact, 0)
-    for answer in Sampler(model, tokenizer, config).answer([""] * n):
-        drawn[tuple(answer.contents(answer.drafts[0].spans[0]))] += 1
-    chi2 = sum((drawn[c] - n * p) ** 2 / (n * p) for c, p in exact.items())
-    assert chi2 < 55, f"26 degrees of freedom exceed 55 in one of 1000 cases; here {chi2}"
-    left_to_right = {c: 0 for c in exact}  # and the test can tell one order from all
-    del left_to_right
+    drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Sampler(model, tokenizer, config).answer([""] * n))
+
+    def chi_square(orders):
+        exact = order_probabilities(model, tokenizer, "", [name], 3, tokens, orders)
+        assert sum(exact.values()) == pytest.approx(1) and drawn.keys() <= exact.keys()
+        return sum((drawn[content] - n * p) ** 2 / (n * p) for content, p in exact.items())
+
+    orders = list(itertools.permutations(range(3)))
+    assert chi_square(orders) < 55, "26 degrees of freedom exceed 55 once in 1000 cases"
+    assert min(chi_square([order]) for order in orders) > 110, "and this tells all orders from any single one"
 
 
 # ---------------------------------------------------------------- limits

@@ -1,0 +1,185 @@
+"""Checkpoints: whole or not at all, exact, and nothing in them is executed."""
+
+import json
+import os
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import OTTER, small_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from masks import (
+    Sequence,
+    encode_example,
+    make_batch,
+)
+from model import (
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from train import JointLoss, Optimizer, TrainConfig
+
+
+def trained(model, tokenizer, steps, optimizer=None):
+    """Run some updates of both optimizers on one fixed batch. Returns the optimizer."""
+    optimizer = optimizer or Optimizer(model, TrainConfig(steps=20, warmup=2))
+    batch = make_batch([Sequence(encode_example(OTTER, tokenizer))], [0], tokenizer, np.random.default_rng(0))
+    for step in steps:
+        model.zero_grad()
+        sum(JointLoss(model, tokenizer.pad + 1)(batch)).backward()
+        optimizer.step(step)
+    return optimizer
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """Path of a good checkpoint, and its model."""
+    model, path = small_model(tokenizer.vocab_size), tmp_path / "model.safetensors"
+    save_checkpoint(path, model, tokenizer, {"step": 3, "train": {"data": "tasks"}}, {"0.1.momentum": torch.ones(2, 3)})
+    return path, model
+
+
+def test_a_checkpoint_holds_model_tokenizer_info_and_state(saved, tokenizer):
+    path, model = saved
+    loaded, its_tokenizer, info, state = load_checkpoint(path)
+    assert loaded.config == model.config and info == {"step": 3, "train": {"data": "tasks"}}
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=0, atol=0)
+    assert its_tokenizer.tokens == tokenizer.tokens and its_tokenizer.unit == tokenizer.unit
+    assert list(state) == ["0.1.momentum"] and torch.equal(state["0.1.momentum"], torch.ones(2, 3))
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, tokenizer):
+    model = small_model(tokenizer.vocab_size)
+    optimizer = trained(model, tokenizer, range(3))
+    save_checkpoint(tmp_path / "c.safetensors", model, tokenizer, {}, optimizer.state())
+    trained(model, tokenizer, range(3, 5), optimizer)
+    again, _, _, state = load_checkpoint(tmp_path / "c.safetensors")
+    optimizer = Optimizer(again, TrainConfig(steps=20, warmup=2))
+    optimizer.load(state)
+    trained(again, tokenizer, range(3, 5), optimizer)
+    torch.testing.assert_close(weights(again), weights(model), rtol=0, atol=0)
+
+
+def test_float16_weights_halve_the_file_and_load_as_float32(saved, tokenizer, tmp_path):
+    _, model = saved
+    save_checkpoint(tmp_path / "half", model, tokenizer, {}, dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half").values()} == {torch.float16}
+    loaded, *_ = load_checkpoint(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before renaming"])
+def test_a_save_that_dies_in_the_middle_leaves_the_old_file_whole(saved, tokenizer, monkeypatch, moment):
+    path, _ = saved
+    before = path.read_bytes()
+
+    def die(*args):
+        if moment == "while writing":
+            with open(args[1], "wb") as file:
+                file.write(before[: len(before) // 2])
+        raise KeyboardInterrupt
+
+    if moment == "while writing":
+        monkeypatch.setattr(model_module, "save_file", die)
+    else:
+        monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, small_model(tokenizer.vocab_size, seed=1), tokenizer, {})
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    load_checkpoint(path)
+    save_checkpoint(path, small_model(tokenizer.vocab_size, seed=1), tokenizer, {"step": 4})
+    assert load_checkpoint(path)[2] == {"step": 4}, "what the dead save left does not stand in the way"
+
+
+def refused(path):
+    """The message of the CheckpointError that loading raises; it names the file."""
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
+    assert "train.py" in refused(tmp_path / "none.safetensors")
+
+
+def test_garbage_empty_and_truncated_files_are_not_checkpoints(saved, tmp_path):
+    path, _ = saved
+    whole = path.read_bytes()
+    for content in (b"", b"hello", b"\xff" * 1000, b"{}", np.random.default_rng(0).bytes(5000)):
+        (tmp_path / "bad").write_bytes(content)
+        refused(tmp_path / "bad")
+    for length in (1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "bad").write_bytes(whole[:length])
+        refused(tmp_path / "bad")
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    refused(tmp_path)
+
+
+def rewritten(path, out, tensors=None, **text):
+    """Write a checkpoint again with other tensors (a function of the old) or texts; None leaves a text out."""
+    with safe_open(path, "pt") as file:
+        text = {**file.metadata(), **text}
+    kept = load_file(path)
+    save_file(tensors(kept) if tensors else kept, out, {k: v for k, v in text.items() if v is not None})
+    return out
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "info"])
+@pytest.mark.parametrize("text", [None, "", "not JSON"])
+def test_a_checkpoint_without_one_of_its_texts_is_refused(saved, tmp_path, name, text):
+    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config", "[1, 2]"), ("config", '{"width": 3}'), ("config", '{"d_model": "wide"}'), ("config", '{"d_model": 30}'),
+    ("tokenizer", "[]"), ("tokenizer", '{"unit": 10}'), ("tokenizer", '{"unit": 10, "tokens": []}'),
+    ("tokenizer", '{"unit": 10, "tokens": [1]}'), ("tokenizer", '{"unit": 10, "tokens": ["?"]}'),
+])  # fmt: skip
+def test_a_checkpoint_with_another_config_or_tokenizer_format_is_refused(saved, tmp_path, name, text):
+    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+
+
+def test_wrong_missing_and_surplus_tensors_are_refused_by_name(saved, tmp_path):
+    path, name = saved[0], "model.blocks.1.down.weight"
+    without = lambda tensors: {n: t for n, t in tensors.items() if n != name}
+    assert name[6:] in refused(rewritten(path, tmp_path / "bad", without))
+    assert "32, 47" in refused(rewritten(path, tmp_path / "bad", lambda t: {**t, name: torch.zeros(32, 47)}))
+    assert "extra" in refused(rewritten(path, tmp_path / "bad", lambda t: {**t, "model.extra": torch.zeros(1)}))
+    wider = json.dumps({**asdict(saved[1].config), "d_model": 64})
+    assert "embedding.weight" in refused(rewritten(path, tmp_path / "bad", config=wider))
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_loading_a_pickle_is_refused_and_executes_nothing(tmp_path):
+    marker = tmp_path / "executed"
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious(marker)))
+    torch.save({"model": Malicious(marker)}, tmp_path / "zip.pt")
+    for name in ("raw.pt", "zip.pt"):
+        refused(tmp_path / name)
+        assert not marker.exists()
+    pickle.loads((tmp_path / "raw.pt").read_bytes())
+    assert marker.exists(), "the file is one that does harm when it is unpickled"

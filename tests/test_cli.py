@@ -1,0 +1,214 @@
+"""The commands as a user meets them: their help, their output, and what they say when something is wrong."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import SENTENCES, random_example, small_model
+from safetensors.torch import save_file
+
+from data import write_dataset
+from eval import EvalConfig
+from model import ModelConfig, save_checkpoint
+from sample import SampleConfig, Sampler
+from show import Screen
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = {"text", "rounds", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def files(tokenizer, tmp_path_factory):
+    """A folder with a data set, a checkpoint of a random model, and files that are no checkpoints."""
+    folder = tmp_path_factory.mktemp("cli")
+    examples = [random_example(seed, tokenizer) for seed in range(8)]
+    write_dataset(folder, {"train": examples, "val": examples[:2], "test": examples[:2]}, 256 + 74 + 40, 4)
+    model = small_model(tokenizer.vocab_size)
+    whole = folder / "model.safetensors"
+    save_checkpoint(whole, model, tokenizer, {"train": {"attention": "sparse", "method": "planned"}})
+    (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "text.safetensors").write_text("not a model")
+    save_file({"w": model.embedding.weight.detach()}, folder / "other.safetensors")
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, files):
+    """Run a script as the command line does: (exit code, stdout, stderr). An exception that escapes fails the test."""
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *(str(a).replace("FILES", str(files)) for a in args)])
+        monkeypatch.setenv("COLUMNS", "500")  # argparse then breaks no line
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code or 0
+            if isinstance(code, str):  # as Python does on its way out
+                print(code, file=sys.stderr)
+                code = 1
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    "script, classes",
+    [("train.py", (TrainConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("eval.py", (EvalConfig, SampleConfig))],
+)
+def test_help_shows_every_setting_with_its_default(cli, script, classes):
+    code, out, _ = cli(script, "--help")
+    assert code == 0
+    for f in (f for cls in classes for f in fields(cls) if "help" in f.metadata):
+        (line,) = (line for line in out.splitlines() if re.match(rf"  --{f.name}[ ,]", line))
+        assert f"{f.metadata['help']} (default: {f.default})" in line
+
+
+@pytest.mark.parametrize("script, options", [("demo.py", ("prompt", "data", "delay")), ("masks.py", ("attention",))])
+def test_help_of_the_small_scripts(cli, script, options):
+    code, out, _ = cli(script, "--help")
+    assert code == 0 and all(f"--{option}" in out for option in options)
+
+
+# ---------------------------------------------------------------- sample.py
+
+
+def test_json_is_one_object_a_prompt_with_the_answer_and_its_costs(cli):
+    args = ("--checkpoint", "FILES/model.safetensors", "--json", "--max_tokens", 20, "--prompt", "otter", "--prompt", "\u00e9\u2028x")
+    code, out, err = cli("sample.py", *args)
+    results = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
+    assert (code, err) == (0, "")
+    assert [r["prompt"] for r in results] == ["otter", "\u00e9\u2028x"]
+    for result in results:
+        assert RESULT <= result.keys()
+        assert all(isinstance(result[name], (int, float)) for name in RESULT - {"text", "rounds"})
+        assert isinstance(result["text"], str) and {"text", "plan", "spans"} == result["rounds"][0].keys()
+
+
+def test_piped_from_another_folder_it_prints_plain_text(files, tmp_path):
+    command = [sys.executable, ROOT / "sample.py", "--checkpoint", files / "model.safetensors", "--prompt", "otter", "--max_tokens", "20"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "otter" in done.stdout and "\x1b" not in done.stdout
+
+
+# ---------------------------------------------------------------- what is wrong is said in a line
+
+MODEL = ("--checkpoint", "FILES/model.safetensors")
+WRONG = [
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist", "train.py")),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/text.safetensors"), ("text.safetensors is not a checkpoint",)),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/cut.safetensors"), ("cut.safetensors is not a checkpoint",)),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/empty.safetensors"), ("empty.safetensors is not a checkpoint",)),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/other.safetensors"), ("other.safetensors is not a checkpoint",)),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES"), ("is not a checkpoint",)),
+    ("sample.py", ("--prompt", "x", *MODEL, "--steps_ratio", 0), ("steps_ratio is 0", "more than 0, at most 1")),
+    ("sample.py", ("--prompt", "x", *MODEL, "--order", "best"), ("best", "entropy, confidence, margin, random")),
+    ("sample.py", ("--prompt", "x", *MODEL, "--max_tokens", "many"), ("--max_tokens", "many")),
+    ("sample.py", ("--prompt", "x", *MODEL, "--device", "abacus"), ("abacus",)),
+    ("sample.py", (*MODEL,), ("--prompt",)),
+    ("eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
+    ("eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
+    ("eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
+    ("eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("top_p is 2",)),
+    ("train.py", ("--data", "FILES/none", "--out", "FILES/out"), ("none", "prepare.py")),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("8 examples", "batch of 9")),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 0), ("batch",)),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--accumulate", 0), ("accumulate",)),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--log_every", 0), ("log_every",)),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--init", "FILES/none"), ("none does not exist",)),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--n_head", 3), ("n_head 3",)),
+    ("train.py", ("--method", "magic"), ("--method magic", "planned, ar")),
+    ("train.py", ("--weight", "heavy"), ("--weight heavy", "uniform, elbo")),
+    ("train.py", ("--lr", "fast"), ("--lr", "fast")),
+    ("demo.py", ("--prompt", "x"), ("--prompt needs --data",)),
+]
+
+
+@pytest.mark.parametrize("script, args, said", WRONG, ids=[" ".join(map(str, (s, *a))) for s, a, _ in WRONG])
+def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, script, args, said):
+    code, out, err = cli(script, *args)
+    assert code not in (0, None) and out == ""
+    *usage, line = err.splitlines()
+    assert all(u.startswith(("usage:", " ")) for u in usage)
+    assert line.startswith(f"{script}: ")
+    for words in said:
+        assert words in line
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+class Terminal(io.StringIO):
+    """A terminal of `columns`: keeps the lines that are on it, obeying cursor up and erase below."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.lines, self.row, self.widest, self.redrawn = columns, [""], 0, 0, 0
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        for part in re.split(r"(\x1b\[\d+A|\x1b\[J|\x1b\[[\d;]*m|\n)", text):
+            if up := re.fullmatch(r"\x1b\[(\d+)A", part):
+                self.row, self.redrawn = self.row - int(up[1]), self.redrawn + 1
+                assert self.row >= 0
+            elif part == "\x1b[J":
+                self.lines[self.row :] = [""]
+            elif part == "\n":
+                self.row += 1
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif not part.startswith("\x1b"):
+                self.lines[self.row] += part
+                self.widest = max(self.widest, len(self.lines[self.row]))
+
+
+@pytest.fixture(scope="module")
+def drawn(tokenizer):
+    """A random model that plans."""
+    model = small_model(tokenizer.vocab_size, seed=2)
+    logits, plain = model.logits, [tokenizer.topic, tokenizer.length_id(2)]
+
+    def steered(hidden, n=None):
+        scores = logits(hidden, n)
+        if n is None:
+            scores[..., plain] += 6
+        return scores
+
+    model.logits = steered
+    return Sampler(model, tokenizer, SampleConfig(max_tokens=60))
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+@pytest.mark.parametrize("prompt", [SENTENCES[0], "", "long" * 40])
+def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn, columns, prompt):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((columns, 50)))
+    terminal = Terminal(columns)
+    (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
+    assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1
+    assert sum(line.strip().startswith("prompt") for line in terminal.lines) == 1, "the last frame alone is left"
+    assert "____" not in "".join(terminal.lines)
+    assert terminal.widest <= columns
+
+
+def test_piped_frames_are_few_and_plain(drawn):
+    stream = io.StringIO()
+    (answer,) = drawn.answer([SENTENCES[0]], watch=Screen(stream, delay=9))
+    frames = stream.getvalue().count("-- after")
+    assert 2 <= frames < answer.plan_passes + answer.denoise_passes
+    assert "____" in stream.getvalue() and "____" not in stream.getvalue().rpartition("-- after")[2]
+    assert "\x1b" not in stream.getvalue()

@@ -1,0 +1,438 @@
+"""The joint loss against a naive loop, the batches, the optimizer, and runs that are interrupted, split or resumed."""
+
+import copy
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_example, small_model
+
+import train
+from data import Example, write_dataset
+from masks import IGNORE, SLOT, Batch, Sequence, encode_example, make_batch
+from model import ModelConfig
+from sample import SampleConfig, Sampler
+from tags import Round, Span, Tokenizer
+from train import Batches, JointLoss, Log, Muon, Optimizer, TrainConfig, Trainer, counts, orthogonalize, validate
+
+SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
+
+
+def examples(tokenizer, n, first=0, **fixed):
+    return [random_example(seed, tokenizer, **fixed) for seed in range(first, first + n)]
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer):
+    return [Sequence(encode_example(e, tokenizer)) for e in examples(tokenizer, 12)]
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A data set of 22 examples."""
+    path = tmp_path_factory.mktemp("data")
+    made = examples(tokenizer, 22)
+    write_dataset(path, {"train": made[:16], "val": made[16:]}, 256 + 74 + 40, 4)
+    return path
+
+
+def noised(sequences, tokenizer, weight="elbo", seed=0):
+    rng = np.random.default_rng(seed)
+    return make_batch(sequences, [int(rng.integers(s.n_rounds)) for s in sequences], tokenizer, rng, weight)
+
+
+# ---------------------------------------------------------------- loss
+
+
+@torch.no_grad()
+def naive_loss(model, batch, pad):
+    """Position by position: plan and text over the whole vocabulary, slots over text and [PAD], weighted."""
+    logits = model.logits(model(batch.token, batch.position, batch.see))
+    plan = span = 0.0
+    for b, t in (batch.target != IGNORE).nonzero().tolist():
+        target = batch.target[b, t]
+        if batch.in_span[b, t]:
+            span -= float(logits[b, t, : pad + 1].log_softmax(-1)[target] * batch.weight[b, t])
+        else:
+            plan -= float(logits[b, t].log_softmax(-1)[target])
+    return plan, span
+
+
+@pytest.mark.parametrize("weight", ["elbo", "uniform"])
+def test_the_joint_loss_equals_a_loop_over_positions(model, tokenizer, sequences, weight):
+    batch = noised(sequences[:6], tokenizer, weight)
+    plan, span = JointLoss(model, tokenizer.pad + 1)(batch)
+    assert (float(plan), float(span)) == pytest.approx(naive_loss(model, batch, tokenizer.pad), rel=1e-5)
+
+
+def test_a_slots_weight_never_touches_the_plan_loss(model, tokenizer, sequences):
+    batch = noised(sequences[:6], tokenizer)
+    loss = JointLoss(model, tokenizer.pad + 1)
+    plan, span = loss(batch)
+    batch.weight *= 7
+    assert loss(batch)[0].item() == plan.item()
+    assert loss(batch)[1].item() == pytest.approx(7 * span.item(), rel=1e-5)
+
+
+def test_plan_and_spans_are_counted_apart(tokenizer, sequences):
+    batch = noised(sequences, tokenizer)
+    plan = [t for row, spans in zip(batch.target.tolist(), batch.in_span.tolist()) for t, s in zip(row, spans) if not s and t >= 0]
+    masked = int((batch.token == tokenizer.mask).sum())
+    assert counts(batch, "elbo").tolist() == [len(plan), int(batch.in_span.sum())]
+    assert counts(batch, "uniform").tolist() == [len(plan), masked]
+    assert masked < int(batch.in_span.sum())
+
+
+def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_path):
+    """The gradient that the optimizer gets is that of plan + span_weight x span."""
+    trainer = make(folder, tmp_path, span_weight=0.3, clip=1e9)
+    reference = copy.deepcopy(trainer.model)
+    batch = make_batch(*trainer.batches[0], trainer.tokenizer, np.random.default_rng([0, 0, 0]), "uniform")
+    plan, span = torch.stack(JointLoss(reference, trainer.tokenizer.pad + 1)(batch)) / counts(batch, "uniform")
+    (plan + 0.3 * span).backward()
+    grads = []
+    trainer.optimizer.step = lambda step: grads.extend(p.grad.clone() for p in trainer.model.parameters())
+    assert trainer.update()[:2] == pytest.approx((plan.item(), span.item()), rel=1e-5)
+    for grad, p in zip(grads, reference.parameters()):
+        torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def test_the_plan_nll_is_that_of_the_clean_sequences_each_round_counted_once(model, tokenizer, sequences):
+    total, n = 0.0, 0
+    for s in sequences:
+        logits = model.logits(model(*(torch.from_numpy(x)[None] for x in (s.token, s.position, s.see))))[0]
+        for i in np.flatnonzero(s.next != IGNORE):
+            total, n = total - float(logits[i].log_softmax(-1)[s.next[i]]), n + 1
+    assert max(s.n_rounds for s in sequences) > 2
+    assert validate(JointLoss(model, tokenizer.pad + 1), sequences, tokenizer)[0] == pytest.approx(total / n, rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_elbo_of_a_span_of_one_slot_is_its_likelihood_within_its_standard_error(model, tokenizer):
+    tokenizer = Tokenizer(tokenizer.tokens, unit=1)
+    made = [Example(p, (Round("", (Span("food", "otter"[n], 1),)),)) for n, p in enumerate(("the", "its play", "", "in"))]
+    sequences, exact = [Sequence(encode_example(e, tokenizer)) for e in made], []
+    for s in sequences:
+        (slot,) = np.flatnonzero(s.kind == SLOT)
+        token = torch.from_numpy(np.where(s.kind == SLOT, tokenizer.mask, s.token))[None]
+        hidden = model(token, torch.from_numpy(s.position)[None], torch.from_numpy(s.see)[None])[0, slot]
+        exact.append(-float(model.logits(hidden, tokenizer.pad + 1).log_softmax(-1)[s.token[slot]]))
+    loss = JointLoss(model, tokenizer.pad + 1)
+    errors = []
+    for draws in (100, 400):
+        _, span, error = validate(loss, sequences, tokenizer, draws=draws)
+        assert abs(span - np.mean(exact)) < 4 * error
+        errors.append(error)
+    assert errors[1] < 0.8 * errors[0] < 0.2 * np.mean(exact), "falls about as 1 / sqrt(draws)"
+    assert math.isnan(validate(loss, sequences, tokenizer)[2]), "one draw tells no error"
+
+
+# ---------------------------------------------------------------- batches
+
+
+def stub(n, *targets):
+    """As much of a Sequence as Batches asks: its length and how many targets each round has."""
+    return SimpleNamespace(n_rounds=len(targets), targets_in=lambda r: targets[r], stop=lambda r: n)
+
+
+@pytest.mark.parametrize("n, size", [(12, 3), (13, 3), (32, 2), (5, 5)])
+def test_an_epoch_shows_each_example_once(n, size):
+    made = [stub(10 + i, 1) for i in range(n)]
+    batches, orders = Batches(made, size, seed=1), []
+    for epoch in range(3):
+        orders.append([made.index(s) for i in range(n // size) for s in batches[epoch * (n // size) + i][0]])
+        assert len(set(orders[-1])) == len(orders[-1]) == n // size * size
+    assert orders[0] != orders[1] or n == size
+
+
+def test_a_micro_batch_is_a_function_of_its_number(sequences):
+    def at(batches, number):
+        picked, rounds = batches[number]
+        return [id(s) for s in picked], rounds
+
+    one = Batches(sequences, 2, seed=3)
+    expected = [at(one, i) for i in range(20)]
+    assert [at(Batches(sequences, 2, seed=3), i) for i in range(20)] == expected
+    assert [at(one, i) for i in reversed(range(20))] == expected[::-1]
+    assert [at(Batches(sequences, 2, seed=4), i) for i in range(20)] != expected
+
+
+def test_rounds_are_picked_in_proportion_to_what_they_predict():
+    batches, n = Batches([stub(10, 2, 0, 30, 8)], 1, seed=0), 2000
+    picked = Counter(batches[i][1][0] for i in range(n))
+    assert picked[1] == 0
+    for round_, share in ((0, 0.05), (2, 0.75), (3, 0.2)):
+        assert abs(picked[round_] / n - share) < 4 * (share * (1 - share) / n) ** 0.5
+
+
+def test_little_of_a_batch_is_padding():
+    rng = np.random.default_rng(0)
+    batches = Batches([stub(n, 1) for n in rng.integers(10, 200, 512).tolist()], 8, seed=0)
+    lengths = np.array([[s.stop(0) for s in batches[i][0]] for i in range(64)])
+    assert 1 - lengths.mean() / lengths.max(axis=1).mean() < 0.1, "in random order it is 0.43"
+
+
+def test_too_few_examples_for_a_batch_are_refused():
+    with pytest.raises(ValueError, match="2 examples.*batch of 3"):
+        Batches([stub(5, 1)] * 2, 3, 0)
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_orthogonalize_keeps_singular_vectors_and_makes_singular_values_about_1(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.01
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    core = u.T @ orthogonalize(g) @ v.T
+    large = s > 0.02 * s.max()  # five steps lift a share of 0.02 and more
+    assert ((0.6 < core.diag()) & (core.diag() < 1.25))[large].all()
+    assert (core - core.diag().diag()).abs().max() < 1e-3
+
+
+def test_muon_moves_tall_matrices_further_and_pulls_weights_to_zero():
+    for rows, decay in ((8, 0.0), (32, 0.0), (8, 0.5)):
+        p = torch.nn.Parameter(torch.ones(rows, 8))
+        before, p.grad = p.detach().clone(), torch.randn(rows, 8, generator=torch.Generator().manual_seed(1))
+        Muon([p], lr=0.1, weight_decay=decay).step()
+        expected = before * (1 - 0.1 * decay) - 0.1 * (rows / 8) ** 0.5 * orthogonalize(p.grad)
+        torch.testing.assert_close(p.detach(), expected)
+
+
+def test_the_rates_rise_for_warmup_updates_and_then_fall_to_zero():
+    model = small_model(20, n_layer=1)
+    model.embedding.weight.sum().backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = Optimizer(model, TrainConfig(lr=0.5, adam_lr=0.1, steps=10, warmup=4))
+    rates = []
+    for step in range(10):
+        optimizer.step(step)
+        rates.append([part.param_groups[0]["lr"] for part in optimizer.parts])
+    share = np.array([0.25, 0.5, 0.75, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    np.testing.assert_allclose(rates, np.outer(share, [0.5, 0.1]))
+
+
+def test_the_optimizers_state_survives_saving(tokenizer):
+    config = TrainConfig(steps=20, warmup=0, weight_decay=0.1)
+    models = [small_model(30, n_layer=1) for _ in range(2)]
+    optimizers = [Optimizer(m, config) for m in models]
+    for step in range(5):
+        if step == 3:  # the second goes on from what the first one saved
+            models[1].load_state_dict(models[0].state_dict())
+            optimizers[1].load({name: value.clone() for name, value in optimizers[0].state().items()})
+        for model, optimizer in list(zip(models, optimizers))[: 1 if step < 3 else 2]:
+            for n, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
+            optimizer.step(step)
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def settings(folder, out, **changed):
+    few = dict(data=str(folder), out=str(out), batch=2, steps=12, warmup=2, validate_every=4, log_every=1)
+    return TrainConfig(**{**few, **changed})
+
+
+def make(folder, out, **changed):
+    return Trainer(settings(folder, out, **changed), ModelConfig(**SHAPE))
+
+
+def losses(out):
+    """log.csv without its clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((out / "log.csv").open())]
+
+
+def command(folder, out, **changed):
+    """The same run as a command line."""
+    options = {**vars(settings(folder, out, **changed)), **SHAPE}
+    return [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
+
+
+@pytest.fixture(scope="module", params=["planned", "ar"])
+def whole(request, folder, tmp_path_factory):
+    """A run of 12 updates without interruption: (method, losses)."""
+    out = tmp_path_factory.mktemp("whole")
+    make(folder, out, method=request.param).run()
+    return request.param, losses(out)
+
+
+def interrupt(trainer, step, how):
+    """Let something happen in a run's update number `step`."""
+    update = trainer.update
+
+    def interrupted():
+        if trainer.step == step:
+            how()
+        return update()
+
+    trainer.update = interrupted
+    trainer.run()
+
+
+def test_a_run_logs_its_losses_and_leaves_its_weights(whole):
+    method, rows = whole
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert [bool(row["val_plan"]) for row in rows] == [step % 4 == 0 for step in range(1, 13)]
+    assert all((float(row["span"]) == 0) == (method == "ar") for row in rows)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 8])
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(whole, folder, tmp_path, step):
+    method, expected = whole
+    interrupt(make(folder, tmp_path, method=method), step, lambda: signal.raise_signal(signal.SIGINT))
+    assert len(losses(tmp_path)) == step + 1, "the update in progress is finished and saved"
+    make(folder, tmp_path, method=method).run()
+    assert losses(tmp_path) == expected
+
+
+class Crash(BaseException):
+    """Ends a run on the spot, as a power cut would."""
+
+
+@pytest.mark.parametrize("steps", [(2,), (4,), (7,), (11,), (5, 9), (6, 5, 4)])
+def test_a_run_that_crashes_between_checkpoints_goes_on_as_if_it_had_not(whole, folder, tmp_path, steps):
+    def crash():
+        raise Crash
+
+    method, expected = whole
+    for step in steps:
+        with pytest.raises(Crash):
+            interrupt(make(folder, tmp_path, method=method), step, crash)
+    make(folder, tmp_path, method=method).run()
+    assert losses(tmp_path) == expected
+
+
+SLOW = "import sys, time, train; u = train.Trainer.update; train.Trainer.update = lambda t: (time.sleep(0.1), u(t))[1]; train.main()"
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(whole, folder, tmp_path):
+    method, expected = whole
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *command(folder, tmp_path, method=method)],
+                               cwd=train.__file__.rpartition(os.sep)[0], stdout=subprocess.DEVNULL)  # fmt: skip
+    log, deadline = tmp_path / "log.csv", time.time() + 120
+    while process.poll() is None and time.time() < deadline and not (log.exists() and log.read_text().count("\n") > 6):
+        time.sleep(0.01)
+    time.sleep(0.1 * np.random.default_rng().random())
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    make(folder, tmp_path, method=method).run()
+    assert losses(tmp_path) == expected
+
+
+def test_the_log_of_a_resumed_run_is_whole_from_its_first_moment(tmp_path):
+    path = tmp_path / "log.csv"
+    log = Log(path, 0)
+    for step in (1, 2, 3):
+        log.write(dict(step=step, plan=1.0, span=2.0))
+    resumed = Log(path, 2)  # noqa: F841  (it stays open, as that of a run that is killed)
+    assert [row["step"] for row in losses(tmp_path)] == ["1", "2"]
+
+
+def test_the_log_is_the_same_when_a_run_stops_between_two_of_its_lines(folder, tmp_path):
+    rows = []
+    for name, stop in (("whole", None), ("stopped", 5)):
+        run = dict(log_every=4)
+        if stop:
+            interrupt(make(folder, tmp_path / name, **run), stop, lambda: signal.raise_signal(signal.SIGINT))
+        make(folder, tmp_path / name, **run).run()
+        rows.append(losses(tmp_path / name))
+    assert rows[0] == rows[1]
+
+
+def test_a_finished_run_does_nothing_more(whole, folder, tmp_path):
+    make(folder, tmp_path, steps=2).run()
+    before = losses(tmp_path), (tmp_path / "model.safetensors").read_bytes()
+    make(folder, tmp_path, steps=2).run()
+    assert (losses(tmp_path), (tmp_path / "model.safetensors").read_bytes()) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
+    make(folder, tmp_path, steps=1).run()
+    with pytest.raises(ValueError, match=r"lr was 0.005, is 0.1.*another --out"):
+        make(folder, tmp_path, steps=1, lr=0.1)
+    with pytest.raises(ValueError, match="model"):
+        Trainer(settings(folder, tmp_path, steps=1), ModelConfig(**{**SHAPE, "n_layer": 2}))
+
+
+def merged(parts, pad):
+    """Micro-batches as one batch."""
+    width = max(part.token.shape[1] for part in parts)
+    fill = dict(token=pad, position=0, see=0, target=IGNORE, in_span=False, weight=1.0)
+    columns = {}
+    for name, value in fill.items():
+        made = []
+        for part in parts:
+            x = getattr(part, name)
+            more = torch.full((x.shape[0], width - x.shape[1], *x.shape[2:]), value, dtype=x.dtype)
+            if name == "see":
+                more[..., 0] = 1
+            made.append(torch.cat([x, more], dim=1))
+        columns[name] = torch.cat(made)
+    return Batch(**columns, n_tokens=sum(part.n_tokens for part in parts))
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
+    trainer = make(folder, tmp_path, accumulate=3, weight=weight)
+    model = copy.deepcopy(trainer.model)
+    parts = [make_batch(*trainer.batches[i], trainer.tokenizer, np.random.default_rng([0, 0, i]), weight) for i in range(3)]
+    batch = merged(parts, trainer.tokenizer.pad)
+    sums = torch.stack(JointLoss(model, trainer.tokenizer.pad + 1)(batch)) / counts(batch, weight)
+    sums.sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    Optimizer(model, trainer.config).step(0)
+    assert trainer.update()[:2] == pytest.approx(sums.tolist(), rel=1e-5)
+    for a, b in zip(trainer.model.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_train_as_one_does(folder, tmp_path):
+    run = dict(accumulate=2, steps=6)
+    make(folder, tmp_path / "one", **run).run()
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
+                    *command(folder, tmp_path / "two", **run)], check=True, capture_output=True, timeout=300,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert [float(x or 0) for x in a.values()] == pytest.approx([float(x or 0) for x in b.values()], abs=1e-4)
+
+
+# ---------------------------------------------------------------- from end to end
+
+LEARNT = (
+    Example("otter", (Round("", (Span("habitat", "Rivers and lakes."), Span("food", "It eats fish."))), Round("In short: an animal."))),
+    Example("kitchen", (Round("Here:", (Span("tips", "sharpen the knife"), Span("rest", "rest the dough"))),)),
+    Example("play", (Round("The otter swims."),)),
+    Example("lakes", (Round("", (Span("play", ""), Span("coasts", "marshes"))), Round("", (Span("food", "crabs, frogs"),)))),
+)
+
+
+def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
+    write_dataset(tmp_path, {"train": LEARNT, "val": LEARNT}, 256 + 74 + 40, 4)
+    config = settings(tmp_path, tmp_path / "run", batch=4, accumulate=2, steps=150, warmup=10, lr=0.02, adam_lr=0.01,
+                      validate_every=150, log_every=10)  # fmt: skip
+    Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128)).run()
+    rows = losses(tmp_path / "run")
+    assert float(rows[-1]["plan"]) < 0.1 * float(rows[0]["plan"]) and float(rows[-1]["span"]) < 0.1 * float(rows[0]["span"])
+    sampler = Sampler.load(tmp_path / "run" / "model.safetensors", SampleConfig(max_tokens=120))
+    for example, answer in zip(LEARNT, sampler.answer([e.prompt for e in LEARNT])):
+        made = [Round(r.text, tuple(Span(s.topic, s.text) for s in r.spans)) for r in answer.rounds()]
+        assert tuple(made) == example.rounds
