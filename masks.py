@@ -176,13 +176,13 @@ class Batch:
         return Batch(**tensors, n_tokens=self.n_tokens)
 
 
-def make_batch(sequences, rounds, tokenizer, rng, weight="elbo"):
+def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
     """Noise one round of each sequence: what is before it is clean, what follows is cut off (method: history is clean).
 
     Each span (each round, if dense) draws t ~ U(0, 1], stratified over the batch; each of its slots
     becomes [MASK] with probability t and then predicts itself. `weight`: "elbo" weighs a slot by
     1/t, which makes the sum the negative ELBO of masked diffusion (MDLM, arXiv 2406.07524, eq. 10);
-    "uniform" by 1. `rng`: numpy Generator.
+    "uniform" by 1. With `t_min` above 0, t ~ U(t_min, 1]. `rng`: numpy Generator.
     """
     stops = [s.stop(r) for s, r in zip(sequences, rounds)]
     shape = (len(sequences), max(stops))
@@ -201,7 +201,7 @@ def make_batch(sequences, rounds, tokenizer, rng, weight="elbo"):
     _, draw = np.unique(group[slots], return_inverse=True)
     n = draw.max(initial=-1) + 1
     t = (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)  # one draw in each of n equal parts of (0, 1]
-    t = t[draw]
+    t = (t_min + (1 - t_min) * t)[draw]
     masked = rng.random(len(t)) < t
     batch.target[slots] = np.where(masked, batch.token[slots], IGNORE)
     batch.token[slots] = np.where(masked, tokenizer.mask, batch.token[slots])

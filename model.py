@@ -27,7 +27,7 @@ class ModelConfig:
     vocab_size: int = 2048  # comes from the data set's tokenizer
     n_layer: int = setting(6, "transformer blocks")
     n_head: int = setting(4, "attention heads")
-    n_kv_head: int = setting(2, "heads of keys and values, each shared by n_head / n_kv_head query heads")
+    n_kv_head: int = setting(4, "heads of keys and values, each shared by n_head / n_kv_head query heads")
     d_model: int = setting(128, "width of the residual stream")
     d_ff: int = setting(384, "hidden size of SwiGLU")
     rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi")

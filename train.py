@@ -48,6 +48,7 @@ class TrainConfig:
     batch: int = setting(8, "sequences a micro-batch")
     accumulate: int = setting(1, "micro-batches an update, over all processes")
     weight: str = setting("uniform", "weight of a slot's loss: uniform, or elbo (1/t)")
+    t_min: float = setting(0.0, "smallest share of slots masked; above 0 more of a span is masked, but 1/t is no ELBO")
     span_weight: float = setting(1.0, "weight of the span loss beside the plan loss")
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)")
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)")
@@ -293,7 +294,7 @@ class Trainer:
         c = self.config
         mine = range(self.rank, c.accumulate, self.world)
         made = [make_batch(*self.batches[self.step * c.accumulate + i], self.tokenizer,
-                           np.random.default_rng([c.seed, self.step, i]), c.weight).to(self.device) for i in mine]  # fmt: skip
+                           np.random.default_rng([c.seed, self.step, i]), c.weight, c.t_min).to(self.device) for i in mine]  # fmt: skip
         sizes = torch.tensor([[b.n_tokens, b.token.numel()] for b in made], dtype=torch.double, device=self.device).sum(0)
         total = torch.cat([sum(counts(b, c.weight) for b in made), sizes])
         if self.world > 1:

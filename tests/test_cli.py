@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -72,9 +70,9 @@ def cli(monkeypatch, capsys, files):
 def test_help_shows_every_setting_with_its_default(cli, script, classes):
     code, out, _ = cli(script, "--help")
     assert code == 0
+    words = " ".join(out.split())
     for f in (f for cls in classes for f in fields(cls) if "help" in f.metadata):
-        (line,) = (line for line in out.splitlines() if re.match(rf"  --{f.name}[ ,]", line))
-        assert f"{f.metadata['help']} (default: {f.default})" in line
+        assert f" --{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
 
 
 @pytest.mark.parametrize("script, options", [("demo.py", ("prompt", "data", "delay")), ("masks.py", ("attention",))])
@@ -196,7 +194,8 @@ def drawn(tokenizer):
 @pytest.mark.parametrize("columns", [40, 100])
 @pytest.mark.parametrize("prompt", [SENTENCES[0], "", "long" * 40])
 def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn, columns, prompt):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((columns, 50)))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "50")
     terminal = Terminal(columns)
     (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
     assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1

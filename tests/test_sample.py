@@ -14,7 +14,7 @@ from sample import ORDERS, SampleConfig, Sampler
 from tags import EOS, TAGS, Grammar, Tokenizer, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
-CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=6.0)  # logits added, so that plans of several rounds come about
+CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)  # logits added, so that plans of several rounds come about
 
 
 def steered(tokenizer, seed=0, scale=0.7, lengths=3, **bias):
@@ -213,9 +213,9 @@ def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_s
     """A span fills alone, so its first pass shows the rule: all that are sure enough, or else the surest."""
     config = SampleConfig(max_tokens=30, threshold=threshold)
     answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
-    y, first = answer.layout, answer.drafts[0].spans[0][0]
-    tokens = [Token(i if k != SLOT else tokenizer.mask, 0, 0 if n >= first else None) for n, (i, k) in enumerate(zip(y.token, y.kind))]
-    slots = [n for n, kind in enumerate(y.kind) if kind == SLOT]
+    y = answer.layout
+    tokens = [Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s) for i, k, s in zip(y.token, y.kind, y.span)]
+    slots = [n for n in range(*answer.drafts[0].spans[0]) if y.kind[n] == SLOT]
     best = one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
     filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
     assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_example, small_model
+from conftest import WORDS, random_example, small_model
 
 import train
 from data import Example, write_dataset
@@ -70,8 +70,8 @@ def naive_loss(model, batch, pad):
 @pytest.mark.parametrize("weight", ["elbo", "uniform"])
 def test_the_joint_loss_equals_a_loop_over_positions(model, tokenizer, sequences, weight):
     batch = noised(sequences[:6], tokenizer, weight)
-    plan, span = JointLoss(model, tokenizer.pad + 1)(batch)
-    assert (float(plan), float(span)) == pytest.approx(naive_loss(model, batch, tokenizer.pad), rel=1e-5)
+    sums = torch.stack(JointLoss(model, tokenizer.pad + 1)(batch))
+    assert sums.tolist() == pytest.approx(naive_loss(model, batch, tokenizer.pad), rel=1e-5)
 
 
 def test_a_slots_weight_never_touches_the_plan_loss(model, tokenizer, sequences):
@@ -123,7 +123,8 @@ def test_the_plan_nll_is_that_of_the_clean_sequences_each_round_counted_once(mod
 @torch.no_grad()
 def test_the_elbo_of_a_span_of_one_slot_is_its_likelihood_within_its_standard_error(model, tokenizer):
     tokenizer = Tokenizer(tokenizer.tokens, unit=1)
-    made = [Example(p, (Round("", (Span("food", "otter"[n], 1),)),)) for n, p in enumerate(("the", "its play", "", "in"))]
+    words = [w for w in dict.fromkeys(WORDS) if len(tokenizer.encode(w)) == 1][:4]
+    made = [Example(w, (Round("", (Span("food", word, 1),)),)) for w, word in zip(WORDS, words)]
     sequences, exact = [Sequence(encode_example(e, tokenizer)) for e in made], []
     for s in sequences:
         (slot,) = np.flatnonzero(s.kind == SLOT)
@@ -290,7 +291,7 @@ def test_a_run_logs_its_losses_and_leaves_its_weights(whole):
     method, rows = whole
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert [bool(row["val_plan"]) for row in rows] == [step % 4 == 0 for step in range(1, 13)]
-    assert all((float(row["span"]) == 0) == (method == "ar") for row in rows)
+    assert any(float(row["span"]) for row in rows) == (method == "planned")
 
 
 @pytest.mark.parametrize("step", [0, 3, 5, 8])
@@ -404,13 +405,13 @@ def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
 
 
 def test_two_processes_train_as_one_does(folder, tmp_path):
-    run = dict(accumulate=2, steps=6)
+    run = dict(accumulate=2, steps=4)
     make(folder, tmp_path / "one", **run).run()
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
                     *command(folder, tmp_path / "two", **run)], check=True, capture_output=True, timeout=300,
                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == 6
+    assert len(one) == len(two) == 4
     for a, b in zip(one, two):
         assert [float(x or 0) for x in a.values()] == pytest.approx([float(x or 0) for x in b.values()], abs=1e-4)
 
@@ -418,7 +419,7 @@ def test_two_processes_train_as_one_does(folder, tmp_path):
 # ---------------------------------------------------------------- from end to end
 
 LEARNT = (
-    Example("otter", (Round("", (Span("habitat", "Rivers and lakes."), Span("food", "It eats fish."))), Round("In short: an animal."))),
+    Example("habitat", (Round("", (Span("habitat", "Rivers and lakes."), Span("food", "It eats fish."))), Round("In short: an animal."))),
     Example("kitchen", (Round("Here:", (Span("tips", "sharpen the knife"), Span("rest", "rest the dough"))),)),
     Example("play", (Round("The otter swims."),)),
     Example("lakes", (Round("", (Span("play", ""), Span("coasts", "marshes"))), Round("", (Span("food", "crabs, frogs"),)))),
@@ -427,7 +428,7 @@ LEARNT = (
 
 def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
     write_dataset(tmp_path, {"train": LEARNT, "val": LEARNT}, 256 + 74 + 40, 4)
-    config = settings(tmp_path, tmp_path / "run", batch=4, accumulate=2, steps=150, warmup=10, lr=0.02, adam_lr=0.01,
+    config = settings(tmp_path, tmp_path / "run", batch=4, steps=150, warmup=10, lr=0.02, adam_lr=0.01,
                       validate_every=150, log_every=10)  # fmt: skip
     Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128)).run()
     rows = losses(tmp_path / "run")

@@ -71,39 +71,44 @@ SYLLABLES = "va le ri mo du ka se ni to bu ga fe li zo pu ha re mi so tu ja ne d
 # --- Templates: one a topic, so that a span needs its topic and the prompt, not the other spans. ---
 
 FACTS = {
-    "river": "In the middle of {town} runs a river called the {value}, which passes under three old "
-             "bridges of stone before it turns south and leaves the town by the lower gate.",
-    "ruler": "All the people of {town} obey one {value}, who lives in the great house on the hill, "
-             "hears every complaint on the first day of the week and never wears a crown.",
-    "food": "On the long tables of {town} there is always {value} pie, served hot with fresh cream, "
-            "and no guest may leave before it is gone.",
-    "animal": "Above the gate of {town} hangs a picture of the local {value}, the animal that woke "
-              "the guards one night before the flood came.",
-    "craft": "Since the days of the first families {town} has been known for its {value}, a craft "
-             "that parents teach their children at home as soon as small hands are strong enough to help.",
-    "festival": "Once in every year {town} holds the great {value} festival, when the shops close at "
-                "noon, the band plays until midnight and even the oldest neighbours come out to watch.",
+    "river": "In the middle of {town} runs a river called the {value}, and the {value} passes under three old "
+             "bridges of stone before it turns south and leaves {town} by the lower gate.",
+    "ruler": "All the people of {town} obey one {value}, because the {value} lives in the great house on the "
+             "hill, hears every complaint and never wears a crown on the streets of {town}.",
+    "food": "On the long tables of {town} there is always {value} pie, for {value} pie served hot with fresh "
+            "cream is what no guest of {town} may refuse.",
+    "animal": "Above the gate of {town} hangs a picture of the local {value}, because this {value} woke the "
+              "guards of {town} one night before the flood came.",
+    "craft": "Since the days of the first families {town} has been known for its {value}, and {value} is what "
+             "parents in {town} teach their children as soon as small hands are strong enough to help.",
+    "festival": "Once in every year {town} holds the great {value} festival, and for the {value} festival all "
+                "shops of {town} close at noon while the band plays until midnight.",
 }
 LOOKUPS = {
-    "room": "If somebody should ring the front door and ask where to go, the answer is to walk along "
-            "the corridor as far as the {value}, because that is the place of {name}.",
-    "job": "Every day from early in the morning until late in the afternoon there is work to be done, "
-           "and on the card beside the door one reads the word {value} under {name}.",
-    "pet": "One small friend waits behind the window each evening, hears the steps on the stairs, "
-           "and this is the {value} that lives with {name}.",
-    "city": "On the map that hangs between the two shelves a little pin marks the right spot, so that "
-            "all letters and parcels travel safely to {value} when they are meant for {name}.",
+    "room": "If somebody should ring the front door and ask for {name}, the answer is to walk along the "
+            "corridor as far as the {value}, because the {value} is the right place.",
+    "job": "Every day from early in the morning until late in the afternoon {name} works hard as {value}, and "
+           "the word {value} stands on the card beside the door.",
+    "pet": "One small friend waits behind the window each evening and hears the steps of {name} on the stairs: "
+           "it is the {value}, for no {value} likes to be alone at night.",
+    "city": "On the map that hangs between the two shelves a little pin marks {value}, so that all letters and "
+            "parcels for {name} travel safely to {value}.",
+    "food": "When {name} comes home hungry on a winter evening there is always some {value} soup on the table, "
+            "since {value} soup is soon made and keeps everybody warm.",
+    "tool": "In the shed behind the house of {name} the {value} hangs on the first nail, because the {value} is "
+            "needed on almost every day of the week.",
 }
-TRANSFORMS = {  # topic: (template, what becomes of one word)
-    "plurals": ("When there is more than one of each thing the nouns change their form a little, and "
-                "so in the same order as before we now write {words}.", PLURALS.get),
-    "initials": ("Looking only at the very beginning of each word and leaving away all that comes "
-                 "after it, we find these letters from left to right: {words}.", lambda word: word[0]),
-    "endings": ("Reading each word up to its end and keeping the final sign, we get {words}.", lambda word: word[-1]),
-    "lengths": ("To know how long the words are we count their letters with one finger on the page, "
-                "and the numbers are {words}.", lambda word: NUMBERS[len(word)]),
-    "kinds": ("Each of these words belongs to a larger group of things in the world, and if we name "
-              "only the group for each of them we get {words}.", KINDS.get),
+TRANSFORMS = {  # topic: (template, what becomes of the word)
+    "plural": ("When there is more than one {word} the noun changes its form a little, and so for two or three "
+               "of them we write {value}, since {value} is the plural.", PLURALS.get),
+    "initial": ("Looking only at the very beginning of the word {word} and leaving away all that comes after "
+                "it, we find the letter {value}, and so {value} is what we write down.", lambda word: word[0]),
+    "ending": ("Reading the word {word} from left to right up to its end and keeping nothing but the final "
+               "letter, we get {value}, and so {value} is what we write down.", lambda word: word[-1]),
+    "length": ("To know how long {word} is we count its letters with one finger on the page, and the number is "
+               "{value}, so there are {value} letters in all.", lambda word: NUMBERS[len(word)]),
+    "kind": ("The word {word} belongs to a larger group of things in the world, and if we name only the group "
+             "it is {value}, because each {word} is a kind of {value}.", KINDS.get),
 }
 SUM = ("We put everything that belongs to the {person} on one side of the big scale, count it twice "
        "without any hurry, and both times the number that we write down is {total} in all.")
@@ -182,30 +187,26 @@ def facts(rng: random.Random, world: World) -> Example:
 
 
 def lookups(rng: random.Random, world: World) -> Example:
-    """Copying: a table in the prompt, about people whose names are new in each split."""
-    table = {}
-    for name in rng.sample(world.names, 3):
-        table[name] = {"room": rng.choice(ROOMS), "job": rng.choice(JOBS),
-                       "pet": rng.choice(list(ANIMALS)), "city": rng.choice(CITIES)}
-    rows = ["Here is {name} the {job} from {city}, in the {room} with one {pet}."
-            .format(name=name, **row) for name, row in table.items()]
-    name = rng.choice(list(table))
-    asked = rng.sample(list(LOOKUPS), rng.randint(3, 4))
-    spans = [Span(column, LOOKUPS[column].format(name=name, value=table[name][column]))
-             for column in asked]
-    return Example(" ".join(rows) + f" Describe {name}: {', '.join(asked)}.",
-                   (Round(spans=tuple(spans)),), "lookups")
+    """Copying: a table in the prompt, its rows in any order, about somebody whose name is new in each split."""
+    name = rng.choice(world.names)
+    table = {"room": rng.choice(ROOMS), "job": rng.choice(JOBS), "pet": rng.choice(list(ANIMALS)),
+             "city": rng.choice(CITIES), "food": rng.choice(list(FOODS)), "tool": rng.choice(list(TOOLS))}
+    rows = ", ".join(f"{column} {table[column]}" for column in rng.sample(list(table), len(table)))
+    asked = rng.sample(list(LOOKUPS), rng.randint(3, 5))
+    spans = [Span(column, LOOKUPS[column].format(name=name, value=table[column])) for column in asked]
+    prompt = f"About {name} we know: {rows}. Describe the {listed(asked)}."
+    return Example(prompt, (Round(spans=tuple(spans)),), "lookups")
 
 
 def transforms(rng: random.Random, world: World) -> Example:
-    """Word by word: each word has its plural, its letters and its kind, in new combinations."""
-    words = rng.sample(list(PLURALS), rng.randint(3, 4))
-    asked = rng.sample(list(TRANSFORMS), rng.randint(3, 4))
+    """A word has its plural, its letters and its kind; which of them are asked for, in which order, is new."""
+    word = rng.choice(list(PLURALS))
+    asked = rng.sample(list(TRANSFORMS), rng.randint(3, 5))
     spans = []
     for topic in asked:
         template, change = TRANSFORMS[topic]
-        spans.append(Span(topic, template.format(words=", then ".join(map(change, words)))))
-    prompt = f"Take the words {listed(words)} and write down their {listed(asked)}."
+        spans.append(Span(topic, template.format(word=word, value=change(word))))
+    prompt = f"Take the word {word} and write down its {listed(asked)}."
     return Example(prompt, (Round(spans=tuple(spans)),), "transforms")
 
 
@@ -246,6 +247,7 @@ def coupled(rng: random.Random, world: World) -> Example:
 
 FAMILIES = {family.__name__: family
             for family in (facts, lookups, transforms, arithmetic, stories, coupled)}
+TRAIN_SHARES = {"facts": 2, "lookups": 2, "transforms": 2, "arithmetic": 1, "stories": 1, "coupled": 1}
 
 
 def check(example: Example, text: str) -> Score:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Example, write_dataset
-from data.tasks.families import FAMILIES, build_world
+from data.tasks.families import FAMILIES, TRAIN_SHARES, build_world
 
 
 def draw(family: str, split: str, count: int, seed: int,
@@ -38,7 +38,7 @@ def draw(family: str, split: str, count: int, seed: int,
 
 
 def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
-    """Equal shares of the families in each split, shuffled; prints what was kept and dropped.
+    """TRAIN_SHARES of the families in train, equal shares in val and test, shuffled; prints what was kept and dropped.
 
     The test split is drawn first, so that it stays the same whatever the size of train is.
     """
@@ -46,8 +46,9 @@ def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
     print(f"{'split':<8}{'family':<12}{'kept':>8}{'duplicate':>12}{'other split':>14}")
     for split in sorted(sizes, key=["test", "val", "train"].index):
         splits[split] = []
-        for i, family in enumerate(FAMILIES):
-            share = sizes[split] * (i + 1) // len(FAMILIES) - sizes[split] * i // len(FAMILIES)
+        shares = TRAIN_SHARES if split == "train" else dict.fromkeys(FAMILIES, 1)
+        for family in FAMILIES:
+            share = round(sizes[split] * shares[family] / sum(shares.values()))
             kept, dropped = draw(family, split, share, seed, owners)
             splits[split] += kept
             print(f"{split:<8}{family:<12}{share:>8}{dropped['duplicate']:>12}"
