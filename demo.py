@@ -13,8 +13,8 @@ from sample import SampleConfig, Sampler
 from show import Screen
 
 PROMPTS = {  # of the test splits
-    "tasks": "Tell me about the river, the food and the ruler of Brivok.",
-    "recipes": "How do I make Rye Flour Waffles?",
+    "tasks": "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",
+    "recipes": "What is the recipe for Cabbage Omelette?",
 }
 
 

@@ -59,8 +59,8 @@ def answer_all(sampler, examples, batch):
     return [results[i] for i in range(len(examples))]
 
 
-def score(examples, results, check):
-    """Means over each family and over all: share of exact answers and right spans, passes, tokens."""
+def score(examples, results, check, plans):
+    """Means over each family and over all: shares of exact answers, right spans and right plans, passes, tokens."""
     groups = defaultdict(list)
     for example, result in zip(examples, results):
         row = {name: result[name] for name in ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens")}
@@ -68,8 +68,10 @@ def score(examples, results, check):
         if check:
             verdict = check(example, result["text"])
             row |= {"exact": float(verdict.exact), "spans": sum(verdict.spans) / max(len(verdict.spans), 1)}
-        reference = [(s.topic, s.length) for r in example.rounds for s in r.spans]
-        row["plan_right"] = float(reference == [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]])
+        if plans:
+            reference = [(s.topic, s.length) for r in example.rounds for s in r.spans]
+            planned = [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]]
+            row["plan_right"] = float(reference == planned)
         for name in (example.family, "all"):
             groups[name].append(row)
     return {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}
@@ -78,12 +80,12 @@ def score(examples, results, check):
 
 def table(scores):
     """Markdown lines of `score`."""
-    columns = ["n", *(c for c in ("exact", "spans") if c in scores["all"]), "plan_right", "passes", "plan_passes",
-               "denoise_passes", "critical_path", "positions", "content_tokens"]  # fmt: skip
+    shares = [name for name in ("exact", "spans", "plan_right") if name in scores["all"]]
+    columns = ["n", *shares, "passes", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens"]
     yield "| family | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for name, row in scores.items():
-        cells = [f"{row[c]:.1%}" if c in ("exact", "spans", "plan_right") else f"{row[c]:.1f}" for c in columns[1:]]
+        cells = [f"{row[c]:.1%}" if c in shares else f"{row[c]:.1f}" for c in columns[1:]]
         yield f"| {name} | {row['n']} | " + " | ".join(cells) + " |"
 
 
@@ -101,7 +103,8 @@ def main():
         return
     print("\n".join(table(report["scores"])))
     print(f"plan and text: {report['plan_nll']:.4f} nats a token")
-    print(f"spans: {report['span_elbo']:.4f} +- {report['span_elbo_error']:.4f} nats a token (negative ELBO)")
+    if report["span_elbo"]:
+        print(f"spans: {report['span_elbo']:.4f} +- {report['span_elbo_error']:.4f} nats a token (negative ELBO)")
 
 
 def evaluate(config, sample_config):
@@ -113,7 +116,7 @@ def evaluate(config, sample_config):
     loss = JointLoss(sampler.model, sampler.tokenizer.pad + 1)
     sequences = load_sequences(path, sampler.tokenizer, sampler.method, sampler.attention)[: config.limit or None]
     plan, span, error = validate(loss, sequences, sampler.tokenizer, config.device, config.draws)
-    return {"scores": score(examples, results, checker(locate(config.data))), "plan_nll": plan, "span_elbo": span,
+    return {"scores": score(examples, results, checker(locate(config.data)), sampler.method != "ar"), "plan_nll": plan, "span_elbo": span,
             "span_elbo_error": error}  # fmt: skip
 
 
