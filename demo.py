@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", help="a prompt of your own for the chosen data set")
     parser.add_argument("--data", choices=PROMPTS, help="show only this data set's models (default: all)")
-    parser.add_argument("--delay", type=float, default=0.06, help="seconds a frame stays on a terminal (default: %(default)s)")
+    parser.add_argument("--delay", type=float, default=0.06, help="seconds a frame stays (default: %(default)s)")
     args = parser.parse_args()
     if args.prompt and not args.data:
         parser.error(f"--prompt needs --data {' or '.join(PROMPTS)}: each model knows one data set")
@@ -62,7 +62,8 @@ def show(data, prompt, delay):
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
         sampler.answer([prompt], watch=Screen(delay=delay))
-    print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {torch.get_num_threads()} CPU threads)\n")
+    threads = torch.get_num_threads()
+    print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {threads} CPU threads)\n")
     print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
 
 

@@ -19,8 +19,9 @@ import torch
 from data import read_split
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting
-from tags import plain_text
 from train import JointLoss, load_sequences, validate
+
+COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens")
 
 
 @dataclass
@@ -63,7 +64,7 @@ def score(examples, results, check, plans):
     """Means over each family and over all: shares of exact answers, right spans and right plans, passes, tokens."""
     groups = defaultdict(list)
     for example, result in zip(examples, results):
-        row = {name: result[name] for name in ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens")}
+        row = {name: result[name] for name in COSTS}
         row["passes"] = row["plan_passes"] + row["denoise_passes"]
         if check:
             verdict = check(example, result["text"])
@@ -81,7 +82,7 @@ def score(examples, results, check, plans):
 def table(scores):
     """Markdown lines of `score`."""
     shares = [name for name in ("exact", "spans", "plan_right") if name in scores["all"]]
-    columns = ["n", *shares, "passes", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens"]
+    columns = ["n", *shares, "passes", *COSTS]
     yield "| family | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for name, row in scores.items():
@@ -116,8 +117,8 @@ def evaluate(config, sample_config):
     loss = JointLoss(sampler.model, sampler.tokenizer.pad + 1)
     sequences = load_sequences(path, sampler.tokenizer, sampler.method, sampler.attention)[: config.limit or None]
     plan, span, error = validate(loss, sequences, sampler.tokenizer, config.device, config.draws)
-    return {"scores": score(examples, results, checker(locate(config.data)), sampler.method != "ar"), "plan_nll": plan, "span_elbo": span,
-            "span_elbo_error": error}  # fmt: skip
+    scores = score(examples, results, checker(locate(config.data)), sampler.method != "ar")
+    return {"scores": scores, "plan_nll": plan, "span_elbo": span, "span_elbo_error": error}
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def encode_example(example, tokenizer, attention="sparse"):
             topic, slots = tokenizer.encode(span.topic), tokenizer.encode(span.text)
             planned = span_slots(span.length, tokenizer.unit)
             if len(slots) > planned:
-                raise ValueError(f"the span {span.topic!r} of the prompt {example.prompt[:60]!r} has {len(slots)} tokens, "
-                                 f"its plan only {planned} ({span.length} x {tokenizer.unit})")  # fmt: skip
+                raise ValueError(f"the span {span.topic!r} of the prompt {example.prompt[:60]!r} has {len(slots)} "
+                                 f"tokens, its plan only {planned} ({span.length} x {tokenizer.unit})")  # fmt: skip
             layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
             spans.append((topic, slots + [tokenizer.pad] * (planned - len(slots))))
         layout.scaffold(spans, tokenizer, number)
@@ -171,13 +171,16 @@ class Batch:
     weight: torch.Tensor  # (B, T) float32, weight of a slot's loss: 1/t or 1
     n_tokens: int  # tokens that are not padding
 
+    def map(self, function):
+        """The batch with a function applied to each array."""
+        return Batch(**{name: value if name == "n_tokens" else function(value) for name, value in vars(self).items()})
+
     def to(self, device):
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "n_tokens"}
-        return Batch(**tensors, n_tokens=self.n_tokens)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
-    """Noise one round of each sequence: what is before it is clean, what follows is cut off (method: history is clean).
+    """Noise one round of each sequence: what is before it is clean, as in sampling, and what follows is cut off.
 
     Each span (each round, if dense) draws t ~ U(0, 1], stratified over the batch; each of its slots
     becomes [MASK] with probability t and then predicts itself. `weight`: "elbo" weighs a slot by
@@ -206,7 +209,7 @@ def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
     batch.target[slots] = np.where(masked, batch.token[slots], IGNORE)
     batch.token[slots] = np.where(masked, tokenizer.mask, batch.token[slots])
     batch.weight[slots] = 1 / t if weight == "elbo" else 1
-    return Batch(**{name: value if name == "n_tokens" else torch.from_numpy(value) for name, value in vars(batch).items()})
+    return batch.map(torch.from_numpy)
 
 
 # ---------------------------------------------------------------- pictures
@@ -252,7 +255,8 @@ def save_png(path, layouts, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the mask of an example: who sees whom.")
-    parser.add_argument("--attention", choices=ATTENTION, default="sparse", help="how spans see each other (default: sparse)")
+    about = "how span tokens see spans (default: %(default)s)"
+    parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help=about)
     parser.add_argument("--png", help="also draw all three variants into this file (needs matplotlib)")
     args = parser.parse_args()
     print("\n".join(show(*otter(args.attention), sys.stdout.isatty())))

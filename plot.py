@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 
 PANELS = {"plan and text": ("plan", "val_plan"), "spans": ("span", "val_span")}
-MEANING = {"plan": "training", "val_plan": "validation", "span": "training (masked slots)", "val_span": "validation (ELBO, all slots)"}
+MEANING = {
+    "plan": "training",
+    "val_plan": "validation",
+    "span": "training (masked slots)",
+    "val_span": "validation (ELBO)",
+}
 
 
 def read(path):
@@ -40,7 +45,8 @@ def main():
             for name in names:
                 if name in columns:
                     style = dict(marker="o", ms=3) if name.startswith("val") else dict(alpha=0.35)
-                    axis.plot(*zip(*columns[name]), color=f"C{n}", label=f"{Path(path).parent.name or path}: {MEANING[name]}", **style)
+                    label = f"{Path(path).parent.name}/{Path(path).stem}: {MEANING[name]}"
+                    axis.plot(*zip(*columns[name]), color=f"C{n}", label=label, **style)
         axis.set(title=title, xlabel="million tokens seen", ylabel="nats a token", yscale="log")
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -29,7 +29,7 @@ class SampleConfig:
     """Sampling."""
 
     steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots")
-    threshold: float = setting(0.0, "if above 0: fill every slot of at least this confidence instead of steps_ratio's share")
+    threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio")
     order: str = setting("entropy", f"which slots are certain, so filled first: {', '.join(ORDERS)}")
     length_scale: float = setting(1.0, "scales every planned length")
     temperature: float = setting(0.0, "0 takes the likeliest token")
@@ -170,7 +170,8 @@ class Answer:
         """
         tok, token = self.tokenizer, self.layout.token
         masked = [n for n, i in enumerate(entries) if token[i] == tok.mask]
-        probs = probabilities(self.sampler.model.logits(hidden[masked], tok.pad + 1), self.config)  # never a tag
+        logits = self.sampler.model.logits(hidden[masked], tok.pad + 1)  # text or [PAD], never a tag
+        probs = probabilities(logits, self.config)
         drawn = draw(probs, self.config, self.generator)
         sure = certainty(probs, drawn, self.config, self.generator)
         guess = {entries[n]: pair for n, pair in zip(masked, zip(sure.tolist(), drawn.tolist()))}
@@ -194,7 +195,7 @@ class Answer:
         return max(0, math.ceil(slots * self.step / self.steps) - (slots - len(sure)))
 
     def end_round(self):
-        """After `<sync/>` the finished spans are computed once more, by the pass that reads it: the cache stays exact."""
+        """After `<sync/>` the pass that reads it computes the finished spans once more: the cache stays exact."""
         if self.last:
             self.stage = "done"
             return
@@ -261,7 +262,8 @@ class Sampler:
         start = time.perf_counter()
         answers = [Answer(prompt, self, self.config.seed + i) for i, prompt in enumerate(prompts)]
         live = answers
-        cache = KVCache(self.model.config, len(live), max(len(a.layout) for a in live) + self.config.max_tokens, self.device)
+        longest = max((len(a.layout) for a in live), default=0) + self.config.max_tokens
+        cache = KVCache(self.model.config, len(live), longest, self.device)
         while live:
             entries = [a.entries() for a in live]
             hidden = self.forward(live, entries, cache)
@@ -295,7 +297,7 @@ def main():
     parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
                         help="trained model (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of the answer in colours")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_settings(parser, SampleConfig)
     args = parser.parse_args()
     try:

@@ -20,7 +20,8 @@ def add_settings(parser, *classes):
             if "help" not in f.metadata:
                 continue
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-            group.add_argument("--" + f.name, default=f.default, help=f.metadata["help"] + " (default: %(default)s)", **kind)
+            text = f.metadata["help"] + " (default: %(default)s)"
+            group.add_argument("--" + f.name, default=f.default, help=text, **kind)
 
 
 def pick(cls, args, **more):
@@ -30,5 +31,5 @@ def pick(cls, args, **more):
 
 
 def locate(path):
-    """A path as given, or, if there is nothing, the one of that name in the project's folder: commands work from anywhere."""
+    """A path as given or, if nothing is there, in the project's folder: commands work from anywhere."""
     return Path(path) if Path(path).exists() else ROOT / path

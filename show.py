@@ -34,7 +34,7 @@ class Screen:
             self.stream.write(passes + "\n".join(self.frame(answer, 100)) + "\n")
 
     def key_frame(self, answer):
-        """Whether a frame is worth printing when nothing can be overwritten: a new stage, or halfway through the spans."""
+        """Whether to print a frame if nothing can be overwritten: at a new stage, and halfway through the spans."""
         state = (len(answer.drafts), answer.stage, 2 * answer.step >= answer.steps)
         self.shown, before = state, self.shown
         return state != before and not (before is None and answer.stage == "write")

@@ -197,7 +197,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, unit=10):
-        """Learn byte pairs from texts until there are `vocab_size` tokens, tags and lengths included, or no pair occurs twice.
+        """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
 
         Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
         """
@@ -228,7 +228,7 @@ class Tokenizer:
         return cls(dict.fromkeys(tokens), unit)
 
     def encode(self, text):
-        """Ids of ordinary text: a tag in it is text. A line's first word gets the space that it has inside a sentence."""
+        """Ids of ordinary text: a tag in it is text. A line's first word gets the space it has inside a sentence."""
         text = text.strip()
         return self.encoding.encode_ordinary(" " + text.replace("\n", "\n ")) if text else []
 

@@ -9,7 +9,6 @@ again continues with the losses that it would have had.
 """
 
 import argparse
-import csv
 import os
 import signal
 import sys
@@ -23,8 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import read_split
-from masks import ATTENTION, IGNORE, Sequence, encode_example, make_batch
+from data import read_split, write_whole
+from masks import IGNORE, Sequence, encode_example, make_batch
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from settings import add_settings, locate, pick, setting
 from tags import Round, Tokenizer, plain_text
@@ -43,7 +42,7 @@ class TrainConfig:
     out: str = setting("runs/tasks", "folder of checkpoint and log; an interrupted run in it is resumed")
     init: str = setting("", "checkpoint to start from, such as an autoregressive model as warm-up")
     method: str = setting("planned", f"what is learnt: {' or '.join(METHODS)} (plain text)")
-    attention: str = setting("sparse", f"how spans see each other: {', '.join(ATTENTION)}")
+    attention: str = setting("sparse", "whether the spans of a round see each other: sparse (no) or dense (yes)")
     steps: int = setting(10000, "updates")
     batch: int = setting(8, "sequences a micro-batch")
     accumulate: int = setting(1, "micro-batches an update, over all processes")
@@ -55,7 +54,7 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding")
     warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0")
     clip: float = setting(1.0, "largest norm of the gradient")
-    compile: bool = setting(False, "torch.compile the model: about 1.3 times faster after a minute, needs a C++ compiler")
+    compile: bool = setting(False, "torch.compile the model: faster after a minute, needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise")
     validate_every: int = setting(1000, "updates between validations and checkpoints")
     validate_on: int = setting(128, "validation examples used during training")
@@ -199,8 +198,9 @@ class Optimizer:
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         norms = [p for p in model.parameters() if p.ndim == 1]
         muon = Muon(matrices, config.lr, weight_decay=config.weight_decay)
-        groups = [dict(params=[model.embedding.weight], weight_decay=config.weight_decay), dict(params=norms, weight_decay=0.0)]
-        self.parts, self.config = (muon, torch.optim.AdamW(groups, config.adam_lr, betas=(0.9, 0.99))), config
+        decayed, others = dict(params=[model.embedding.weight]), dict(params=norms, weight_decay=0.0)
+        adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
+        self.parts, self.config = (muon, adam), config
 
     def step(self, step):
         c = self.config
@@ -231,14 +231,20 @@ class Optimizer:
 class Trainer:
     """A run: what it trains, its place, its log. `config.out` holds all that is needed to go on."""
 
+    PLACE = ("step", "tokens", "seconds", "recent")  # updates, tokens, seconds so far; losses since the last log row
+
     def __init__(self, config, model_config):
         self.config, self.out = config, Path(config.out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.accumulate % self.world:
             raise ValueError(f"--accumulate {config.accumulate} must be a multiple of the {self.world} processes")
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.bf16 = cuda and torch.cuda.is_bf16_supported()
+        if cuda:
+            torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo")
         self.out.mkdir(parents=True, exist_ok=True)
         data = locate(config.data)
         self.tokenizer = Tokenizer.load(data / "tokenizer.json")
@@ -250,7 +256,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
         self.optimizer = Optimizer(self.model, config)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.seconds, self.recent = 0, 0, 0.0, []
+        self.interrupted = self.stopping = False
         self.start()
         if config.compile:
             self.model.compile(dynamic=True)
@@ -263,13 +270,15 @@ class Trainer:
         if path.exists():
             model, tokenizer, info, state = load_checkpoint(path, self.device)
             old, new = info.get("train", {}), asdict(self.config)
-            changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name] and name != "out"]
-            if changed or model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
-                raise ValueError(f"{path} is of a run with another {'; '.join(changed) or 'model or tokenizer'}: "
-                                 "take its settings, or another --out")  # fmt: skip
+            del new["out"]  # the folder may have moved
+            other = [f"{name} ({old.get(name)}, not {new[name]})" for name in new if old.get(name) != new[name]]
+            if model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
+                other.append("model or tokenizer")
+            if other:
+                raise ValueError(f"{path} is of a run with other {', '.join(other)}: take those or another --out")
             self.model.load_state_dict(model.state_dict())
             self.optimizer.load(state)
-            self.step, self.tokens, self.seconds = info["step"], info["tokens"], info["seconds"]
+            self.step, self.tokens, self.seconds, self.recent = (info[name] for name in self.PLACE)
             self.say(f"going on with {path} after {self.step} updates")
         elif self.config.init:
             model, tokenizer, _, _ = load_checkpoint(locate(self.config.init), self.device)
@@ -278,96 +287,107 @@ class Trainer:
             self.model.load_state_dict(model.state_dict())
 
     def save(self):
-        """checkpoint.safetensors holds all that a run needs; when done, model.safetensors the weights to share, at half the size."""
+        """Write all that the run needs to go on; a finished one also model.safetensors, its weights in half the space."""
         if self.rank == 0:
-            info = {"train": asdict(self.config), "step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-            save_checkpoint(self.out / "checkpoint.safetensors", self.model, self.tokenizer, info, self.optimizer.state())
+            info = {"train": asdict(self.config), **{name: getattr(self, name) for name in self.PLACE}}
+            model, state = (self.model, self.tokenizer, info), self.optimizer.state()
+            save_checkpoint(self.out / "checkpoint.safetensors", *model, state)
             if self.step == self.config.steps:
-                save_checkpoint(self.out / "model.safetensors", self.model, self.tokenizer, info, dtype=torch.float16)
+                save_checkpoint(self.out / "model.safetensors", *model, dtype=torch.float16)
 
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
 
     def update(self):
-        """One update of the weights. Returns plan loss and span loss of the global batch, in nats a token, and the share of padding."""
-        c = self.config
-        mine = range(self.rank, c.accumulate, self.world)
-        made = [make_batch(*self.batches[self.step * c.accumulate + i], self.tokenizer,
-                           np.random.default_rng([c.seed, self.step, i]), c.weight, c.t_min).to(self.device) for i in mine]  # fmt: skip
-        sizes = torch.tensor([[b.n_tokens, b.token.numel()] for b in made], dtype=torch.double, device=self.device).sum(0)
-        total = torch.cat([sum(counts(b, c.weight) for b in made), sizes])
-        if self.world > 1:
-            dist.all_reduce(total)
+        """One update. Returns plan and span loss of the global batch, in nats a token, and its share of padding."""
+        c, made = self.config, []
+        for i in range(self.rank, c.accumulate, self.world):
+            sequences, rounds = self.batches[self.step * c.accumulate + i]
+            rng = np.random.default_rng([c.seed, self.step, i])
+            made.append(make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min).to(self.device))
+        sizes = [sum(b.n_tokens for b in made), sum(b.token.numel() for b in made), self.interrupted]
+        total = torch.cat([sum(counts(b, c.weight) for b in made), torch.tensor(sizes, device=self.device).double()])
+        self.sum_over_processes(total)
         losses = torch.zeros(2, dtype=torch.double, device=self.device)
         for i, batch in enumerate(made):
             self.parallel.require_backward_grad_sync = i == len(made) - 1  # exchange gradients once an update
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 sums = torch.stack(self.parallel(batch)) / total[:2].clamp(min=1)
             # DDP takes the mean over processes, but total already counts them all
             (self.world * (sums[0] + c.span_weight * sums[1])).backward()
             losses += sums.detach()
-        if self.world > 1:
-            dist.all_reduce(losses)
+        self.sum_over_processes(losses)
         nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step(self.step)
         self.model.zero_grad()
-        self.step += 1
-        self.tokens += int(total[2])
+        self.step, self.tokens = self.step + 1, self.tokens + int(total[2])
+        self.stopping = bool(total[4])  # all processes stop after the same update
         return (*losses.tolist(), 1 - float(total[2] / total[3]))
 
+    def sum_over_processes(self, tensor):
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
     def run(self):
-        """Train to the end, or until Ctrl-C, which saves."""
+        """Train to the end, or until Ctrl-C, which ends the run between two updates and saves."""
         c, log = self.config, Log(self.out / "log.csv", self.step) if self.rank == 0 else None
-        self.say(f"{self.model.n_params() / 1e6:.2f}M parameters, {len(self.train_set)} examples, on {self.world} x {self.device}")
-        recent, started, base, tokens = [], time.perf_counter(), self.seconds, self.tokens
-        stop = []  # Ctrl-C ends the run between two updates, so that what is saved is whole
-        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-        try:
-            while self.step < c.steps and not stop:
-                recent.append(self.update())
-                done = self.step == c.steps
-                if self.step % c.log_every == 0 or done:
-                    plan, span, padding = np.mean(recent, axis=0)
-                    now = time.perf_counter() - started
-                    self.seconds, rate, recent = base + now, (self.tokens - tokens) / now, []
-                    left = now / (self.tokens - tokens) * self.tokens / self.step * (c.steps - self.step)
-                    self.say(f"step {self.step:6}/{c.steps}  plan {plan:.4f}  span {span:.4f}  "
-                             f"{rate:6.0f} tokens/s  padding {padding:4.1%}  {left / 60:.1f} min left")  # fmt: skip
-                    row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 1), plan=plan, span=span)
-                    if self.step % c.validate_every == 0 or done:
-                        row["val_plan"], row["val_span"], _ = self.validate()
-                        self.say(f"validation: plan {row['val_plan']:.4f}, span ELBO {row['val_span']:.4f} nats a token")
-                    if log:
-                        log.write(row)
-                if self.step % c.validate_every == 0 or done:
-                    self.save()
-            if stop:
+        size = f"{self.model.n_params() / 1e6:.2f}M parameters, {len(self.train_set)} examples"
+        self.say(f"{size}, on {self.world} x {self.device}")
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        started = time.perf_counter() - self.seconds
+        self.base = self.seconds, self.tokens, self.step
+        while self.step < c.steps and not self.stopping:
+            self.recent.append(self.update())
+            self.seconds = time.perf_counter() - started
+            done = self.step == c.steps
+            validating = self.step % c.validate_every == 0 or done
+            if self.step % c.log_every == 0 or done:
+                row = self.report()
+                if validating:
+                    row["val_plan"], row["val_span"] = self.validate()
+                if log:
+                    log.write(row)
+                self.recent = []
+            if validating or self.stopping:
                 self.save()
-                self.say(f"stopped after {self.step} updates; the same command goes on from here")
-        finally:
-            signal.signal(signal.SIGINT, before)
-            if self.world > 1:
-                dist.destroy_process_group()
+        if self.stopping and not done:
+            self.say(f"stopped after {self.step} updates; the same command goes on from here")
+        signal.signal(signal.SIGINT, before)
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def report(self):
+        """Say how the run goes. Returns its row of the log: means since the last one."""
+        plan, span, padding = np.mean(self.recent, axis=0)
+        seconds, tokens, step = self.base
+        passed = self.seconds - seconds
+        left = passed / (self.step - step) * (self.config.steps - self.step)
+        self.say(f"step {self.step:6}/{self.config.steps}  plan {plan:.4f}  span {span:.4f}  {padding:4.1%} padding  "
+                 f"{(self.tokens - tokens) / passed:6.0f} tokens/s  {left / 60:.1f} min left")  # fmt: skip
+        return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), "plan": plan, "span": span}
 
     def validate(self):
-        return validate(self.loss, self.val_set[: self.config.validate_on], self.tokenizer, self.device)
+        examples = self.val_set[: self.config.validate_on]
+        plan, span, _ = validate(self.loss, examples, self.tokenizer, self.device)
+        self.say(f"validation: plan {plan:.4f}, span ELBO {span:.4f} nats a token")
+        return plan, span
 
 
 class Log:
-    """log.csv: one row of losses every so many updates; rows that a resumed run repeats are dropped."""
+    """log.csv: a row of losses every so many updates; rows that a resumed run writes again are dropped first."""
 
     COLUMNS = ("step", "tokens", "seconds", "plan", "span", "val_plan", "val_span")
 
     def __init__(self, path, step):
-        rows = [r for r in csv.DictReader(path.open()) if int(r["step"]) <= step] if path.exists() else []
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+        rows = path.read_text().splitlines()[1:] if path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= step]
+        write_whole(path, "\n".join([",".join(self.COLUMNS), *rows]) + "\n")
+        self.file = path.open("a")
 
     def write(self, row):
-        self.writer.writerow({name: f"{value:.5f}" if isinstance(value, float) else value for name, value in row.items()})
+        cells = (row.get(name, "") for name in self.COLUMNS)
+        self.file.write(",".join(f"{cell:.5f}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n")
         self.file.flush()
 
 
@@ -375,7 +395,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, TrainConfig, ModelConfig)
     args = parser.parse_args()
-    for name, choices in (("method", METHODS), ("attention", ATTENTION), ("weight", ("uniform", "elbo"))):
+    for name, choices in (("method", METHODS), ("attention", ("sparse", "dense")), ("weight", ("uniform", "elbo"))):
         if getattr(args, name) not in choices:
             parser.error(f"--{name} {getattr(args, name)}: expected one of {', '.join(choices)}")
     try:

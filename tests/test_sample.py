@@ -10,7 +10,7 @@ from conftest import SENTENCES, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
 from masks import GIVEN, PLAN, PROMPT, SLOT, Layout, encode_prompt
-from sample import ORDERS, SampleConfig, Sampler
+from sample import ORDERS, SampleConfig, Sampler, probabilities
 from tags import EOS, TAGS, Grammar, Tokenizer, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
@@ -296,6 +296,16 @@ def test_a_seed_is_an_answer_and_answer_i_of_a_batch_has_seed_plus_i(planner, to
     assert [answers(1, seed=3 + i)[0] for i in range(4)] == batch
     assert answers(4, seed=3) == batch
     assert all(a != b for a, b in itertools.combinations(batch, 2))
+
+
+def test_temperature_flattens_and_the_nucleus_keeps_the_likeliest_that_hold_top_p():
+    logits = torch.tensor([[0.1, 0.2, 0.5, 0.2]]).log()
+    for given, expected in [
+        (dict(temperature=0.0), [0.1, 0.2, 0.5, 0.2]),
+        (dict(temperature=1.0, top_p=0.6), [0, 2 / 7, 5 / 7, 0]),
+        (dict(temperature=0.5), [0.01 / 0.34, 0.04 / 0.34, 0.25 / 0.34, 0.04 / 0.34]),
+    ]:
+        torch.testing.assert_close(probabilities(logits, SampleConfig(**given)), torch.tensor([expected], dtype=torch.float))
 
 
 def test_a_tiny_nucleus_is_greedy(planner, tokenizer):

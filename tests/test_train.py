@@ -366,7 +366,7 @@ def test_a_finished_run_does_nothing_more(whole, folder, tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
     make(folder, tmp_path, steps=1).run()
-    with pytest.raises(ValueError, match=r"lr was 0.005, is 0.1.*another --out"):
+    with pytest.raises(ValueError, match=r"lr \(0.005, not 0.1\).*another --out"):
         make(folder, tmp_path, steps=1, lr=0.1)
     with pytest.raises(ValueError, match="model"):
         Trainer(settings(folder, tmp_path, steps=1), ModelConfig(**{**SHAPE, "n_layer": 2}))
@@ -404,11 +404,20 @@ def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_every_micro_batch_of_every_update_has_noise_of_its_own(folder, tmp_path, monkeypatch):
+    states, noise = [], train.make_batch
+    monkeypatch.setattr(train, "make_batch", lambda s, r, tok, rng, *a: (states.append(str(rng.bit_generator.state)), noise(s, r, tok, rng, *a))[1])
+    trainer = make(folder, tmp_path, accumulate=2)
+    for _ in range(3):
+        trainer.update()
+    assert len(set(states)) == len(states) == 6
+
+
 def test_two_processes_train_as_one_does(folder, tmp_path):
     run = dict(accumulate=2, steps=4)
     make(folder, tmp_path / "one", **run).run()
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
-                    *command(folder, tmp_path / "two", **run)], check=True, capture_output=True, timeout=300,
+                    *command(folder, tmp_path / "two", **run)], check=True, capture_output=True, timeout=600,
                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 4
@@ -428,8 +437,8 @@ LEARNT = (
 
 def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
     write_dataset(tmp_path, {"train": LEARNT, "val": LEARNT}, 256 + 74 + 40, 4)
-    config = settings(tmp_path, tmp_path / "run", batch=4, steps=150, warmup=10, lr=0.02, adam_lr=0.01,
-                      validate_every=150, log_every=10)  # fmt: skip
+    config = settings(tmp_path, tmp_path / "run", batch=4, steps=300, warmup=10, lr=0.02, adam_lr=0.01,
+                      validate_every=300, log_every=10)  # fmt: skip
     Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128)).run()
     rows = losses(tmp_path / "run")
     assert float(rows[-1]["plan"]) < 0.1 * float(rows[0]["plan"]) and float(rows[-1]["span"]) < 0.1 * float(rows[0]["span"])
