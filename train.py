@@ -167,8 +167,9 @@ class Muon(torch.optim.Optimizer):
     torch has it only since 2.9.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
+        """`groups`: parameters with the `rows` of the matrices that each is made of."""
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -176,9 +177,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]))
+                update = p.grad.lerp(buffer, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                # a fused layer is several matrices: together, queries and keys would get what values leave them
+                for w, u in zip(p.split(group["rows"]), update.split(group["rows"])):
+                    w.add_(orthogonalize(u), alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
 
 
 def orthogonalize(g):
@@ -195,9 +198,14 @@ class Optimizer:
     """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
 
     def __init__(self, model, config):
-        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        c, head = model.config, model.config.d_model // model.config.n_head
+        groups = [dict(params=[b.attention.qkv.weight for b in model.blocks],
+                       rows=[c.n_head * head, c.n_kv_head * head, c.n_kv_head * head]),
+                  dict(params=[b.gate_up.weight for b in model.blocks], rows=[c.d_ff, c.d_ff]),
+                  dict(params=[layer.weight for b in model.blocks for layer in (b.attention.out, b.down)],
+                       rows=[c.d_model])]  # fmt: skip
+        muon = Muon(groups, config.lr, weight_decay=config.weight_decay)
         norms = [p for p in model.parameters() if p.ndim == 1]
-        muon = Muon(matrices, config.lr, weight_decay=config.weight_decay)
         decayed, others = dict(params=[model.embedding.weight]), dict(params=norms, weight_decay=0.0)
         adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
         self.parts, self.config = (muon, adam), config
@@ -287,7 +295,7 @@ class Trainer:
             self.model.load_state_dict(model.state_dict())
 
     def save(self):
-        """Write all that the run needs to go on; a finished one also model.safetensors, its weights in half the space."""
+        """Write all that the run needs to go on; a finished one also model.safetensors, its weights alone, in float16."""
         if self.rank == 0:
             info = {"train": asdict(self.config), **{name: getattr(self, name) for name in self.PLACE}}
             model, state = (self.model, self.tokenizer, info), self.optimizer.state()
