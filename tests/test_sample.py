@@ -299,11 +299,11 @@ def test_a_seed_is_an_answer_and_answer_i_of_a_batch_has_seed_plus_i(planner, to
 
 
 def test_temperature_flattens_and_the_nucleus_keeps_the_likeliest_that_hold_top_p():
-    logits = torch.tensor([[0.1, 0.2, 0.5, 0.2]]).log()
+    logits = torch.tensor([[0.1, 0.25, 0.5, 0.15]]).log()
     for given, expected in [
-        (dict(temperature=0.0), [0.1, 0.2, 0.5, 0.2]),
-        (dict(temperature=1.0, top_p=0.6), [0, 2 / 7, 5 / 7, 0]),
-        (dict(temperature=0.5), [0.01 / 0.34, 0.04 / 0.34, 0.25 / 0.34, 0.04 / 0.34]),
+        (dict(temperature=0.0), [0.1, 0.25, 0.5, 0.15]),
+        (dict(temperature=1.0, top_p=0.6), [0, 1 / 3, 2 / 3, 0]),
+        (dict(temperature=0.5), [0.01 / 0.345, 0.0625 / 0.345, 0.25 / 0.345, 0.0225 / 0.345]),
     ]:
         torch.testing.assert_close(probabilities(logits, SampleConfig(**given)), torch.tensor([expected], dtype=torch.float))
 

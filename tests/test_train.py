@@ -406,7 +406,12 @@ def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
 
 def test_every_micro_batch_of_every_update_has_noise_of_its_own(folder, tmp_path, monkeypatch):
     states, noise = [], train.make_batch
-    monkeypatch.setattr(train, "make_batch", lambda s, r, tok, rng, *a: (states.append(str(rng.bit_generator.state)), noise(s, r, tok, rng, *a))[1])
+
+    def noting(sequences, rounds, tokenizer, rng, *more):
+        states.append(str(rng.bit_generator.state))
+        return noise(sequences, rounds, tokenizer, rng, *more)
+
+    monkeypatch.setattr(train, "make_batch", noting)
     trainer = make(folder, tmp_path, accumulate=2)
     for _ in range(3):
         trainer.update()
