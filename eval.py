@@ -34,6 +34,7 @@ class EvalConfig:
     limit: int = setting(0, "only so many of its examples (0: all)")
     batch: int = setting(16, "prompts answered together")
     draws: int = setting(8, "noisings a round for the ELBO")
+    show: int = setting(0, "print the first so many answers, as Markdown, before the figures")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
 
 
@@ -90,6 +91,17 @@ def table(scores):
         yield f"| {name} | {row['n']} | " + " | ".join(cells) + " |"
 
 
+def markdown(result):
+    """Lines that show an answer: the prompt, each topic with its span, each text."""
+    yield f"**{result['prompt']}**\n"
+    for round_ in result["rounds"]:
+        if round_["text"]:
+            yield f"- {round_['text']}"
+        for topic, span in zip(round_["plan"], round_["spans"]):
+            yield f"- *{topic['topic']} {topic['length']}*: {span}"
+    yield f"\n{result['plan_passes']} plan and {result['denoise_passes']} denoising passes\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, EvalConfig, SampleConfig)
@@ -102,7 +114,7 @@ def main():
     if args.json:
         print(json.dumps(report))
         return
-    print("\n".join(table(report["scores"])))
+    print("\n".join([*report["shown"], *table(report["scores"])]))
     print(f"plan and text: {report['plan_nll']:.4f} nats a token")
     if report["span_elbo"]:
         print(f"spans: {report['span_elbo']:.4f} +- {report['span_elbo_error']:.4f} nats a token (negative ELBO)")
@@ -118,7 +130,8 @@ def evaluate(config, sample_config):
     sequences = load_sequences(path, sampler.tokenizer, sampler.method, sampler.attention)[: config.limit or None]
     plan, span, error = validate(loss, sequences, sampler.tokenizer, config.device, config.draws)
     scores = score(examples, results, checker(locate(config.data)), sampler.method != "ar")
-    return {"scores": scores, "plan_nll": plan, "span_elbo": span, "span_elbo_error": error}
+    shown = [line for result in results[: config.show] for line in markdown(result)]
+    return {"scores": scores, "shown": shown, "plan_nll": plan, "span_elbo": span, "span_elbo_error": error}
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class Answer:
         self.active, self.step, self.steps = [], 0, 0  # unfinished spans; denoising steps done and planned
         self.plan_passes = self.denoise_passes = self.critical_path = self.positions = 0
         self.cut, self.seconds = False, 0.0
+        self.force()
 
     def entries(self):
         """The layout entries that the next pass computes: what the cache lacks, but of spans only the unfinished."""
@@ -127,13 +128,17 @@ class Answer:
             self.denoise_passes += 1
             self.cached = self.drafts[-1].spans[0][0]
             self.denoise(hidden, entries)
+        self.force()
 
     def write(self, hidden):
-        """Stage 1: append the next token of plan or text, and those that the grammar then forces."""
+        """Stage 1: append the next token of plan or text."""
         allowed = torch.from_numpy(self.grammar.allowed()).to(hidden.device)
         logits = self.sampler.model.logits(hidden).masked_fill(~allowed, float("-inf"))
         probs = probabilities(logits[None], self.config)
         self.append(int(draw(probs, self.config, self.generator)))
+
+    def force(self):
+        """Append the tokens to which the grammar leaves no alternative: they cost no pass."""
         while self.stage == "write" and (forced := self.grammar.forced()) is not None:
             self.cut |= forced == self.tokenizer.eos  # no room for anything else
             self.append(forced)
@@ -261,7 +266,7 @@ class Sampler:
         """
         start = time.perf_counter()
         answers = [Answer(prompt, self, self.config.seed + i) for i, prompt in enumerate(prompts)]
-        live = answers
+        live = [answer for answer in answers if answer.stage != "done"]
         longest = max((len(a.layout) for a in live), default=0) + self.config.max_tokens
         cache = KVCache(self.model.config, len(live), longest, self.device)
         while live:

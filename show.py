@@ -72,7 +72,7 @@ class Screen:
     def wrap(self, label, cells, width):
         """Lines of at most `width` columns, the label in a column of its own."""
         margin, lines, line, used = 12, [], "", 0
-        for text, style in (part for text, style in cells for part in split(text, style)):
+        for text, style in (part for text, style in cells for part in split(text, style, width - margin - 1)):
             if used + len(text) > width - margin - 1 and used:
                 lines, line, used = [*lines, line], "", 0
                 text = text.lstrip(" ")
@@ -87,13 +87,13 @@ class Screen:
         return f"\x1b[{style}m{text}\x1b[0m" if style and self.live else text
 
 
-def split(text, style):
-    """Cut text into words and line breaks, as (text, style) each."""
+def split(text, style, width):
+    """Cut text into line breaks and words of at most `width` characters, as (text, style) each."""
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # no control codes to the terminal
     for n, line in enumerate(text.split("\n")):
         if n:
             yield "\n", None
-        words = line.split(" ")
-        for m, word in enumerate(words):
+        for m, word in enumerate(line.split(" ")):
             part = (" " if m else "") + word
-            if part:
-                yield part, style
+            for start in range(0, len(part), width):
+                yield part[start : start + width], style

@@ -282,7 +282,9 @@ class Tokenizer:
         """Read a tokenizer.json; raises ValueError naming the file if it is not one."""
         try:
             return cls.from_json(Path(path).read_text())
-        except (ValueError, KeyError, TypeError) as error:
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: the data set's prepare.py writes it") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a tokenizer ({error}): write it again with the data set's prepare.py")
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from data import read_split, write_whole
 from masks import IGNORE, Sequence, encode_example, make_batch
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from optim import Optimizer
 from settings import add_settings, locate, pick, setting
 from tags import Round, Tokenizer, plain_text
 
@@ -59,6 +60,17 @@ class TrainConfig:
     validate_every: int = setting(1000, "updates between validations and checkpoints")
     validate_on: int = setting(128, "validation examples used during training")
     log_every: int = setting(50, "updates between lines of the log")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"--t_min {self.t_min}: expected 0 or more, and less than 1")
+        choices = {"method": METHODS, "attention": ("sparse", "dense"), "weight": ("uniform", "elbo")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------- loss
@@ -156,81 +168,6 @@ class Batches:
         length = np.array([s.stop(r) for s, r in zip(self.sequences, self.rounds)])
         order = np.concatenate([window[np.argsort(length[window], kind="stable")] for window in windows])
         self.order = rng.permutation(order.reshape(-1, self.size))
-
-
-# ---------------------------------------------------------------- optimizer
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
-
-    torch has it only since 2.9.
-    """
-
-    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
-        """`groups`: parameters with the `rows` of the matrices that each is made of."""
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # a fused layer is several matrices: together, queries and keys would get what values leave them
-                for w, u in zip(p.split(group["rows"]), update.split(group["rows"])):
-                    w.add_(orthogonalize(u), alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
-
-
-def orthogonalize(g):
-    """The nearest matrix with singular values near 1, by a quintic iteration."""
-    x = g / (g.norm() + 1e-7)
-    x = x.T if g.shape[0] > g.shape[1] else x
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
-
-
-class Optimizer:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
-
-    def __init__(self, model, config):
-        c, head = model.config, model.config.d_model // model.config.n_head
-        groups = [dict(params=[b.attention.qkv.weight for b in model.blocks],
-                       rows=[c.n_head * head, c.n_kv_head * head, c.n_kv_head * head]),
-                  dict(params=[b.gate_up.weight for b in model.blocks], rows=[c.d_ff, c.d_ff]),
-                  dict(params=[layer.weight for b in model.blocks for layer in (b.attention.out, b.down)],
-                       rows=[c.d_model])]  # fmt: skip
-        muon = Muon(groups, config.lr, weight_decay=config.weight_decay)
-        norms = [p for p in model.parameters() if p.ndim == 1]
-        decayed, others = dict(params=[model.embedding.weight]), dict(params=norms, weight_decay=0.0)
-        adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
-        self.parts, self.config = (muon, adam), config
-
-    def step(self, step):
-        c = self.config
-        share = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
-        for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
-            for group in part.param_groups:
-                group["lr"] = peak * share
-            part.step()
-
-    def state(self):
-        """All state as named tensors."""
-        return {f"{i}.{n}.{name}": value for i, part in enumerate(self.parts)
-                for n, state in part.state_dict()["state"].items() for name, value in state.items()}  # fmt: skip
-
-    def load(self, tensors):
-        for i, part in enumerate(self.parts):
-            saved = part.state_dict()
-            for key, value in tensors.items():
-                number, n, name = key.split(".")
-                if int(number) == i:
-                    saved["state"].setdefault(int(n), {})[name] = value
-            part.load_state_dict(saved)
 
 
 # ---------------------------------------------------------------- loop
@@ -403,9 +340,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, TrainConfig, ModelConfig)
     args = parser.parse_args()
-    for name, choices in (("method", METHODS), ("attention", ("sparse", "dense")), ("weight", ("uniform", "elbo"))):
-        if getattr(args, name) not in choices:
-            parser.error(f"--{name} {getattr(args, name)}: expected one of {', '.join(choices)}")
     try:
         Trainer(pick(TrainConfig, args), pick(ModelConfig, args)).run()
     except ValueError as error:

@@ -23,7 +23,8 @@ from model import (
     load_checkpoint,
     save_checkpoint,
 )
-from train import JointLoss, Optimizer, TrainConfig
+from optim import Optimizer
+from train import JointLoss, TrainConfig
 
 
 def trained(model, tokenizer, steps, optimizer=None):

@@ -20,9 +20,10 @@ import train
 from data import Example, write_dataset
 from masks import IGNORE, SLOT, Batch, Sequence, encode_example, make_batch
 from model import ModelConfig
+from optim import Muon, Optimizer, orthogonalize
 from sample import SampleConfig, Sampler
 from tags import Round, Span, Tokenizer
-from train import Batches, JointLoss, Log, Muon, Optimizer, TrainConfig, Trainer, counts, orthogonalize, validate
+from train import Batches, JointLoss, Log, TrainConfig, Trainer, counts, validate
 
 SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
 
@@ -192,6 +193,18 @@ def test_too_few_examples_for_a_batch_are_refused():
 
 
 # ---------------------------------------------------------------- optimizer
+
+
+def test_a_fused_layer_is_updated_as_its_matrices_would_be_apart():
+    torch.manual_seed(0)
+    fused = torch.nn.Parameter(torch.randn(12, 8))
+    fused.grad = torch.randn(12, 8)
+    apart = [torch.nn.Parameter(part.detach().clone()) for part in fused.split([4, 8])]
+    for part, gradient in zip(apart, fused.grad.split([4, 8])):
+        part.grad = gradient.clone()
+    Muon([fused], lr=0.1, rows=[4, 8]).step()
+    Muon(apart, lr=0.1).step()
+    assert torch.equal(fused, torch.cat(apart))
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])

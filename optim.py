@@ -1,0 +1,77 @@
+"""Muon for the matrices of the blocks, AdamW for embedding and norms, one schedule for both."""
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
+
+    torch has it only since 2.9.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, rows=None):
+        """`rows`: if each parameter is several matrices, one below the other, how many rows each of them has."""
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, rows=rows))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                rows = group["rows"] or p.shape[0]
+                # made orthogonal together, queries and keys would get what the larger gradient of values leaves them
+                for w, u in zip(p.split(rows), update.split(rows)):
+                    w.add_(orthogonalize(u), alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
+def orthogonalize(g):
+    """The nearest matrix with singular values near 1, by a quintic iteration."""
+    x = g / (g.norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
+
+    def __init__(self, model, config):
+        attention, c = [block.attention for block in model.blocks], model.config
+        kv = c.d_model // c.n_head * c.n_kv_head
+        groups = [
+            dict(params=[layer.qkv.weight for layer in attention], rows=[c.d_model, kv, kv]),
+            dict(params=[block.gate_up.weight for block in model.blocks], rows=[c.d_ff, c.d_ff]),
+            dict(params=[layer.out.weight for layer in attention] + [block.down.weight for block in model.blocks]),
+        ]
+        muon = Muon(groups, config.lr, weight_decay=config.weight_decay)
+        norms = [p for p in model.parameters() if p.ndim == 1]
+        decayed, others = dict(params=[model.embedding.weight]), dict(params=norms, weight_decay=0.0)
+        adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
+        self.parts, self.config = (muon, adam), config
+
+    def step(self, step):
+        c = self.config
+        share = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
+        for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
+            for group in part.param_groups:
+                group["lr"] = peak * share
+            part.step()
+
+    def state(self):
+        """All state as named tensors."""
+        return {f"{i}.{n}.{name}": value for i, part in enumerate(self.parts)
+                for n, state in part.state_dict()["state"].items() for name, value in state.items()}  # fmt: skip
+
+    def load(self, tensors):
+        for i, part in enumerate(self.parts):
+            saved = part.state_dict()
+            for key, value in tensors.items():
+                number, n, name = key.split(".")
+                if int(number) == i:
+                    saved["state"].setdefault(int(n), {})[name] = value
+            part.load_state_dict(saved)
