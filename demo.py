@@ -12,10 +12,7 @@ import torch
 from sample import SampleConfig, Sampler
 from show import Screen
 
-PROMPTS = {  # of the test splits
-    "tasks": "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",
-    "recipes": "What is the recipe for Cabbage Omelette?",
-}
+PROMPTS = {"recipes": "What is the recipe for Cabbage Omelette?"}  # checkpoints that ship: a prompt of the test split
 
 
 def measure(sampler, prompt, repeats=5):

@@ -1,6 +1,6 @@
 """Measure a checkpoint on a test split: quality, passes, likelihoods.
 
-    python eval.py --checkpoint checkpoints/tasks/planned.safetensors --data data/tasks
+    python eval.py --checkpoint checkpoints/recipes/planned.safetensors --data data/recipes
 
 An answer is exact if every span and text of it is right; data sets with a checker (data/tasks/families.py)
 are scored by it. Likelihoods are in nats a token, spans as the negative ELBO.
@@ -28,8 +28,8 @@ COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions", "content
 class EvalConfig:
     """Evaluation."""
 
-    checkpoint: str = setting("checkpoints/tasks/planned.safetensors", "trained model")
-    data: str = setting("data/tasks", "folder of a data set, written by its prepare.py")
+    checkpoint: str = setting("checkpoints/recipes/planned.safetensors", "trained model")
+    data: str = setting("data/recipes", "folder of the data set it was trained on, written by its prepare.py")
     split: str = setting("test", "split to measure on")
     limit: int = setting(0, "only so many of its examples (0: all)")
     batch: int = setting(16, "prompts answered together")

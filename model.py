@@ -52,18 +52,20 @@ class KVCache:
         shape = (config.n_layer, 2, batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
         self.junk = length
+        self.select(range(batch))
+
+    def select(self, rows):
+        """Which rows of the batch the next passes compute."""
+        self.rows = torch.tensor(list(rows), device=self.kv.device)
+        self.all = len(self.rows) == self.kv.shape[2]
 
     def update(self, layer, index, k, v, n_keys):
-        """Write k, v (B, Hkv, T, hd) at entries index (B, T); return all entries up to n_keys."""
-        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        """Write k, v (B, Hkv, T, hd) of the selected rows at entries index (B, T); return theirs up to n_keys."""
         kv = self.kv[layer]
-        kv[0][rows, :, index] = k.transpose(1, 2)
-        kv[1][rows, :, index] = v.transpose(1, 2)
-        return kv[0][:, :, :n_keys], kv[1][:, :, :n_keys]
-
-    def keep(self, rows):
-        """Go on with these rows of the batch only."""
-        self.kv = self.kv[:, :, rows]
+        kv[0][self.rows[:, None], :, index] = k.transpose(1, 2)
+        kv[1][self.rows[:, None], :, index] = v.transpose(1, 2)
+        seen = kv[:, :, :, :n_keys]  # (2, B, Hkv, n_keys, hd)
+        return seen if self.all else seen[:, self.rows]  # no copy while all rows take part
 
 
 def rope(position, head_dim, theta):

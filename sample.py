@@ -1,6 +1,6 @@
 """The two-stage sampler: write a plan token by token, then denoise its spans in parallel.
 
-    python sample.py --prompt "Tell me about the river, the food and the ruler of Brivok."
+    python sample.py --prompt "What is the recipe for Cabbage Omelette?"
 
 One loop serves planned and autoregressive models: every forward pass computes, for each answer of
 the batch, the layout entries that this answer needs next (Planned Diffusion, section 4).
@@ -266,22 +266,24 @@ class Sampler:
         """
         start = time.perf_counter()
         answers = [Answer(prompt, self, self.config.seed + i) for i, prompt in enumerate(prompts)]
-        live = [answer for answer in answers if answer.stage != "done"]
-        longest = max((len(a.layout) for a in live), default=0) + self.config.max_tokens
-        cache = KVCache(self.model.config, len(live), longest, self.device)
-        while live:
-            entries = [a.entries() for a in live]
-            hidden = self.forward(live, entries, cache)
-            for answer, mine, h in zip(live, entries, hidden):
-                answer.take(h[: len(mine)], mine)
-                if watch:
-                    watch(answer)
-                answer.seconds = time.perf_counter() - start
-            going = [n for n, a in enumerate(live) if a.stage != "done"]
-            if len(going) < len(live):
-                live = [live[n] for n in going]
-                cache.keep(going)
+        longest = max((len(a.layout) for a in answers), default=0) + self.config.max_tokens
+        cache = KVCache(self.model.config, len(answers), longest, self.device)
+        while any(answer.stage != "done" for answer in answers):
+            for stage in ("write", "denoise"):  # apart: one token of an answer need not wait for a hundred of another
+                rows = [row for row, answer in enumerate(answers) if answer.stage == stage]
+                if rows:
+                    cache.select(rows)
+                    self.step([answers[row] for row in rows], cache, watch, start)
         return answers
+
+    def step(self, live, cache, watch, start):
+        """One forward pass for some answers, whose rows of the cache are selected."""
+        entries = [answer.entries() for answer in live]
+        for answer, mine, hidden in zip(live, entries, self.forward(live, entries, cache)):
+            answer.take(hidden[: len(mine)], mine)
+            answer.seconds = time.perf_counter() - start
+            if watch:
+                watch(answer)
 
     def forward(self, live, entries, cache):
         """Hidden states (B, T, D) of some layout entries of each answer; what is past an answer's own is padding."""
@@ -299,7 +301,7 @@ class Sampler:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", required=True, help="a question; give it again for a batch")
-    parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
+    parser.add_argument("--checkpoint", default="checkpoints/recipes/planned.safetensors",
                         help="trained model (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")

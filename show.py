@@ -71,11 +71,11 @@ class Screen:
 
     def wrap(self, label, cells, width):
         """Lines of at most `width` columns, the label in a column of its own."""
-        margin, lines, line, used = 12, [], "", 0
+        margin, lines, line, used = 14, [], "", 0
         for text, style in (part for text, style in cells for part in split(text, style, width - margin - 1)):
             if used + len(text) > width - margin - 1 and used:
                 lines, line, used = [*lines, line], "", 0
-                text = text.lstrip(" ")
+            text = text if used else text.lstrip(" ")
             if text == "\n":
                 lines, line, used = [*lines, line], "", 0
                 continue

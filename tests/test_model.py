@@ -324,7 +324,7 @@ def test_ragged_rows_of_a_cached_pass_are_what_they_are_alone_and_rows_can_leave
     first = [[i for i in range(len(y)) if y.kind[i] == PROMPT] for y in layouts]
     rest = [[i for i in range(len(y)) if y.kind[i] != PROMPT] for y in layouts]
     cached_pass(model, cache, layouts, first)
-    cache.keep([3, 1])
+    cache.select([3, 1])
     hidden = cached_pass(model, cache, [layouts[3], layouts[1]], [rest[3], rest[1]])
     for n, h in zip((3, 1), hidden):
         torch.testing.assert_close(h, fresh(model, layouts[n])[rest[n]], atol=1e-5, rtol=1e-5)
