@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, random_example, small_model
+from conftest import WORDS, random_example
 
 import train
 from data import Example, write_dataset
 from masks import IGNORE, SLOT, Batch, Sequence, encode_example, make_batch
 from model import ModelConfig
-from optim import Muon, Optimizer, orthogonalize
+from optim import Optimizer
 from sample import SampleConfig, Sampler
 from tags import Round, Span, Tokenizer
 from train import Batches, JointLoss, Log, TrainConfig, Trainer, counts, validate
@@ -190,70 +190,6 @@ def test_little_of_a_batch_is_padding():
 def test_too_few_examples_for_a_batch_are_refused():
     with pytest.raises(ValueError, match="2 examples.*batch of 3"):
         Batches([stub(5, 1)] * 2, 3, 0)
-
-
-# ---------------------------------------------------------------- optimizer
-
-
-def test_a_fused_layer_is_updated_as_its_matrices_would_be_apart():
-    torch.manual_seed(0)
-    fused = torch.nn.Parameter(torch.randn(12, 8))
-    fused.grad = torch.randn(12, 8)
-    apart = [torch.nn.Parameter(part.detach().clone()) for part in fused.split([4, 8])]
-    for part, gradient in zip(apart, fused.grad.split([4, 8])):
-        part.grad = gradient.clone()
-    Muon([fused], lr=0.1, rows=[4, 8]).step()
-    Muon(apart, lr=0.1).step()
-    assert torch.equal(fused, torch.cat(apart))
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
-def test_orthogonalize_keeps_singular_vectors_and_makes_singular_values_about_1(shape):
-    g = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.01
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
-    core = u.T @ orthogonalize(g) @ v.T
-    large = s > 0.02 * s.max()  # five steps lift a share of 0.02 and more
-    assert ((0.6 < core.diag()) & (core.diag() < 1.25))[large].all()
-    assert (core - core.diag().diag()).abs().max() < 1e-3
-
-
-def test_muon_moves_tall_matrices_further_and_pulls_weights_to_zero():
-    for rows, decay in ((8, 0.0), (32, 0.0), (8, 0.5)):
-        p = torch.nn.Parameter(torch.ones(rows, 8))
-        before, p.grad = p.detach().clone(), torch.randn(rows, 8, generator=torch.Generator().manual_seed(1))
-        Muon([p], lr=0.1, weight_decay=decay).step()
-        expected = before * (1 - 0.1 * decay) - 0.1 * (rows / 8) ** 0.5 * orthogonalize(p.grad)
-        torch.testing.assert_close(p.detach(), expected)
-
-
-def test_the_rates_rise_for_warmup_updates_and_then_fall_to_zero():
-    model = small_model(20, n_layer=1)
-    model.embedding.weight.sum().backward()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer = Optimizer(model, TrainConfig(lr=0.5, adam_lr=0.1, steps=10, warmup=4))
-    rates = []
-    for step in range(10):
-        optimizer.step(step)
-        rates.append([part.param_groups[0]["lr"] for part in optimizer.parts])
-    share = np.array([0.25, 0.5, 0.75, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    np.testing.assert_allclose(rates, np.outer(share, [0.5, 0.1]))
-
-
-def test_the_optimizers_state_survives_saving(tokenizer):
-    config = TrainConfig(steps=20, warmup=0, weight_decay=0.1)
-    models = [small_model(30, n_layer=1) for _ in range(2)]
-    optimizers = [Optimizer(m, config) for m in models]
-    for step in range(5):
-        if step == 3:  # the second goes on from what the first one saved
-            models[1].load_state_dict(models[0].state_dict())
-            optimizers[1].load({name: value.clone() for name, value in optimizers[0].state().items()})
-        for model, optimizer in list(zip(models, optimizers))[: 1 if step < 3 else 2]:
-            for n, p in enumerate(model.parameters()):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
-            optimizer.step(step)
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------- runs
