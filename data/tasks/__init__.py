@@ -1,1 +1,1 @@
-"""A generated data set of six task families whose answers can be checked exactly."""
+"""A generated data set of seven task families whose answers can be checked exactly."""

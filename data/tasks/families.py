@@ -1,4 +1,4 @@
-"""Six families of small tasks in English sentences, each answer exactly checkable.
+"""Seven families of small tasks in English sentences, each answer exactly checkable.
 
 A span is long (26 to 38 words) but carries few informative words: a tiny model learns
 it, and there is still enough text to decode in parallel. Except for the colours of `coupled`,
@@ -66,7 +66,12 @@ ATTRIBUTES = {
     "festival": """lantern harvest kite bonfire dance mask flower candle snow rain drum puppet poetry
         barrel song moon wagon bubble pumpkin whistle""".split(),
 }
-SYLLABLES = "va le ri mo du ka se ni to bu ga fe li zo pu ha re mi so tu ja ne di lo ku".split()
+FIRST_NAMES = """Ada Boris Clara David Emma Felix Greta Henry Irma Jonas Karla Leo Martha Nora Oscar Paula Quentin
+    Rosa Simon Tilda Ursula Victor Wanda Xaver Yvonne Zeno Agnes Bruno Cora Dario Elsa Franz Gloria Hugo Ivan
+    Judith Klaus Lydia Milo Nadja""".split()
+LAST_NAMES = """Abbott Burton Carver Dalton Ellis Foster Gibson Hardy Irving Jensen Keller Lambert Moreno Nolan Osborn
+    Parker Quinn Russell Sawyer Turner Underhill Vance Watson Yates Zimmer Archer Bishop Conrad Draper Emerson
+    Fletcher Graham Holloway Ingram Jordan Kramer Lindgren Mercer Norton Olsen""".split()
 
 # --- Templates: one a topic, so that a span needs its topic and the prompt, not the other spans. ---
 
@@ -114,6 +119,16 @@ SUM = ("We put everything that belongs to the {person} on one side of the big sc
        "without any hurry, and both times the number that we write down is {total} in all.")
 MOST = ("Now that all three numbers are known it is easy to compare them: the winner is the {person}, "
         "because nobody else at the table has as many as {total}.")
+WAYS = {
+    "start": "If we begin with {a} and {b} then {ab} {food} lie on the table already, and the last {c} that were "
+             "found in the evening bring the number up to {total} in all.",
+    "end": "If we go from the end then {b} and {c} are {bc} {food} together, and the first {a} that were found "
+           "long before them bring the number up to {total} in all.",
+    "outer": "If we put the outer two together then {a} and {c} are {ac} {food}, and the {b} in between that "
+             "nobody has counted yet bring the number up to {total} in all.",
+}
+SETTLED = ("Having counted the {food} of the {person} in three different ways we settle on {total}, because that "
+           "is the number to which most of them came.")
 STORY = (
     "Long ago there was a {hero} who lived near the {place} and was never seen without an old {thing}. "
     "One cold evening the {thing} was gone, and although the {hero} searched under every bed and behind "
@@ -164,7 +179,7 @@ def build_world(seed: int, split: str) -> World:
     for attribute, values in ATTRIBUTES.items():
         for i, town in enumerate(rng.sample(TOWNS, len(TOWNS))):  # each value has two or three towns
             facts[town][attribute] = values[i % len(values)]
-    names = ["".join(syllables).capitalize() for syllables in product(SYLLABLES, repeat=3)]
+    names = [" ".join(both) for both in product(FIRST_NAMES, LAST_NAMES)]
     rng.shuffle(names)
     tenth = len(names) // 10
     own = {"test": names[:tenth], "val": names[tenth:2 * tenth], "train": names[2 * tenth:]}
@@ -228,6 +243,19 @@ def arithmetic(rng: random.Random, world: World) -> Example:
     return Example(prompt, (Round(spans=tuple(spans)), Round(text=end)), "arithmetic")
 
 
+def thinking(rng: random.Random, world: World) -> Example:
+    """Two rounds: three spans attempt the same sum in ways of their own, the second round settles it (ParaThinker)."""
+    counts = [rng.randint(2, 6) for _ in range(3)]
+    a, b, c = (NUMBERS[count] for count in counts)
+    sums = {name: NUMBERS[counts[i] + counts[j]] for name, i, j in (("ab", 0, 1), ("bc", 1, 2), ("ac", 0, 2))}
+    words = dict(a=a, b=b, c=c, **sums, total=NUMBERS[sum(counts)], person=rng.choice(JOBS),
+                 food=rng.choice(list(FOODS.values())))  # fmt: skip
+    spans = [Span(way, WAYS[way].format(**words)) for way in rng.sample(list(WAYS), len(WAYS))]
+    prompt = "The {person} finds {a} {food}, then {b} and later {c}. How many are there? Count from {ways}."
+    prompt = prompt.format(**words, ways=listed([f"the {span.topic}" for span in spans]))
+    return Example(prompt, (Round(spans=tuple(spans)), Round(text=SETTLED.format(**words))), "thinking")
+
+
 def stories(rng: random.Random, world: World) -> Example:
     """Free text without a plan: each sentence leans on the one before."""
     slots = {"hero": rng.choice(JOBS), "place": rng.choice(PLACES), "thing": rng.choice(list(TOOLS)),
@@ -246,8 +274,8 @@ def coupled(rng: random.Random, world: World) -> Example:
 
 
 FAMILIES = {family.__name__: family
-            for family in (facts, lookups, transforms, arithmetic, stories, coupled)}
-TRAIN_SHARES = {"facts": 2, "lookups": 2, "transforms": 2, "arithmetic": 1, "stories": 1, "coupled": 1}
+            for family in (facts, lookups, transforms, arithmetic, thinking, stories, coupled)}
+TRAIN_SHARES = {"facts": 2, "lookups": 2, "transforms": 2, "arithmetic": 1, "thinking": 1, "stories": 1, "coupled": 1}
 
 
 def check(example: Example, text: str) -> Score:
