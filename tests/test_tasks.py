@@ -192,10 +192,10 @@ def test_too_large_a_split_says_what_to_do(monkeypatch):
 
 
 def test_prepare_runs_from_any_directory_and_its_files_check_as_exact(tmp_path):
-    command = [sys.executable, PREPARE, "--out", "written", "--train", "300", "--val", "6", "--test", "12"]
+    command = [sys.executable, PREPARE, "--out", "written", "--train", "300", "--val", "7", "--test", "14"]
     subprocess.run(command, cwd=tmp_path, check=True)
     test = read_split(tmp_path / "written" / "test.jsonl")
-    assert len(test) == 12 and (tmp_path / "written" / "tokenizer.json").exists()
+    assert len(test) == 14 and (tmp_path / "written" / "tokenizer.json").exists()
     assert all(check(example, plain_text(example.rounds)).exact for example in test)
 
 
