@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from data import read_split
+from masks import Sequence
+from methods import encode
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting
-from train import JointLoss, load_sequences, validate
+from train import JointLoss, validate
 
 COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens")
 
@@ -127,9 +129,9 @@ def evaluate(config, sample_config):
     examples = read_split(path)[: config.limit or None]
     results = answer_all(sampler, examples, config.batch)
     loss = JointLoss(sampler.model, sampler.tokenizer.pad + 1)
-    sequences = load_sequences(path, sampler.tokenizer, sampler.method, sampler.attention)[: config.limit or None]
+    sequences = [Sequence(encode(example, sampler.tokenizer, sampler.method)) for example in examples]
     plan, span, error = validate(loss, sequences, sampler.tokenizer, config.device, config.draws)
-    scores = score(examples, results, checker(locate(config.data)), sampler.method != "ar")
+    scores = score(examples, results, checker(locate(config.data)), sampler.method.plan == "written")
     shown = [line for result in results[: config.show] for line in markdown(result)]
     return {"scores": scores, "shown": shown, "plan_nll": plan, "span_elbo": span, "span_elbo_error": error}
 

@@ -61,12 +61,12 @@ class Layout:
     def scaffold(self, spans, tokenizer, round_):
         """Append the spans of a round's plan: `<async> topic:`, slots, `</async>` each.
 
-        `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK].
-        Returns where each span begins and ends, its tags included.
+        `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK],
+        and without topic tokens the span has no head. Returns where each span begins and ends, its tags included.
         """
         first, places = len(self), []
         for number, (topic, slots) in enumerate(spans):
-            head, start = [tokenizer.async_, *topic, tokenizer.colon], len(self)
+            head, start = [tokenizer.async_, *([*topic, tokenizer.colon] if topic else [])], len(self)
             tokens = [*head, *slots, tokenizer.async_end]
             kinds = [GIVEN] * len(head) + [SLOT] * len(slots) + [GIVEN]
             self._columns(tokens, kinds, round_, number)
@@ -92,10 +92,10 @@ def encode_prompt(prompt, tokenizer):
     return [tokenizer.user, *tokenizer.encode(prompt), tokenizer.assistant]
 
 
-def encode_example(example, tokenizer, attention="sparse"):
+def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
     """Layout of a whole example (`prompt`, `rounds`), its last token `<eos>`.
 
-    Raises ValueError if a span's text is longer than its planned length.
+    `repeat_topic`: whether a span begins with its topic. Raises ValueError if a span's text is longer than planned.
     """
     layout, number = Layout(attention), 0
     layout.write(encode_prompt(example.prompt, tokenizer), PROMPT, 0)
@@ -111,9 +111,22 @@ def encode_example(example, tokenizer, attention="sparse"):
                 raise ValueError(f"the span {span.topic!r} of the prompt {example.prompt[:60]!r} has {len(slots)} "
                                  f"tokens, its plan only {planned} ({span.length} x {tokenizer.unit})")  # fmt: skip
             layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
-            spans.append((topic, slots + [tokenizer.pad] * (planned - len(slots))))
+            spans.append((topic if repeat_topic else [], slots + [tokenizer.pad] * (planned - len(slots))))
         layout.scaffold(spans, tokenizer, number)
     layout.write([tokenizer.eos], PLAN, number)
+    return layout
+
+
+def encode_blocks(prompt, text, tokenizer, size):
+    """Layout of an answer under a given plan: rounds of one span of `size` slots each, nothing in between.
+
+    The span that is not full is the last one (block diffusion, arXiv 2503.09573, without its noised copy).
+    """
+    layout, tokens = Layout(), tokenizer.encode(text)
+    layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
+    for number in range(max(1, -(-len(tokens) // size))):
+        block = tokens[number * size : (number + 1) * size]
+        layout.scaffold([([], block + [tokenizer.pad] * (size - len(block)))], tokenizer, number)
     return layout
 
 
@@ -142,10 +155,10 @@ class Sequence:
         self.position = array(layout.position)
         self.see = np.stack([array(layout.prefix), array(layout.begin), array(layout.end)], axis=1)
         self.span = np.where(array(layout.span) >= 0, self.round * 1000 + array(layout.span), -1)  # unique in sequence
-        self.dense = layout.attention == "dense"
+        self.attention = layout.attention
         self.n_rounds = int(self.round[-1]) + 1
         written = np.flatnonzero(self.kind == PLAN)
-        reads = np.concatenate([[np.flatnonzero(self.kind == PROMPT)[-1]], written[:-1]])
+        reads = np.concatenate([np.flatnonzero(self.kind == PROMPT)[-1:], written[:-1]])[: len(written)]
         self.next = np.full(len(self.token), IGNORE)
         self.next[reads] = self.token[written]
 
@@ -179,8 +192,10 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
+def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0, history="clean"):
     """Noise one round of each sequence: what is before it is clean, as in sampling, and what follows is cut off.
+
+    `history` "noised" noises the rounds before it too, as the authors' code does.
 
     Each span (each round, if dense) draws t ~ U(0, 1], stratified over the batch; each of its slots
     becomes [MASK] with probability t and then predicts itself. `weight`: "elbo" weighs a slot by
@@ -198,8 +213,11 @@ def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
     for b, (s, r, stop) in enumerate(zip(sequences, rounds, stops)):
         batch.token[b, :stop], batch.position[b, :stop] = s.token[:stop], s.position[:stop]
         batch.see[b, :stop], batch.target[b, :stop] = s.see[:stop], s.next[:stop]
-        batch.in_span[b, :stop] = (s.kind[:stop] == SLOT) & (s.round[:stop] == r)
-        group[b, :stop] = b * 1_000_000 + (r * 1000 if s.dense else s.span[:stop])
+        noised = s.round[:stop] == r if history == "clean" else s.round[:stop] <= r
+        batch.in_span[b, :stop] = (s.kind[:stop] == SLOT) & noised
+        group[b, :stop] = b * 1_000_000 + (s.round[:stop] * 1000 if s.attention == "dense" else s.span[:stop])
+    if sequences[0].attention == "causal":
+        return shifted(batch, tokenizer).map(torch.from_numpy)
     slots = batch.in_span
     _, draw = np.unique(group[slots], return_inverse=True)
     n = draw.max(initial=-1) + 1
@@ -210,6 +228,14 @@ def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0):
     batch.token[slots] = np.where(masked, tokenizer.mask, batch.token[slots])
     batch.weight[slots] = 1 / t if weight == "elbo" else 1
     return batch.map(torch.from_numpy)
+
+
+def shifted(batch, tokenizer):
+    """Causal spans are not noised: each slot, up to the first [PAD], is the target of the token before it."""
+    over = (batch.token == tokenizer.pad) & (np.roll(batch.token, 1, axis=1) == tokenizer.pad)
+    batch.in_span = np.roll(batch.in_span & ~over, -1, axis=1)
+    batch.target = np.where(batch.in_span, np.roll(batch.token, -1, axis=1), batch.target)
+    return batch
 
 
 # ---------------------------------------------------------------- pictures

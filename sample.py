@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
+from methods import MethodConfig
 from model import KVCache, load_checkpoint
 from settings import add_settings, locate, pick, setting
 from show import Screen
@@ -34,6 +35,7 @@ class SampleConfig:
     length_scale: float = setting(1.0, "scales every planned length")
     temperature: float = setting(0.0, "0 takes the likeliest token")
     top_p: float = setting(1.0, "draws from the likeliest tokens that have this probability together")
+    constrained: bool = setting(True, "write plans under the grammar; without it an answer that leaves it is broken")
     max_tokens: int = setting(512, "most positions of an answer: plan, text and spans with their tags")
     seed: int = setting(0, "seed; answer i of a batch uses seed + i")
 
@@ -100,22 +102,35 @@ class Answer:
 
     def __init__(self, prompt, sampler, seed):
         self.prompt, self.sampler, self.config, self.tokenizer = prompt, sampler, sampler.config, sampler.tokenizer
-        self.layout, self.drafts, self.stage = Layout(sampler.attention), [Draft()], "write"
+        self.method, self.causal = sampler.method, sampler.method.attention == "causal"
+        self.layout, self.drafts, self.stage = Layout(self.method.attention), [Draft()], "write"
         self.layout.write(encode_prompt(prompt, self.tokenizer), PROMPT, 0)
-        self.grammar = Grammar(self.tokenizer, self.config.max_tokens, self.config.length_scale, sampler.method != "ar")
+        self.room = len(self.layout) + self.config.max_tokens  # the layout stays shorter than this
+        plans = self.method.plan == "written"
+        self.grammar = Grammar(self.tokenizer, self.config.max_tokens, self.config.length_scale, plans)
         self.generator = torch.Generator(sampler.device).manual_seed(seed)
         self.cached = 0  # the first so many layout entries are in the KV cache as a fresh forward would compute them
         self.active, self.step, self.steps = [], 0, 0  # unfinished spans; denoising steps done and planned
         self.plan_passes = self.denoise_passes = self.critical_path = self.positions = 0
-        self.cut, self.seconds = False, 0.0
-        self.force()
+        self.cut, self.broken, self.seconds = False, False, 0.0
+        if self.method.plan == "given":
+            self.next_block()
+        else:
+            self.force()
 
     def entries(self):
         """The layout entries that the next pass computes: what the cache lacks, but of spans only the unfinished."""
         if self.stage == "write":
             return list(range(self.cached, len(self.layout)))
         first = self.drafts[-1].spans[0][0]
-        return [*range(self.cached, first), *(i for start, stop in self.active for i in range(start, stop))]
+        return [*range(self.cached, first), *(i for span in self.active for i in self.unread(*span))]
+
+    def unread(self, start, stop):
+        """The entries of an unfinished span that a pass computes: all, or if causal what is before the next slot."""
+        if not self.causal:
+            return range(start, stop)
+        slot = self.layout.kind.index(SLOT, start) + self.step
+        return range(slot - 1 if self.step else start, slot)
 
     def take(self, hidden, entries):
         """Go on with the hidden states (n, D) of those entries."""
@@ -127,19 +142,25 @@ class Answer:
         else:
             self.denoise_passes += 1
             self.cached = self.drafts[-1].spans[0][0]
-            self.denoise(hidden, entries)
+            (self.extend if self.causal else self.denoise)(hidden, entries)
+            self.end_step()
         self.force()
 
     def write(self, hidden):
         """Stage 1: append the next token of plan or text."""
         allowed = torch.from_numpy(self.grammar.allowed()).to(hidden.device)
-        logits = self.sampler.model.logits(hidden).masked_fill(~allowed, float("-inf"))
-        probs = probabilities(logits[None], self.config)
-        self.append(int(draw(probs, self.config, self.generator)))
+        logits = self.sampler.model.logits(hidden)
+        if self.config.constrained:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        token = int(draw(probabilities(logits[None], self.config), self.config, self.generator))
+        if allowed[token]:
+            self.append(token)
+        else:
+            self.broken, self.stage = True, "done"
 
     def force(self):
         """Append the tokens to which the grammar leaves no alternative: they cost no pass."""
-        while self.stage == "write" and (forced := self.grammar.forced()) is not None:
+        while self.config.constrained and self.stage == "write" and (forced := self.grammar.forced()) is not None:
             self.cut |= forced == self.tokenizer.eos  # no room for anything else
             self.append(forced)
 
@@ -149,7 +170,7 @@ class Answer:
         self.grammar.advance(token)
         if token in (tok.sync, tok.eos):
             self.last = token == tok.eos
-            self.scaffold(draft) if draft.topics else self.end_round()
+            self.start_spans(draft) if draft.topics else self.end_round()
             return
         if token == tok.topic:
             draft.topics.append([[], 0])
@@ -159,13 +180,27 @@ class Answer:
             (draft.topics[-1][0] if draft.topics else draft.text).append(token)
         self.layout.write([token], PLAN, len(self.drafts) - 1)
 
-    def scaffold(self, draft):
-        """Turn the plan into spans of [MASK]."""
-        sizes = [span_slots(length, self.tokenizer.unit, self.config.length_scale) for _, length in draft.topics]
-        masked = [(name, [self.tokenizer.mask] * size) for (name, _), size in zip(draft.topics, sizes)]
-        draft.spans = self.layout.scaffold(masked, self.tokenizer, len(self.drafts) - 1)
-        self.active, self.stage = draft.spans, "denoise"
-        self.step, self.steps = 0, math.ceil(self.config.steps_ratio * max(sizes))
+    def start_spans(self, draft):
+        """The spans of a written plan."""
+        unit, scale, repeat = self.tokenizer.unit, self.config.length_scale, self.method.repeat_topic
+        self.scaffold([(name if repeat else [], span_slots(length, unit, scale)) for name, length in draft.topics])
+
+    def next_block(self):
+        """The span of a given plan: one block, or what there is room for."""
+        size = min(self.method.block, self.room - len(self.layout) - 2)  # 2: <async> and </async>
+        self.cut = size < 1
+        if self.cut:
+            self.stage = "done"
+        else:
+            self.scaffold([([], size)])
+
+    def scaffold(self, spans):
+        """Begin to denoise spans of [MASK], given as pairs of topic tokens and number of slots."""
+        masked = [(topic, [self.tokenizer.mask] * slots) for topic, slots in spans]
+        self.drafts[-1].spans = self.layout.scaffold(masked, self.tokenizer, len(self.drafts) - 1)
+        self.active, self.stage = self.drafts[-1].spans, "denoise"
+        longest = max(slots for _, slots in spans)
+        self.step, self.steps = 0, longest if self.causal else math.ceil(self.config.steps_ratio * longest)
 
     def denoise(self, hidden, entries):
         """Stage 2: fill the most certain slots of each unfinished span.
@@ -180,16 +215,28 @@ class Answer:
         drawn = draw(probs, self.config, self.generator)
         sure = certainty(probs, drawn, self.config, self.generator)
         guess = {entries[n]: pair for n, pair in zip(masked, zip(sure.tolist(), drawn.tolist()))}
-        self.step += 1
-        self.critical_path += 1
-        dense = self.layout.attention == "dense"
-        for group in [self.active] if dense else [[span] for span in self.active]:
+        groups = [self.active] if self.layout.attention == "dense" else [[span] for span in self.active]
+        for group in groups:
             slots = [i for start, stop in group for i in range(start, stop) if self.layout.kind[i] == SLOT]
             left = sorted((i for i in slots if i in guess), key=lambda i: -guess[i][0])
             for i in left[: self.share(len(slots), [guess[i][0] for i in left])]:
                 token[i] = guess[i][1]
-        unfinished = [(start, stop) for start, stop in self.active if tok.mask in token[start:stop]]
-        self.active = self.active if dense and unfinished else unfinished  # dense spans still see the finished ones
+
+    def extend(self, hidden, entries):
+        """Stage 2 of causal spans: write the next token of each unfinished span; [PAD] ends it."""
+        pad, slots = self.tokenizer.pad, [self.unread(*span).stop for span in self.active]
+        logits = self.sampler.model.logits(hidden[[entries.index(slot - 1) for slot in slots]], pad + 1)
+        drawn = draw(probabilities(logits, self.config), self.config, self.generator).tolist()
+        for slot, (_, stop), token in zip(slots, self.active, drawn):
+            stop = stop - 1 if token == pad else slot + 1  # the last entry is </async>
+            self.layout.token[slot:stop] = [token] * (stop - slot)
+
+    def end_step(self):
+        """Finished spans leave, but dense ones stay while another still sees them."""
+        self.step += 1
+        self.critical_path += 1
+        unfinished = [span for span in self.active if self.tokenizer.mask in self.layout.token[slice(*span)]]
+        self.active = self.active if unfinished and self.layout.attention == "dense" else unfinished
         if not unfinished:
             self.end_round()
 
@@ -197,24 +244,31 @@ class Answer:
         """How many of the unfilled slots, whose certainties are `sure` (falling), to fill of `slots` in all."""
         if self.config.threshold:
             return max(1, sum(s >= self.config.threshold for s in sure))
-        return max(0, math.ceil(slots * self.step / self.steps) - (slots - len(sure)))
+        return max(0, math.ceil(slots * (self.step + 1) / self.steps) - (slots - len(sure)))
 
     def end_round(self):
-        """After `<sync/>` the pass that reads it computes the finished spans once more: the cache stays exact."""
-        if self.last:
+        """Go on after a round, or end. The pass that reads what follows computes the finished spans once more, so
+        that the cache stays exact."""
+        given = self.method.plan == "given"
+        if self.tokenizer.pad in self.contents(self.drafts[-1].spans[0]) if given else self.last:
             self.stage = "done"
             return
-        self.layout.write([self.tokenizer.sync], PLAN, len(self.drafts))
         self.drafts.append(Draft())
-        self.stage = "write"
+        if given:
+            self.next_block()
+        else:
+            self.layout.write([self.tokenizer.sync], PLAN, len(self.drafts) - 1)
+            self.stage = "write"
 
     def contents(self, span):
         """Slot tokens of a span, [PAD] and [MASK] included."""
         return [self.layout.token[i] for i in range(*span) if self.layout.kind[i] == SLOT]
 
     def rounds(self):
-        """The finished answer as a list of `Round`."""
+        """The finished answer as a list of `Round`; what is written under a given plan is one text."""
         decode = self.tokenizer.decode
+        if self.method.plan == "given":
+            return [Round(decode([i for draft in self.drafts for span in draft.spans for i in self.contents(span)]))]
         return [
             Round(decode(draft.text), tuple(Span(decode(name), decode(self.contents(span)), length)
                                             for (name, length), span in zip(draft.topics, draft.spans)))  # fmt: skip
@@ -232,6 +286,7 @@ class Answer:
             "rounds": [{"text": r.text, "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
                         "spans": [s.text for s in r.spans]} for r in rounds],  # fmt: skip
             "cut": self.cut,
+            "broken": self.broken,
             "plan_passes": self.plan_passes,
             "denoise_passes": self.denoise_passes,
             "critical_path": self.critical_path,
@@ -245,18 +300,17 @@ class Answer:
 
 
 class Sampler:
-    """Answers prompts with a model; `attention` and `method` are those that it was trained with."""
+    """Answers prompts with a model by the method (a MethodConfig) that it was trained with."""
 
-    def __init__(self, model, tokenizer, config, attention="sparse", method="planned"):
+    def __init__(self, model, tokenizer, config, method=MethodConfig()):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self.attention, self.method, self.device = attention, method, model.embedding.weight.device
+        self.method, self.device = method, model.embedding.weight.device
 
     @classmethod
     def load(cls, path, config, device="cpu"):
         """From a checkpoint, which says how it was trained."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        trained = info.get("train", {})
-        return cls(model, tokenizer, config, trained.get("attention", "sparse"), trained.get("method", "planned"))
+        return cls(model, tokenizer, config, MethodConfig(**info["method"]))
 
     @torch.inference_mode()
     def answer(self, prompts, watch=None):

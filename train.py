@@ -23,16 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import read_split, write_whole
-from masks import IGNORE, Sequence, encode_example, make_batch
+from masks import IGNORE, Sequence, make_batch
+from methods import MethodConfig, encode
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from optim import Optimizer
 from settings import add_settings, locate, pick, setting
-from tags import Round, Tokenizer, plain_text
-
-METHODS = {  # a method is a rewriting of the answer
-    "planned": lambda rounds: rounds,
-    "ar": lambda rounds: (Round(plain_text(rounds)),),
-}
+from tags import Tokenizer
 
 
 @dataclass
@@ -42,13 +38,12 @@ class TrainConfig:
     data: str = setting("data/tasks", "folder of a data set, written by its prepare.py")
     out: str = setting("runs/tasks", "folder of checkpoint and log; an interrupted run in it is resumed")
     init: str = setting("", "checkpoint to start from, such as an autoregressive model as warm-up")
-    method: str = setting("planned", f"what is learnt: {' or '.join(METHODS)} (plain text)")
-    attention: str = setting("sparse", "whether the spans of a round see each other: sparse (no) or dense (yes)")
     steps: int = setting(10000, "updates")
     batch: int = setting(8, "sequences a micro-batch")
     accumulate: int = setting(1, "micro-batches an update, over all processes")
     weight: str = setting("uniform", "weight of a slot's loss: uniform, or elbo (1/t)")
     t_min: float = setting(0.0, "smallest share of slots masked; above 0 more of a span is masked, but 1/t is no ELBO")
+    history: str = setting("clean", "rounds before the one trained: clean, or noised (ablation)")
     span_weight: float = setting(1.0, "weight of the span loss beside the plan loss")
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)")
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)")
@@ -67,8 +62,7 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.t_min < 1:
             raise ValueError(f"--t_min {self.t_min}: expected 0 or more, and less than 1")
-        choices = {"method": METHODS, "attention": ("sparse", "dense"), "weight": ("uniform", "elbo")}
-        for name, known in choices.items():
+        for name, known in {"weight": ("uniform", "elbo"), "history": ("clean", "noised")}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected one of {', '.join(known)}")
 
@@ -133,11 +127,6 @@ def validate(loss, sequences, tokenizer, device="cpu", draws=1, seed=0, batch=16
 # ---------------------------------------------------------------- data
 
 
-def load_sequences(path, tokenizer, method="planned", attention="sparse"):
-    examples = [replace(e, rounds=METHODS[method](e.rounds)) for e in read_split(path)]
-    return [Sequence(encode_example(e, tokenizer, attention)) for e in examples]
-
-
 class Batches:
     """Which examples, and which round of each, make a micro-batch: a function of seed and number.
 
@@ -178,7 +167,7 @@ class Trainer:
 
     PLACE = ("step", "tokens", "seconds", "recent")  # updates, tokens, seconds so far; losses since the last log row
 
-    def __init__(self, config, model_config):
+    def __init__(self, config, model_config, method_config):
         self.config, self.out = config, Path(config.out)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.accumulate % self.world:
@@ -193,10 +182,9 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         data = locate(config.data)
         self.tokenizer = Tokenizer.load(data / "tokenizer.json")
-        self.train_set, self.val_set = (
-            load_sequences(data / f"{split}.jsonl", self.tokenizer, config.method, config.attention)
-            for split in ("train", "val")
-        )
+        splits = [read_split(data / f"{split}.jsonl") for split in ("train", "val")]
+        self.method = method_config.fitted(splits[0], self.tokenizer)
+        self.train_set, self.val_set = ([Sequence(encode(e, self.tokenizer, self.method)) for e in s] for s in splits)
         self.batches = Batches(self.train_set, config.batch, config.seed)
         torch.manual_seed(config.seed)
         self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
@@ -214,7 +202,7 @@ class Trainer:
         path = self.out / "checkpoint.safetensors"
         if path.exists():
             model, tokenizer, info, state = load_checkpoint(path, self.device)
-            old, new = info.get("train", {}), asdict(self.config)
+            old, new = ({**settings["train"], **settings["method"]} for settings in (info, self.settings()))
             del new["out"]  # the folder may have moved
             other = [f"{name} ({old.get(name)}, not {new[name]})" for name in new if old.get(name) != new[name]]
             if model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
@@ -231,10 +219,14 @@ class Trainer:
                 raise ValueError(f"{self.config.init} has another model shape or tokenizer than this run")
             self.model.load_state_dict(model.state_dict())
 
+    def settings(self):
+        """What a checkpoint says of how it was made."""
+        return {"train": asdict(self.config), "method": asdict(self.method)}
+
     def save(self):
-        """Write all that the run needs to go on; a finished one also model.safetensors, its weights alone, in float16."""
+        """Write all that the run needs to go on; a finished one also model.safetensors, its float16 weights alone."""
         if self.rank == 0:
-            info = {"train": asdict(self.config), **{name: getattr(self, name) for name in self.PLACE}}
+            info = self.settings() | {name: getattr(self, name) for name in self.PLACE}
             model, state = (self.model, self.tokenizer, info), self.optimizer.state()
             save_checkpoint(self.out / "checkpoint.safetensors", *model, state)
             if self.step == self.config.steps:
@@ -250,7 +242,8 @@ class Trainer:
         for i in range(self.rank, c.accumulate, self.world):
             sequences, rounds = self.batches[self.step * c.accumulate + i]
             rng = np.random.default_rng([c.seed, self.step, i])
-            made.append(make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min).to(self.device))
+            batch = make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min, c.history)
+            made.append(batch.to(self.device))
         sizes = [sum(b.n_tokens for b in made), sum(b.token.numel() for b in made), self.interrupted]
         total = torch.cat([sum(counts(b, c.weight) for b in made), torch.tensor(sizes, device=self.device).double()])
         self.sum_over_processes(total)
@@ -338,10 +331,10 @@ class Log:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser, TrainConfig, ModelConfig)
+    add_settings(parser, TrainConfig, MethodConfig, ModelConfig)
     args = parser.parse_args()
     try:
-        Trainer(pick(TrainConfig, args), pick(ModelConfig, args)).run()
+        Trainer(*(pick(config, args) for config in (TrainConfig, ModelConfig, MethodConfig))).run()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
 

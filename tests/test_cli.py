@@ -6,7 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from data import write_dataset
 from eval import EvalConfig
+from methods import MethodConfig
 from model import ModelConfig, save_checkpoint
 from sample import SampleConfig, Sampler
 from show import Screen
@@ -32,7 +33,7 @@ def files(tokenizer, tmp_path_factory):
     write_dataset(folder, {"train": examples, "val": examples[:2], "test": examples[:2]}, 256 + 74 + 40, 4)
     model = small_model(tokenizer.vocab_size)
     whole = folder / "model.safetensors"
-    save_checkpoint(whole, model, tokenizer, {"train": {"attention": "sparse", "method": "planned"}})
+    save_checkpoint(whole, model, tokenizer, {"method": asdict(MethodConfig())})
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
     (folder / "empty.safetensors").write_bytes(b"")
     (folder / "text.safetensors").write_text("not a model")

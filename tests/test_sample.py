@@ -10,10 +10,12 @@ from conftest import SENTENCES, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
 from masks import GIVEN, PLAN, PROMPT, SLOT, Layout, encode_prompt
+from methods import MethodConfig
 from sample import ORDERS, SampleConfig, Sampler, probabilities
 from tags import EOS, TAGS, Grammar, Tokenizer, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
+METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
 CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)  # logits added, so that plans of several rounds come about
 
 
@@ -61,7 +63,7 @@ class Exact(Recorder):
         for answer, mine, h in zip(live, entries, hidden):
             y = answer.layout
             tokens = [Token(*t) for t in zip(y.token, y.round, (None if s < 0 else s for s in y.span))]
-            fresh = hidden_states(self.model, tokens, self.attention)[mine]
+            fresh = hidden_states(self.model, tokens, self.method.attention)[mine]
             torch.testing.assert_close(h[: len(mine)], fresh, atol=1e-5, rtol=0)
         return hidden
 
@@ -108,7 +110,7 @@ SETTINGS = [
 def test_answers_and_costs_equal_the_naive_ones(planner, tokenizer, attention, settings):
     config = SampleConfig(max_tokens=90, **settings)
     for prompt in PROMPTS[:3]:
-        answer = Sampler(planner, tokenizer, config, attention).answer([prompt])[0]
+        answer = Sampler(planner, tokenizer, config, METHOD[attention]).answer([prompt])[0]
         expected = NaiveSampler(planner, tokenizer, config, attention).answer(prompt)
         assert ids(answer) == expected.pop("rounds")
         assert costs(answer) == expected
@@ -127,14 +129,14 @@ def test_the_steered_answers_are_worth_comparing(planner, tokenizer):
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_the_cache_is_exact_also_after_sync(planner, tokenizer, attention):
-    sampler = Exact(planner, tokenizer, SampleConfig(max_tokens=90), attention)
+    sampler = Exact(planner, tokenizer, SampleConfig(max_tokens=90), METHOD[attention])
     after = [len(sampler.answer([prompt])[0].drafts) for prompt in PROMPTS[:2]]
     assert max(after) > 1
 
 
 @pytest.mark.parametrize("attention, settings", [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[7]])
 def test_a_batch_answers_each_prompt_as_if_alone(planner, tokenizer, attention, settings):
-    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, **settings), attention)
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, **settings), METHOD[attention])
     for prompt, batched in zip(PROMPTS, sampler.answer(PROMPTS)):
         alone = sampler.answer([prompt])[0]
         assert ids(batched) == ids(alone)
@@ -159,7 +161,7 @@ def test_a_thousand_plans_of_an_untrained_model_all_parse(tokenizer, bias):
 
 
 def test_an_autoregressive_model_never_plans(planner, tokenizer):
-    for answer in Sampler(planner, tokenizer, SampleConfig(max_tokens=30), method="ar").answer(PROMPTS):
+    for answer in Sampler(planner, tokenizer, SampleConfig(max_tokens=30), MethodConfig("ar")).answer(PROMPTS):
         assert [draft.topics for draft in answer.drafts] == [[]]
         assert answer.denoise_passes == 0
         assert answer.plan_passes == answer.critical_path - answer.cut  # the <eos> of a full answer is forced
@@ -195,7 +197,7 @@ def test_a_threshold_above_all_confidences_fills_one_slot_of_each_span_a_pass(pl
 
 
 def test_dense_spans_fill_one_slot_of_the_round_then(planner, tokenizer):
-    _, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0), "dense"), PROMPTS[0])
+    _, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0), METHOD["dense"]), PROMPTS[0])
     assert max(len(passes[0]) for passes in rounds) > 1
     for passes in rounds:
         assert [sum(passes[0], []).count(tokenizer.mask) for passes[0] in passes] == list(range(len(passes)))[::-1]
@@ -203,7 +205,7 @@ def test_dense_spans_fill_one_slot_of_the_round_then(planner, tokenizer):
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_a_threshold_below_all_confidences_fills_a_round_in_one_pass(planner, tokenizer, attention):
-    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1e-9), attention)
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1e-9), METHOD[attention])
     answer, rounds = denoising(sampler, PROMPTS[0])
     assert answer.denoise_passes == len(rounds) >= 1
 
@@ -223,7 +225,7 @@ def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_s
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_only_unfinished_spans_are_computed_but_dense_ones_until_the_round_ends(planner, tokenizer, attention):
-    sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90, threshold=1.0), attention)
+    sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90, threshold=1.0), METHOD[attention])
     answer, rounds = denoising(sampler, PROMPTS[0])
     drafts = [d for d in answer.drafts if d.spans]
     computed = [set(entries) for stage, entries, _ in sampler.passes if stage == "denoise"]

@@ -19,6 +19,7 @@ from conftest import WORDS, random_example
 import train
 from data import Example, write_dataset
 from masks import IGNORE, SLOT, Batch, Sequence, encode_example, make_batch
+from methods import MethodConfig
 from model import ModelConfig
 from optim import Optimizer
 from sample import SampleConfig, Sampler
@@ -200,8 +201,8 @@ def settings(folder, out, **changed):
     return TrainConfig(**{**few, **changed})
 
 
-def make(folder, out, **changed):
-    return Trainer(settings(folder, out, **changed), ModelConfig(**SHAPE))
+def make(folder, out, method="planned", **changed):
+    return Trainer(settings(folder, out, **changed), ModelConfig(**SHAPE), MethodConfig(method))
 
 
 def losses(out):
@@ -209,9 +210,9 @@ def losses(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((out / "log.csv").open())]
 
 
-def command(folder, out, **changed):
+def command(folder, out, method="planned", **changed):
     """The same run as a command line."""
-    options = {**vars(settings(folder, out, **changed)), **SHAPE}
+    options = {**vars(settings(folder, out, **changed)), **SHAPE, "method": method}
     return [f"--{name}={value}" for name, value in options.items() if not isinstance(value, bool)]
 
 
@@ -318,7 +319,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"lr \(0.005, not 0.1\).*another --out"):
         make(folder, tmp_path, steps=1, lr=0.1)
     with pytest.raises(ValueError, match="model"):
-        Trainer(settings(folder, tmp_path, steps=1), ModelConfig(**{**SHAPE, "n_layer": 2}))
+        Trainer(settings(folder, tmp_path, steps=1), ModelConfig(**{**SHAPE, "n_layer": 2}), MethodConfig())
 
 
 def merged(parts, pad):
@@ -393,7 +394,7 @@ def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
     write_dataset(tmp_path, {"train": LEARNT, "val": LEARNT}, 256 + 74 + 40, 4)
     config = settings(tmp_path, tmp_path / "run", batch=4, steps=300, warmup=10, lr=0.02, adam_lr=0.01,
                       validate_every=300, log_every=10)  # fmt: skip
-    Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128)).run()
+    Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128), MethodConfig()).run()
     rows = losses(tmp_path / "run")
     assert float(rows[-1]["plan"]) < 0.1 * float(rows[0]["plan"]) and float(rows[-1]["span"]) < 0.1 * float(rows[0]["span"])
     sampler = Sampler.load(tmp_path / "run" / "model.safetensors", SampleConfig(max_tokens=120))
