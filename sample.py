@@ -278,7 +278,8 @@ class Answer:
     def result(self):
         """What `--json` prints."""
         rounds = self.rounds()
-        contents = [i for d in self.drafts for i in (*d.text, *(t for span in d.spans for t in self.contents(span)))]
+        slots = [i for draft in self.drafts for span in draft.spans for i in self.contents(span)]
+        pads = slots.count(self.tokenizer.pad)
         return {
             "prompt": self.prompt,
             "text": plain_text(rounds),
@@ -291,7 +292,9 @@ class Answer:
             "denoise_passes": self.denoise_passes,
             "critical_path": self.critical_path,
             "positions": self.positions,
-            "content_tokens": sum(i != self.tokenizer.pad for i in contents),
+            "content_tokens": sum(len(draft.text) for draft in self.drafts) + len(slots) - pads,
+            "slots": len(slots),
+            "pads": pads,
             "seconds": round(self.seconds, 4),
         }
 

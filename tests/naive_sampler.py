@@ -1,7 +1,8 @@
-"""The two-stage sampler once more, as simply as it can be said: the oracle of test_sample.py.
+"""The two-stage sampler once more, as simply as it can be said: the oracle of test_sample.py and test_methods.py.
 
-One prompt at a time, temperature 0, no cache: every pass computes the whole sequence, with a dense
-mask built from the written sentences. What a cache would have cost is counted beside it.
+One prompt at a time, no cache: every pass computes the whole sequence, with a dense mask built from
+the written sentences. What a cache would have cost is counted beside it. Tokens are drawn at any
+temperature, but where several spans are denoised in both directions only at temperature 0.
 """
 
 import math
@@ -49,9 +50,9 @@ def hidden_states(model, tokens, attention):
     return model.norm(x)[0]
 
 
-def certainty(p, order):
+def certainty(p, token, order):
     if order == "confidence":
-        return float(p.max())
+        return float(p[token])
     if order == "margin":
         first, second = p.sort(descending=True).values[:2]
         return float(first - second)
@@ -59,15 +60,37 @@ def certainty(p, order):
 
 
 class NaiveSampler:
-    def __init__(self, model, tokenizer, config, attention="sparse"):
+    def __init__(self, model, tokenizer, config, attention="sparse", repeat_topic=True):
         self.model, self.tok, self.config, self.attention = model, tokenizer, config, attention
+        self.repeat_topic = repeat_topic
 
-    def answer(self, prompt):
-        """Returns a dict: `rounds` as (text ids, [(topic ids, length, slot ids) a span]), and the costs."""
-        tok, config = self.tok, self.config
+    def begin(self, prompt):
+        tok = self.tok
         self.tokens = [Token(i, 0) for i in (tok.user, *tok.encode(prompt), tok.assistant)]
         self.computed = 0  # so many tokens a cache would hold
         self.cost = dict(plan_passes=0, denoise_passes=0, critical_path=0, positions=0)
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+
+    def answer_blocks(self, prompt, size):
+        """Under a given plan: `blocks` of slot ids up to the first with a [PAD], `cut` if room ended before, and costs."""
+        self.begin(prompt)
+        room, blocks, cut = self.config.max_tokens, [], False
+        while not cut and not (blocks and self.tok.pad in blocks[-1]):
+            slots = min(size, room - 2)  # the two tags
+            cut = slots < 1
+            if not cut:
+                start = len(self.tokens)
+                place = self.scaffold([], slots, 0, len(blocks))
+                self.denoise([place], start)
+                blocks.append([self.tokens[i].id for i in place if self.tokens[i].slot])
+                room -= slots + 2
+        kept = sum(i != self.tok.pad for slots in blocks for i in slots)
+        return dict(blocks=blocks, cut=cut, content_tokens=kept, **self.cost)
+
+    def answer(self, prompt):
+        """Returns a dict: `rounds` as (text ids, [(topic ids, length, slot ids) a span]), and the costs."""
+        self.begin(prompt)
+        tok, config = self.tok, self.config
         grammar, rounds, last = Grammar(tok, config.max_tokens, config.length_scale), [], None
         while last != tok.eos:
             text, topics, last = [], [], None
@@ -89,8 +112,15 @@ class NaiveSampler:
         kept = [t for text, spans in rounds for t in (*text, *(i for *_, slots in spans for i in slots))]
         return dict(rounds=rounds, content_tokens=sum(i != tok.pad for i in kept), **self.cost)
 
+    def draw(self, logits):
+        """A token of each row of logits, all rows drawn together."""
+        if self.config.temperature == 0:
+            return logits.argmax(-1).tolist()
+        probs = (logits / self.config.temperature).softmax(-1)
+        return torch.multinomial(probs, 1, generator=self.generator)[:, 0].tolist()
+
     def next_token(self, grammar):
-        """The likeliest allowed token of plan or text; a forced one costs no pass."""
+        """The next allowed token of plan or text; a forced one costs no pass."""
         allowed = torch.from_numpy(grammar.allowed())
         if allowed.sum() == 1:
             return int(allowed.nonzero()[0])
@@ -98,34 +128,57 @@ class NaiveSampler:
         self.cost["plan_passes"] += 1
         self.cost["positions"] += len(self.tokens) - self.computed
         self.computed = len(self.tokens)
-        return int(torch.where(allowed, logits, -torch.inf).argmax())
+        return self.draw(torch.where(allowed, logits, -torch.inf)[None])[0]
 
     def spans(self, topics, number):
         """Scaffold and denoise the spans of a round."""
-        tok, config, places = self.tok, self.config, []
-        plan_end = len(self.tokens)
+        tok, places, plan_end = self.tok, [], len(self.tokens)
         for span, (name, length) in enumerate(topics):
-            n = max(1, math.ceil(length * tok.unit * config.length_scale))
-            start = len(self.tokens)
-            self.tokens += [Token(i, number, span) for i in (tok.async_, *name, tok.colon)]
-            self.tokens += [Token(tok.mask, number, span, slot=True) for _ in range(n)]
-            self.tokens += [Token(tok.async_end, number, span)]
-            places.append(range(start, len(self.tokens)))
+            n = max(1, math.ceil(length * tok.unit * self.config.length_scale))
+            places.append(self.scaffold([*name, tok.colon] if self.repeat_topic else [], n, span, number))
+        (self.extend if self.attention == "causal" else self.denoise)(places, plan_end)
+        slots = [[self.tokens[i].id for i in place if self.tokens[i].slot] for place in places]
+        return [(name, length, ids) for (name, length), ids in zip(topics, slots)]
+
+    def scaffold(self, head, n, span, number):
+        """Append a span of n slots; returns its place."""
+        tok, start = self.tok, len(self.tokens)
+        self.tokens += [Token(i, number, span) for i in (tok.async_, *head)]
+        self.tokens += [Token(tok.mask, number, span, slot=True) for _ in range(n)]
+        self.tokens += [Token(tok.async_end, number, span)]
+        return range(start, len(self.tokens))
+
+    def pay(self, plan_end, entries):
+        """A pass over spans: what the cache lacks before them, and so many entries of them."""
+        self.cost["denoise_passes"] += 1
+        self.cost["critical_path"] += 1
+        self.cost["positions"] += plan_end - self.computed + entries
+        self.computed = plan_end
+
+    def extend(self, places, plan_end):
+        """Causal spans: each pass writes one slot of each unfinished span, read off the token before it."""
+        slots, step = [[i for i in place if self.tokens[i].slot] for place in places], 0
+        while unfinished := [n for n, s in enumerate(slots) if self.masked(s)]:
+            before = [slots[n][step] - 1 for n in unfinished]
+            self.pay(plan_end, sum(1 if step else i + 1 - places[n].start for n, i in zip(unfinished, before)))
+            hidden = hidden_states(self.model, self.tokens, self.attention)
+            for n, token in zip(unfinished, self.draw(self.model.logits(hidden[before], self.tok.pad + 1))):
+                for i in slots[n][step:] if token == self.tok.pad else slots[n][step : step + 1]:
+                    self.tokens[i].id = token
+            step += 1
+
+    def denoise(self, places, plan_end):
         slots = [[i for i in place if self.tokens[i].slot] for place in places]
-        steps = math.ceil(config.steps_ratio * max(map(len, slots), default=0))
+        steps = math.ceil(self.config.steps_ratio * max(map(len, slots), default=0))
         step = 0
         while any(self.masked(s) for s in slots):
             step += 1
             unfinished = [place for place, s in zip(places, slots) if self.masked(s) or self.attention == "dense"]
-            self.cost["denoise_passes"] += 1
-            self.cost["critical_path"] += 1
-            self.cost["positions"] += plan_end - self.computed + sum(map(len, unfinished))
-            self.computed = plan_end
+            self.pay(plan_end, sum(map(len, unfinished)))
             hidden = hidden_states(self.model, self.tokens, self.attention)
             groups = [[i for s in slots for i in s]] if self.attention == "dense" else slots
             for group in groups:
                 self.fill(group, step, steps, hidden)
-        return [(name, length, [self.tokens[i].id for i in s]) for (name, length), s in zip(topics, slots)]
 
     def masked(self, slots):
         return [i for i in slots if self.tokens[i].id == self.tok.mask]
@@ -133,10 +186,10 @@ class NaiveSampler:
     def fill(self, slots, step, steps, hidden):
         """Fill the most certain slots of a span, or of all spans of a dense round."""
         left, guess = self.masked(slots), {}
-        for i in left:
-            p = self.model.logits(hidden[i], self.tok.pad + 1).softmax(-1)
-            confidence = float(p.max())
-            guess[i] = int(p.argmax()), confidence if self.config.threshold else certainty(p, self.config.order), confidence
+        logits = self.model.logits(hidden[left], self.tok.pad + 1)
+        for i, p, token in zip(left, (logits / (self.config.temperature or 1)).softmax(-1), self.draw(logits)):
+            sure = float(p[token])
+            guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
         left.sort(key=lambda i: -guess[i][1])
         if self.config.threshold:
             chosen = [i for i in left if guess[i][2] >= self.config.threshold] or left[:1]

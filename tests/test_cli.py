@@ -22,7 +22,7 @@ from show import Screen
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = {"text", "rounds", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "seconds"}
+RESULT = {"text", "rounds", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "slots", "pads", "seconds"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,275 @@
+"""The frontier: quality against latency of every method, trained and measured on equal terms.
+
+    python frontier.py                       # tasks on two cores
+    python frontier.py --preset recipes      # real text; --preset gpu: larger models
+    python frontier.py --group ablations     # planned diffusion with one part changed at a time
+
+All methods start from one autoregressive warm-up and get the same number of updates on the same data. Whatever is
+done is kept in --out under a key made of code, data and settings: an interrupted call goes on, and nothing
+is ever compared with results of other code, data or settings.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import write_whole
+from settings import ROOT
+
+CODE = {
+    "train.py": ["train.py", "optim.py", "model.py", "methods.py", "masks.py", "tags.py", "data/__init__.py"],
+    "eval.py": ["eval.py", "sample.py", "speculate.py"],  # and what training depends on, by the checkpoint's key
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    data: str
+    warmup: int  # updates of the autoregressive model that all start from
+    steps: int  # updates of each method after it
+    train: str = ""  # the shape of every model but the smaller one
+    common: str = "--t_min 0.5"  # options of every training
+    small: str = ""  # the shape of the smaller autoregressive model, about half the parameters
+    limit: int = 0  # test prompts for quality (0: all)
+    timed: int = 60  # test prompts for latency at batch 1
+
+
+PRESETS = {
+    "tasks": Preset("data/tasks", 2000, 2000, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"),
+    "recipes": Preset("data/recipes", 1200, 2400, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
+                      "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6", limit=100, timed=40),
+    "gpu": Preset("data/tasks", 3000, 6000, "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8",
+                  "--t_min 0.5 --batch 32", "--d_model 384 --n_head 6 --n_kv_head 3 --d_ff 1024 --n_layer 8"),
+}  # fmt: skip
+
+MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
+STEPS = ("--steps_ratio 1", "--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1")
+THRESHOLDS = ("--threshold 0.95", "--threshold 0.7")
+LENGTHS = ("--steps_ratio 0.5 --length_scale 0.5", "--steps_ratio 0.5 --length_scale 0.75",
+           "--steps_ratio 0.5 --length_scale 1.5", "--steps_ratio 0.5 --length_scale 2")  # fmt: skip
+ORDERS = tuple(f"--steps_ratio 0.5 --order {order}" for order in ("confidence", "margin", "random"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the comparison: how it is trained, and the settings it is sampled with."""
+
+    train: str
+    sample: tuple = ("",)
+    of: str = ""  # sample the checkpoint of this entry instead of training one
+    draft: str = ""  # with drafts of this one
+    small: bool = False
+    warm: bool = True  # start from the warm-up
+
+
+METHODS = {
+    "autoregressive": Entry("--method ar"),
+    "autoregressive, half size": Entry("--method ar", small=True, warm=False),
+    "speculative decoding": Entry("", of="autoregressive", draft="autoregressive, half size"),
+    "parallel autoregressive": Entry("--method parallel-ar"),
+    "diffusion": Entry("--method diffusion", STEPS + THRESHOLDS),
+    "block diffusion": Entry("--method block", STEPS + THRESHOLDS),
+    "planned diffusion": Entry("--method planned", STEPS + THRESHOLDS),
+    "planned diffusion, dense": Entry("--method dense", STEPS + THRESHOLDS),
+}
+HALF = ("--steps_ratio 0.5",)
+GROUPS = {
+    "methods": METHODS,
+    "ablations": {
+        "planned diffusion": Entry("--method planned", HALF),
+        "lengths scaled": Entry("", LENGTHS, of="planned diffusion"),
+        "other unmasking orders": Entry("", ORDERS, of="planned diffusion"),
+        "plans not constrained": Entry("", ("--steps_ratio 0.5 --no-constrained",), of="planned diffusion"),
+        "at temperature 1": Entry("", ("--steps_ratio 0.5 --temperature 1", "--threshold 0.95 --temperature 1"),
+                                  of="planned diffusion"),
+        "dense, at temperature 1": Entry("--method dense", ("--steps_ratio 0.5 --temperature 1",
+                                                            "--threshold 0.95 --temperature 1")),
+        "topics only numbered": Entry("--topics numbers", HALF),
+        "topic not repeated in its span": Entry("--no-repeat_topic", HALF),
+        "all in one round": Entry("--rounds one", HALF),
+        "noised history": Entry("--history noised", HALF),
+        "1/t weights (ELBO)": Entry("--weight elbo --t_min 0", HALF),
+        "no warm-up": Entry("--method planned", HALF, warm=False),
+    },
+}  # fmt: skip
+
+
+def hashes(paths):
+    return [hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16] for path in paths]
+
+
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def slug(name):
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+CODE_HASH = {script: hashes(files) for script, files in CODE.items()}
+
+
+class Frontier:
+    """Trains and measures the entries of a group; `out` keeps all that is done."""
+
+    def __init__(self, preset, entries, out, workers):
+        self.preset, self.entries, self.out, self.workers = preset, entries, Path(out), workers
+        if not (ROOT / preset.data / "train.jsonl").exists():
+            subprocess.run([sys.executable, ROOT / preset.data / "prepare.py"], check=True)
+        self.data = hashes(f"{preset.data}/{split}.jsonl" for split in ("train", "val", "test"))
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+    def call(self, script, options, log):
+        """What one of the scripts prints; its progress goes to a log."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{script} {' '.join(options)}\n")
+            file.flush()
+            out = subprocess.PIPE if script == "eval.py" else file
+            done = subprocess.run([sys.executable, ROOT / script, *options], stdout=out, stderr=file, text=True,
+                                  env=self.environment)  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"frontier.py: {script} {' '.join(options)} failed: see the end of {log}")
+        return done.stdout
+
+    def train(self, name, options):
+        """Checkpoint of a training with these options, made now if it is not there."""
+        options = ["--compile", "--data", self.preset.data, *options.split()]
+        made_from = [hashes([option])[0] for option in options if option.endswith(".safetensors")]
+        folder = self.out / f"{slug(name)}-{digest(CODE_HASH['train.py'], self.data, options, made_from)}"
+        if not (folder / "model.safetensors").exists():
+            print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
+            self.call("train.py", [*options, "--out", str(folder)], folder / "log.txt")
+        return folder / "model.safetensors"
+
+    def checkpoint(self, name):
+        """Checkpoint of an entry; the warm-up has been trained before."""
+        entry, p = self.entries[name], self.preset
+        if entry.of:
+            return self.checkpoint(entry.of)
+        options = f"{p.small if entry.small else p.train} {p.common} {entry.train}"
+        if entry.warm:
+            return self.train(name, f"{options} --init {self.warm_up()} --steps {p.steps}")
+        return self.train(name, f"{options} --steps {p.warmup + p.steps}")
+
+    def warm_up(self):
+        p = self.preset
+        return self.train("warm-up", f"{p.train} {p.common} --method ar --steps {p.warmup}")
+
+    def measure(self, name, sample):
+        """Figures of a trained entry at one setting: quality in batches, latency at batch 1."""
+        p, checkpoint = self.preset, self.checkpoint(name)
+        options = ["--checkpoint", str(checkpoint), "--data", p.data, "--draws", "4", *sample.split()]
+        if self.entries[name].draft:
+            options += ["--draft", str(self.checkpoint(self.entries[name].draft))]
+        key = digest(CODE_HASH["eval.py"], self.data, hashes([checkpoint]), options, p.limit, p.timed)
+        path = self.out / "results" / f"{slug(name)}-{key}.json"
+        if not path.exists():
+            log = path.with_suffix(".log")
+            quality = json.loads(self.call("eval.py", [*options, "--limit", str(p.limit), "--json"], log))
+            alone = ["--limit", str(p.timed), "--batch", "1", "--json"]
+            latency = json.loads(self.call("eval.py", [*options, *alone], log))
+            quality |= {key: latency[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
+            write_whole(path, json.dumps({"name": name, "sample": sample, **quality}))
+        row = json.loads(path.read_text())
+        print(f"{name:28}{sample:36}{headline(row)}", flush=True)
+        return row
+
+    def run(self):
+        """All rows of the group, in its order; up to `workers` scripts at a time."""
+        self.warm_up()
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(self.checkpoint, [name for name, entry in self.entries.items() if not entry.of]))
+            points = [(name, sample) for name, entry in self.entries.items() for sample in entry.sample]
+            return list(pool.map(lambda point: self.measure(*point), points))
+
+
+# ---------------------------------------------------------------- report
+
+
+def quality(row):
+    """The one figure of the plot: exact answers of the families with one right answer, or chrF."""
+    scores = row["scores"]
+    if row["chrf"] is not None:
+        return row["chrf"] / 100
+    return sum(scores[family]["exact"] for family in MEMORY_AND_COPYING) / len(MEMORY_AND_COPYING)
+
+
+def headline(row):
+    whole = row["scores"]["all"]
+    return f"quality {quality(row):6.1%}  passes {whole['passes']:6.1f}  {1e3 * row['seconds_p50']:7.1f} ms"
+
+
+def table(rows):
+    """Markdown lines: a row a method and setting."""
+    families = [name for name in rows[0]["scores"] if name != "all"] if rows[0]["chrf"] is None else []
+    columns = ["method", "setting", "quality", *families, "passes", "critical path", "positions", "tokens a pass",
+               "ms (p50)", "ms (p95)"]  # fmt: skip
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        scores, whole = row["scores"], row["scores"]["all"]
+        cells = [row["name"], row["sample"].replace("--", ""), f"{quality(row):.1%}"]
+        cells += [f"{scores[family]['exact']:.0%}" for family in families]
+        cells += [f"{whole[cost]:.1f}" for cost in ("passes", "critical_path", "positions")]
+        cells += [f"{whole['content_tokens'] / whole['passes']:.2f}"]
+        cells += [f"{1e3 * row[name]:.0f}" for name in ("seconds_p50", "seconds_p95")]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def plot(rows, path):
+    """Quality against passes and against latency, a line a method. Needs matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    sides = {
+        "forward passes an answer": lambda row: row["scores"]["all"]["passes"],
+        "milliseconds an answer at batch 1 (median)": lambda row: 1e3 * row["seconds_p50"],
+    }
+    for axis, (label, cost) in zip(axes, sides.items()):
+        for n, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points = sorted((cost(row), quality(row)) for row in rows if row["name"] == name)
+            axis.plot(*zip(*points), "o-", color=f"C{n}", ms=4, lw=1, label=name)
+        axis.set(xlabel=label, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("exact answers" if rows[0]["chrf"] is None else "chrF / 100")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tasks", help="data, sizes and budget (default: tasks)")
+    parser.add_argument("--group", choices=GROUPS, default="methods", help="what is compared (default: methods)")
+    parser.add_argument("--out", help="folder of all results (default: runs/frontier-PRESET)")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else 2,
+                        help="scripts that run at the same time (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args()
+    out = Path(args.out or f"runs/frontier-{args.preset}")
+    try:
+        rows = Frontier(PRESETS[args.preset], GROUPS[args.group], out, args.workers).run()
+    except KeyboardInterrupt:
+        sys.exit("frontier.py: stopped; the same command goes on from here")
+    write_whole(out / f"{args.group}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(out / f"{args.group}.md", "\n".join(table(rows)) + "\n")
+    print(f"wrote {out / args.group}.jsonl and .md")
+    if args.group == "methods":
+        plot(rows, out / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""The methods: what each learns of an example, and its sampler against a naive one and against what was learnt."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import OTTER, SENTENCES, TOPICS, random_example, small_model
+from naive_masks import oracle_target, read_tags
+from naive_sampler import NaiveSampler, Token, hidden_states
+from test_sample import costs, denoising, ids, steered
+
+from data import Example
+from masks import GIVEN, IGNORE, PLAN, PROMPT, SLOT, Sequence, encode_example, make_batch
+from methods import METHODS, MethodConfig, encode
+from model import ModelConfig, Transformer
+from sample import SampleConfig, Sampler
+from tags import Grammar, Round, Span, Tokenizer, parse_answer, plain_text
+from train import JointLoss, TrainConfig, counts
+
+PROMPTS = ("the otter swims", SENTENCES[3], "", "play")
+CAUSAL, BLOCKS = MethodConfig("parallel-ar"), MethodConfig("block", block=6)
+GIVEN_PLANS = [BLOCKS, MethodConfig("block", block=1), MethodConfig("diffusion", block=40)]
+ALL = [*map(MethodConfig, ("planned", "dense", "parallel-ar", "ar")), *GIVEN_PLANS,
+       MethodConfig(topics="numbers"), MethodConfig("parallel-ar", repeat_topic=False), MethodConfig(rounds="one"),
+       MethodConfig("dense", topics="numbers", repeat_topic=False, rounds="one")]  # fmt: skip
+
+
+def examples(tokenizer, n=15):
+    return [random_example(seed, tokenizer) for seed in range(n)]
+
+
+def contents(layout):
+    """Slot tokens of each span, a list a round."""
+    rounds = [{} for _ in range(max(layout.round) + 1)]
+    for token, kind, round_, span in zip(layout.token, layout.kind, layout.round, layout.span):
+        if kind == SLOT:
+            rounds[round_].setdefault(span, []).append(token)
+    return [list(spans.values()) for spans in rounds]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_planned_dense_and_parallel_ar_are_the_layout_with_their_attention(tokenizer):
+    for method, attention in (("planned", "sparse"), ("dense", "dense"), ("parallel-ar", "causal")):
+        for example in examples(tokenizer):
+            assert encode(example, tokenizer, MethodConfig(method)) == encode_example(example, tokenizer, attention)
+
+
+def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
+    for example in examples(tokenizer):
+        layout = encode(example, tokenizer, MethodConfig("ar"))
+        prompt = [tokenizer.user, *tokenizer.encode(example.prompt), tokenizer.assistant]
+        text = [*tokenizer.encode(plain_text(example.rounds)), tokenizer.eos]
+        assert layout.token == prompt + text
+        assert layout.kind == [PROMPT] * len(prompt) + [PLAN] * len(text)
+        assert Sequence(layout).see.tolist() == [[i + 1, 0, 0] for i in range(len(layout))]
+
+
+@pytest.mark.parametrize("method", GIVEN_PLANS)
+def test_blocks_hold_the_plain_text_then_pad_and_see_prompt_and_earlier_blocks(tokenizer, method):
+    for example in examples(tokenizer):
+        layout, tokens = encode(example, tokenizer, method), tokenizer.encode(plain_text(example.rounds))
+        start = len(tokenizer.encode(example.prompt)) + 2
+        sequence = Sequence(layout)
+        assert layout.kind[:start] == [PROMPT] * start and sequence.see[start - 1].tolist() == [start, 0, 0]
+        blocks = [slots for (slots,) in contents(layout)]  # one span a round
+        slots = sum(blocks, [])
+        pads = len(slots) - len(tokens)
+        assert slots == tokens + [tokenizer.pad] * pads and pads <= method.block
+        assert not any(tokenizer.pad in block for block in blocks[:-1])
+        for number, block in enumerate(blocks):
+            stop = start + method.block + 2
+            assert layout.token[start:stop] == [tokenizer.async_, *block, tokenizer.async_end]
+            assert layout.kind[start:stop] == [GIVEN] + [SLOT] * method.block + [GIVEN]
+            assert sequence.see[start:stop].tolist() == [[start, start, stop]] * (method.block + 2)
+            assert set(layout.round[start:stop]) == {number}
+            start = stop
+        assert len(layout) == start and layout.position == list(range(start))
+        assert (sequence.next == IGNORE).all()
+
+
+@pytest.mark.xfail(strict=True, reason="a text of exactly k x size tokens has no [PAD], so nothing teaches it to end")
+@pytest.mark.parametrize("method", ["block", "diffusion"])
+def test_every_answer_in_blocks_ends_in_a_pad(tokenizer, method):
+    for example in [Example("", (Round("~" * n),)) for n in range(64)]:  # one token each, and a space
+        assert tokenizer.pad in encode(example, tokenizer, MethodConfig(method).fitted([example], tokenizer)).token
+
+
+def test_numbered_topics_count_the_spans_of_each_round(tokenizer):
+    for example in examples(tokenizer):
+        rounds = tuple(Round(r.text, tuple(Span(f"topic {n + 1}", s.text, s.length) for n, s in enumerate(r.spans)))
+                       for r in example.rounds)  # fmt: skip
+        expected = encode_example(Example(example.prompt, rounds), tokenizer)
+        assert encode(example, tokenizer, MethodConfig(topics="numbers")) == expected
+
+
+def test_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer):
+    spans = (Span("habitat", "Rivers and lakes.", 3), Span("food", "fish", 2), Span("end", "And more.", 1),
+             Span("play", "", 1), Span("top 5 tips", "swims", 2), Span("food", "crabs", 1))  # fmt: skip
+    spans = [*spans, Span("end", "In short: a river animal.")]
+    spans = tuple(Span(s.topic, s.text, tokenizer.units(s.text) if s.topic == "end" else s.length) for s in spans)
+    for topics in ("names", "numbers"):
+        one = Example(OTTER.prompt, (Round("Here:", spans),))
+        expected = encode(one, tokenizer, MethodConfig(topics=topics))
+        assert encode(OTTER, tokenizer, MethodConfig(rounds="one", topics=topics)) == expected
+    for example in examples(tokenizer):
+        layout = encode(example, tokenizer, MethodConfig(rounds="one"))
+        assert tokenizer.sync not in layout.token and set(layout.round) == {0}
+
+
+@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar"])
+def test_without_repeated_topics_spans_have_no_head_and_plans_stay(tokenizer, method):
+    for example in examples(tokenizer):
+        whole, bare = (encode(example, tokenizer, MethodConfig(method, repeat_topic=r)) for r in (True, False))
+        given = {token for token, kind in zip(bare.token, bare.kind) if kind == GIVEN}
+        assert given <= {tokenizer.async_, tokenizer.async_end}
+        assert bare.kind.count(GIVEN) == 2 * sum(len(r.spans) for r in example.rounds)
+        assert contents(bare) == contents(whole)
+        plans = [[t for t, kind in zip(y.token, y.kind) if kind in (PROMPT, PLAN)] for y in (whole, bare)]
+        assert plans[0] == plans[1]
+
+
+def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_a_given_size_stays(tokenizer):
+    several = examples(tokenizer)
+    longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
+    fitted = MethodConfig("diffusion").fitted(several, tokenizer)
+    assert longest <= fitted.block <= longest + tokenizer.unit and fitted.block % tokenizer.unit == 0
+    assert all(len(contents(encode(e, tokenizer, fitted))) == 1 for e in several)
+    assert MethodConfig("block").fitted(several, tokenizer) == MethodConfig("block", block=32)
+    for kept in ALL:
+        assert kept.fitted(several, tokenizer) == kept
+
+
+def test_a_bad_setting_is_refused_by_name_and_value():
+    for setting, value in dict(method="planed", topics="words", rounds="two", block=-1, history="none").items():
+        with pytest.raises(ValueError, match=f"--{setting} {value}: expected"):
+            (TrainConfig if setting == "history" else MethodConfig)(**{setting: value})
+
+
+@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar"])
+def test_a_text_longer_than_its_span_is_refused_but_not_where_there_are_no_plans(tokenizer, method):
+    example = Example("Tell", (Round("", (Span("food", "fish, crabs and frogs", 1),)),))
+    with pytest.raises(ValueError, match="'food'.*'Tell'"):
+        encode(example, tokenizer, MethodConfig(method))
+    assert encode(example, tokenizer, MethodConfig("ar")) and encode(example, tokenizer, BLOCKS)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("history", ["clean", "noised"])
+def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_nothing_is_masked(tokenizer, history):
+    for seed in range(20):
+        several = [random_example(10 * seed + n, tokenizer) for n in range(3)]
+        layouts = [encode(e, tokenizer, CAUSAL) for e in several]
+        rounds = [seed % len(e.rounds) for e in several]
+        batch = make_batch([*map(Sequence, layouts)], rounds, tokenizer, np.random.default_rng(0), history=history)
+        assert (batch.weight == 1).all()
+        for b, (layout, round_) in enumerate(zip(layouts, rounds)):
+            places = read_tags(layout.token, tokenizer)
+            stop = sum(p.round <= round_ for p in places)
+            assert batch.token[b].tolist() == layout.token[:stop] + [tokenizer.pad] * (batch.token.shape[1] - stop)
+            target, read = oracle_target(places, layout.token), set()
+            for p in places:
+                mine = p.round == round_ or (history == "noised" and p.round < round_)
+                earlier = [q.i for q in places[: p.i] if q.content and q.same_span(p)]
+                if p.content and mine and not any(layout.token[i] == tokenizer.pad for i in earlier):
+                    target[p.i - 1] = layout.token[p.i]
+                    read.add(p.i - 1)
+            assert batch.target[b].tolist() == target[:stop] + [IGNORE] * (batch.token.shape[1] - stop)
+            assert set(batch.in_span[b].nonzero()[:, 0].tolist()) == read
+        assert counts(batch, "elbo")[1] == counts(batch, "uniform")[1] == batch.in_span.sum()
+
+
+@pytest.mark.parametrize("method", [MethodConfig(), MethodConfig("dense"), BLOCKS])
+def test_clean_history_noises_the_picked_round_and_noised_history_all_up_to_it(tokenizer, method):
+    for history in ("clean", "noised"):
+        layout, changed = encode(OTTER, tokenizer, method), set()
+        sequence = Sequence(layout)
+        for round_ in range(sequence.n_rounds):
+            noised = {round_} if history == "clean" else set(range(round_ + 1))
+            slots = [k == SLOT and r in noised for k, r in zip(layout.kind, layout.round)][: sequence.stop(round_)]
+            for seed in range(5):
+                batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(seed), history=history)
+                assert batch.in_span[0].tolist() == slots
+                for i, token in enumerate(batch.token[0].tolist()):
+                    if token != layout.token[i]:
+                        assert token == tokenizer.mask and slots[i] and batch.target[0, i] == layout.token[i]
+                        changed.add((round_, layout.round[i]))
+                    elif slots[i]:
+                        assert batch.target[0, i] == IGNORE
+                groups = {(layout.round[i], layout.span[i] * (method.attention != "dense")): float(batch.weight[0, i])
+                          for i in range(len(slots)) if slots[i]}  # fmt: skip
+                assert len(set(groups.values())) == len(groups), "each span, or dense round, draws its own t"
+        assert any(earlier < picked for picked, earlier in changed) == (history == "noised")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("repeat_topic", [True, False])
+def test_the_loss_of_causal_spans_is_their_log_probability_token_by_token(model, tokenizer, repeat_topic):
+    """Chain rule: each token given all before the spans and its own span up to it; what comes later is still [MASK]."""
+    layout = encode(OTTER, tokenizer, MethodConfig("parallel-ar", repeat_topic=repeat_topic))
+    sequence = Sequence(layout)
+    for round_ in range(2):
+        stop, expected = sequence.stop(round_), 0.0
+        for span in set(sequence.span[sequence.round == round_]) - {-1}:
+            slots = [i for i in range(stop) if sequence.span[i] == span and layout.kind[i] == SLOT]
+            tokens = [Token(t, r, None if s < 0 else s) for t, r, s in zip(layout.token, layout.round, layout.span)]
+            for token, kind in zip(tokens, layout.kind):
+                if kind == SLOT and token.round == round_:
+                    token.id = tokenizer.mask
+            for slot in slots:
+                hidden = hidden_states(model, tokens[:stop], "causal")[slot - 1]
+                expected -= float(model.logits(hidden, tokenizer.pad + 1).log_softmax(-1)[layout.token[slot]])
+                tokens[slot].id = layout.token[slot]
+                if layout.token[slot] == tokenizer.pad:
+                    break
+        batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(0), "elbo")
+        assert float(JointLoss(model, tokenizer.pad + 1)(batch)[1]) == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- a model that knows its example
+
+
+class Perfect:
+    """Stands for a model that predicts each token of one layout wherever training asks for it."""
+
+    def __init__(self, layout, tokenizer):
+        sequence, self.table = Sequence(layout), torch.full((5000,), tokenizer.pad)
+        self.config = ModelConfig(tokenizer.vocab_size, n_layer=1, d_model=4, n_head=1, n_kv_head=1)
+        self.embedding = SimpleNamespace(weight=torch.zeros(tokenizer.vocab_size, 1))
+        for i in range(len(layout)):
+            if sequence.next[i] != IGNORE:
+                self.table[i] = int(sequence.next[i])
+            if layout.kind[i] == SLOT:
+                self.table[i - (layout.attention == "causal")] = layout.token[i]
+
+    def eval(self):
+        return self
+
+    def __call__(self, token, position, see, cache, index):
+        return position[..., None]
+
+    def logits(self, hidden, n_tokens=None):
+        return 30.0 * F.one_hot(self.table[hidden[..., 0]], len(self.embedding.weight))[..., :n_tokens]
+
+
+@pytest.fixture(scope="module")
+def fluent():
+    """A tokenizer whose names of topics begin with a whole word: the grammar lets none begin with a lone space."""
+    return Tokenizer.train([*SENTENCES, *TOPICS * 3, "topic end" * 3], 500, unit=4)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
+    """Training and sampling agree on every token and on who sees whom, with the grammar's help and without."""
+    for example in [OTTER, *examples(fluent, 4)]:
+        layout = encode(example, fluent, method)
+        model = Perfect(layout, fluent)
+        if method.plan == "given" and fluent.pad not in layout.token:
+            continue
+        if method.plan != "given":  # <eos> is written, not kept
+            for column in ("token", "kind", "round", "span", "position", "prefix", "begin", "end"):
+                getattr(layout, column).pop()
+        for constrained in (True, False):
+            config = SampleConfig(max_tokens=1500, constrained=constrained, steps_ratio=0.1)
+            answer = Sampler(model, fluent, config, method).answer([example.prompt])[0]
+            assert answer.layout == layout and not answer.broken and not answer.cut
+            if method == MethodConfig():
+                assert answer.rounds() == list(example.rounds)
+        if method.plan != "given":
+            assert answer.plan_passes == layout.kind.count(PLAN) + 1, "without grammar nothing is forced"
+
+
+# ---------------------------------------------------------------- the naive samplers
+
+
+@pytest.fixture(scope="module")
+def planner(tokenizer):
+    return steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=7.0)
+
+
+@pytest.fixture(scope="module")
+def writer(tokenizer):
+    """A model that fills a few blocks before its first [PAD]."""
+    return steered(tokenizer, 1, pad=4.0)
+
+
+CAUSAL_SETTINGS = [({}, {}), ({}, dict(temperature=1.0, seed=3)), ({}, dict(temperature=0.7, length_scale=0.6, seed=8)),
+                   (dict(repeat_topic=False), dict(temperature=0.5))]  # fmt: skip
+
+
+@pytest.mark.parametrize("ablation, settings", CAUSAL_SETTINGS)
+def test_parallel_ar_answers_and_costs_equal_the_naive_ones(planner, tokenizer, ablation, settings):
+    config, method, spans = SampleConfig(max_tokens=60, **settings), MethodConfig("parallel-ar", **ablation), 0
+    for prompt in PROMPTS[::2]:
+        answer = Sampler(planner, tokenizer, config, method).answer([prompt])[0]
+        expected = NaiveSampler(planner, tokenizer, config, "causal", method.repeat_topic).answer(prompt)
+        assert ids(answer) == expected.pop("rounds")
+        assert costs(answer) == expected
+        spans += sum(len(d.spans) for d in answer.drafts)
+    assert spans >= 2
+
+
+def test_a_causal_span_ends_at_its_first_pad_and_the_round_with_its_longest_span(planner, tokenizer):
+    early, config = 0, SampleConfig(max_tokens=90, temperature=0.8)
+    for answer in Sampler(planner, tokenizer, config, CAUSAL).answer(PROMPTS):
+        passes = 0
+        for draft in answer.drafts:
+            lengths = [0]
+            for slots in map(answer.contents, draft.spans):
+                end = slots.index(tokenizer.pad) if tokenizer.pad in slots else len(slots)
+                assert set(slots[end:]) <= {tokenizer.pad}
+                lengths.append(min(end + 1, len(slots)))
+                early += 0 < end < len(slots) - 1
+            passes += max(lengths)
+        assert answer.denoise_passes == passes
+    assert early, "some span ended before its last slot"
+
+
+BLOCK_SETTINGS = [(BLOCKS, {}), (BLOCKS, dict(threshold=0.4)), (BLOCKS, dict(temperature=0.8, order="margin", seed=2)),
+                  (MethodConfig("block", block=1), dict(temperature=1.0, seed=1)),
+                  (MethodConfig("diffusion", block=32), dict(steps_ratio=0.4, order="confidence")),
+                  (MethodConfig("diffusion", block=32), dict(threshold=0.3, temperature=0.6))]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, settings", BLOCK_SETTINGS)
+def test_answers_in_blocks_and_their_costs_equal_the_naive_ones(writer, tokenizer, method, settings):
+    for prompt, room in zip(PROMPTS[:3], (50, 45, 33)):
+        config = SampleConfig(max_tokens=room, **settings)
+        answer = Sampler(writer, tokenizer, config, method).answer([prompt])[0]
+        expected = NaiveSampler(writer, tokenizer, config).answer_blocks(prompt, method.block)
+        blocks = [answer.contents(span) for draft in answer.drafts for span in draft.spans]
+        assert blocks == expected.pop("blocks")
+        assert answer.cut == expected.pop("cut") and not answer.broken
+        assert costs(answer) == expected
+
+
+@pytest.mark.parametrize("method", GIVEN_PLANS)
+def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, tokenizer, method):
+    for room in (1, 2, 3, 4, 9, 17, 60):
+        for answer in Sampler(writer, tokenizer, SampleConfig(max_tokens=room, temperature=1.0), method).answer(PROMPTS):
+            blocks, result = [answer.contents(s) for d in answer.drafts for s in d.spans], answer.result()
+            assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
+            assert not any(tokenizer.pad in b for b in blocks[:-1])
+            assert all(len(b) == method.block for b in blocks[:-1])
+            assert result["cut"] == (not blocks or tokenizer.pad not in blocks[-1])
+            assert not result["cut"] or sum(len(b) + 2 for b in blocks) > room - 3, "no room for one more slot"
+            text = tokenizer.decode(sum(blocks, []))
+            assert result["rounds"] == [{"text": text, "plan": [], "spans": []}] and result["text"] == text
+            assert [r.text for r in parse_answer(result["tagged"])] == [text.strip()]
+            assert result["plan_passes"] == 0 and result["critical_path"] == result["denoise_passes"]
+
+
+@pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
+def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer, threshold, passes):
+    config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks
+    _, blocks = denoising(Sampler(writer, tokenizer, config, BLOCKS), PROMPTS[0])
+    masked = [[slots.count(tokenizer.mask) for (slots,) in block] for block in blocks]
+    assert all(after < before for left in masked for before, after in zip([6, *left], left))
+    assert len(blocks) > 1 and {len(left) for left in masked} <= passes
+
+
+@pytest.mark.parametrize("settings", [{}, dict(threshold=0.4), dict(temperature=1.0)])
+@pytest.mark.parametrize("method", [CAUSAL, MethodConfig("parallel-ar", repeat_topic=False), BLOCKS,
+                                    MethodConfig("diffusion", block=20)])  # fmt: skip
+def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, method, settings):
+    def answers(prompts, seed):
+        config = SampleConfig(max_tokens=60, seed=seed, **settings)
+        return Sampler(writer if method.plan == "given" else planner, tokenizer, config, method).answer(prompts)
+
+    for i, (prompt, batched) in enumerate(zip(PROMPTS, answers(PROMPTS, 5))):
+        (alone,) = answers([prompt], 5 + i)
+        assert batched.layout == alone.layout and batched.cut == alone.cut
+        assert costs(batched) == costs(alone)
+
+
+# ---------------------------------------------------------------- without the grammar
+
+
+@pytest.mark.parametrize("tag", ["topic_end", "async_", "mask", "user", "sync"])
+def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag):
+    method = MethodConfig("ar") if tag == "sync" else MethodConfig()
+    sampler = Sampler(steered(tokenizer, **{tag: 99.0}), tokenizer, SampleConfig(constrained=False), method)
+    for answer in sampler.answer(PROMPTS):
+        result = answer.result()
+        assert answer.stage == "done" and result["broken"] and not result["cut"]
+        assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
+        assert set(answer.layout.kind) == {PROMPT}
+
+
+@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar", "ar"])
+def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(planner, tokenizer, method):
+    broken, config = [], SampleConfig(temperature=1.5, max_tokens=60, constrained=False, steps_ratio=0.05)
+    for model in (planner, steered(tokenizer, 2, 0.2, pad=0.0)):
+        for answer in Sampler(model, tokenizer, config, MethodConfig(method)).answer([""] * 20):
+            grammar = Grammar(tokenizer, config.max_tokens, plans=method != "ar")
+            for token in [t for t, kind in zip(answer.layout.token, answer.layout.kind) if kind == PLAN]:
+                assert grammar.allowed()[token]
+                grammar.advance(token)
+            assert answer.plan_passes == answer.layout.kind.count(PLAN) + 1
+            assert answer.broken or grammar.allowed()[tokenizer.eos]
+            assert answer.stage == "done" and tokenizer.mask not in answer.layout.token and not answer.cut
+            assert len(parse_answer(answer.result()["tagged"])) == len(answer.drafts)
+            broken.append(answer.broken)
+    assert any(broken) and (method == "ar" or not all(broken))
+
+
+# ---------------------------------------------------------------- untrained models
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_untrained_models_answer_within_any_limit(tokenizer, method):
+    assert {m.method for m in ALL} == set(METHODS)
+    sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
+    fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
+    runs = (fresh, dict(temperature=1.5)), (wild, dict()), (wild, dict(temperature=1.5, threshold=0.5))
+    for model, settings in runs:
+        for limit, constrained in itertools.product((1, 2, 3, 25), (True, False)):
+            config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
+            for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
+                ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
+                assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
+                assert answer.stage == "done" and tokenizer.mask not in answer.layout.token
+                assert parse_answer(answer.result()["tagged"])
+                assert not (constrained and answer.broken)
