@@ -1,9 +1,10 @@
-# Two commands: `make demo` shows the project at work, `make test` runs its tests. Both set up .venv first.
+# `make demo` shows the project at work, `make test` runs its tests, `make frontier` compares all methods.
+# Each sets up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test data clean
+.PHONY: demo test data frontier clean
 
 demo: $(VENV)/ready
 	@$(RUN) demo.py
@@ -14,6 +15,10 @@ test: $(VENV)/ready
 data: $(VENV)/ready
 	$(RUN) data/tasks/prepare.py
 	$(RUN) data/recipes/prepare.py
+
+frontier: $(VENV)/ready
+	$(RUN) -m pip install --quiet matplotlib sacrebleu
+	$(RUN) frontier.py
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

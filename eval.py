@@ -25,7 +25,7 @@ import torch
 
 from data import Example, read_split
 from masks import Sequence
-from methods import MethodConfig, encode
+from methods import encode, trained_by
 from model import load_checkpoint
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting
@@ -129,7 +129,7 @@ def distinct(results, n):
 def perplexity(judge, examples, results, device):
     """Perplexity a token of the answers under an autoregressive checkpoint."""
     model, tokenizer, info, _ = load_checkpoint(locate(judge), device)
-    method = MethodConfig(**info["method"])
+    method = trained_by(info, judge)
     if method.plan != "none":
         raise ValueError(f"{judge} is not an autoregressive model: train one with --method ar")
     written = [Example(e.prompt, (Round(r["text"]),)) for e, r in zip(examples, results)]

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +144,8 @@ class Frontier:
 
     def train(self, name, options):
         """Checkpoint of a training with these options, made now if it is not there."""
-        options = ["--compile", "--data", self.preset.data, *options.split()]
+        compiler = ["--compile"] if shutil.which("c++") else []
+        options = [*compiler, "--data", self.preset.data, *options.split()]
         made_from = [hashes([option])[0] for option in options if option.endswith(".safetensors")]
         folder = self.out / f"{slug(name)}-{digest(CODE_HASH['train.py'], self.data, options, made_from)}"
         if not (folder / "model.safetensors").exists():

@@ -69,6 +69,14 @@ class MethodConfig:
         return replace(self, block=METHODS[self.method].block or units)
 
 
+def trained_by(info, path):
+    """The method of a checkpoint from its `info`. Raises ValueError if it does not say."""
+    try:
+        return MethodConfig(**info["method"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} does not say by which method it was trained: train it again") from None
+
+
 def encode(example, tokenizer, config):
     """Layout of an example as a method writes it. Raises ValueError if a span's text is too long for it."""
     if config.plan == "given":

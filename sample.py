@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
-from methods import MethodConfig
+from methods import MethodConfig, trained_by
 from model import KVCache, load_checkpoint
 from settings import add_settings, locate, pick, setting
 from show import Screen
@@ -313,7 +313,7 @@ class Sampler:
     def load(cls, path, config, device="cpu"):
         """From a checkpoint, which says how it was trained."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        return cls(model, tokenizer, config, MethodConfig(**info["method"]))
+        return cls(model, tokenizer, config, trained_by(info, path))
 
     @torch.inference_mode()
     def answer(self, prompts, watch=None):

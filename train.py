@@ -202,7 +202,7 @@ class Trainer:
         path = self.out / "checkpoint.safetensors"
         if path.exists():
             model, tokenizer, info, state = load_checkpoint(path, self.device)
-            old, new = ({**settings["train"], **settings["method"]} for settings in (info, self.settings()))
+            old, new = ({**made.get("train", {}), **made.get("method", {})} for made in (info, self.settings()))
             del new["out"]  # the folder may have moved
             other = [f"{name} ({old.get(name)}, not {new[name]})" for name in new if old.get(name) != new[name]]
             if model.config != self.model.config or tokenizer.tokens != self.tokenizer.tokens:
