@@ -16,25 +16,38 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            matrices, updates = [], []
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 rows = group["rows"] or p.shape[0]
-                # made orthogonal together, queries and keys would get what the larger gradient of values leaves them
-                for w, u in zip(p.split(rows), update.split(rows)):
-                    w.add_(orthogonalize(u), alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+                # as one matrix, queries and keys would get what the larger gradient of values leaves them
+                matrices += p.split(rows)
+                updates += update.split(rows)
+            for shape in dict.fromkeys(u.shape for u in updates):  # all of a shape together: few, large products
+                same = [i for i, u in enumerate(updates) if u.shape == shape]
+                step = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                stack = torch.stack([updates[i] for i in same]).to(fast_dtype(updates[0]))
+                for i, u in zip(same, orthogonalize(stack)):
+                    matrices[i].add_(u, alpha=step)
+
+
+def fast_dtype(tensor):
+    """bfloat16 where the device multiplies matrices in it (tensor cores, AMX); the iteration is robust to it."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return torch.bfloat16 if tensor.is_cuda or amx() else torch.float32
 
 
 def orthogonalize(g):
-    """The nearest matrix with singular values near 1, by a quintic iteration."""
-    x = g / (g.norm() + 1e-7)
-    x = x.T if g.shape[0] > g.shape[1] else x
+    """The nearest matrices with singular values near 1, by a quintic iteration. g: (..., rows, columns)."""
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.mT if g.shape[-2] > g.shape[-1] else x
     for _ in range(5):
-        a = x @ x.T
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
 class Optimizer:
