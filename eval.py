@@ -25,7 +25,7 @@ import torch
 
 from data import Example, read_split
 from masks import Sequence
-from methods import encode, trained_by
+from methods import encode, rewrite, trained_by
 from model import load_checkpoint
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting
@@ -64,13 +64,14 @@ class Answers:
         if not path:
             return
         head = json.dumps(settings)
-        if self.path.exists():
-            first, *rows = self.path.read_text(encoding="utf-8").split("\n")
-            if first != head:
-                raise ValueError(f"{path} holds answers of another checkpoint, data or settings: name another")
-            self.of = dict(json.loads(row) for row in rows[:-1])  # what is after the last line break was cut off
-            head = "\n".join([first, *rows[:-1]])
-        self.path.write_text(head + "\n", encoding="utf-8")
+        first, *rows = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
+        if rows and first != head:
+            raise ValueError(f"{path} holds answers of another checkpoint, data or settings: name another file")
+        whole = (len(rows) - 1) // settings["batch"] * settings["batch"]  # batches; the last row is empty or cut off
+        rows = rows[: max(whole, 0)]
+        self.of = dict(map(json.loads, rows))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
 
     def add(self, numbered):
         self.of |= numbered
@@ -123,7 +124,7 @@ def distinct(results, n):
         words = result["text"].split()
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         shares.append(len(set(grams)) / max(len(grams), 1))
-    return sum(shares) / len(shares)
+    return sum(shares) / max(len(shares), 1)
 
 
 def perplexity(judge, examples, results, device):
@@ -137,30 +138,29 @@ def perplexity(judge, examples, results, device):
     return math.exp(validate(JointLoss(model, tokenizer.pad + 1), sequences, tokenizer, device)[0])
 
 
-def row_of(example, result, check, plans):
-    """The figures of one answer."""
+def row_of(example, result, check, rounds):
+    """The figures of one answer. `rounds`: the example's, as the method writes its plan; None if it writes none."""
     row = {name: result.get(name, 0) for name in COSTS}
     row["passes"] = row["plan_passes"] + row["denoise_passes"]
     row["valid"] = float(not result["broken"] and not result["cut"])
     if check:
         verdict = check(example, result["text"])
         row |= {"exact": float(verdict.exact), "spans": sum(verdict.spans) / max(len(verdict.spans), 1)}
-    if plans:
-        reference = [(s.topic, s.length) for r in example.rounds for s in r.spans]
+    if rounds is not None:
+        reference = [(s.topic, s.length) for r in rounds for s in r.spans]
         planned = [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]]
-        lengths = dict(reference)
-        off = [abs(length - lengths[topic]) for topic, length in planned if topic in lengths]
+        off = [abs(a - b) for (topic, a), (other, b) in zip(reference, planned) if topic == other]
         row |= {"plan_right": float(reference == planned), "n_spans": len(planned)}
         row["length_error"] = sum(off) / len(off) if off else 0.0
     return row
 
 
-def score(examples, results, check, plans):
+def score(examples, results, check, rounds):
     """Means over each family and over all: shares of exact answers, right spans and right plans, costs."""
     groups = defaultdict(list)
-    for example, result in zip(examples, results):
+    for example, result, written in zip(examples, results, rounds):
         for name in dict.fromkeys((example.family, "all")):
-            groups[name].append(row_of(example, result, check, plans))
+            groups[name].append(row_of(example, result, check, written))
     return {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}
             for name, rows in sorted(groups.items(), key=lambda item: item[0] == "all")}  # fmt: skip
 
@@ -169,26 +169,32 @@ def evaluate(config, sample_config):
     """All figures as a dict for JSON. Raises ValueError on bad files or settings."""
     path = locate(config.data) / f"{config.split}.jsonl"
     examples = read_split(path)[: config.limit or None]
+    if not examples:
+        raise ValueError(f"{path} has no examples")
     if config.draft:
         sampler = Speculator.load(config.checkpoint, config.draft, sample_config, config.device)
     else:
         sampler = Sampler.load(config.checkpoint, sample_config, config.device)
+    tokenizer, method = sampler.tokenizer, sampler.method
+    sequences = [Sequence(encode(example, tokenizer, method)) for example in examples]
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-    answers = Answers(config.answers, {"files": hashes, "limit": config.limit, **asdict(sample_config)})
-    results = answer_all(sampler, examples, config.batch, answers)
-    sequences = [Sequence(encode(example, sampler.tokenizer, sampler.method)) for example in examples]
-    loss = JointLoss(sampler.model, sampler.tokenizer.pad + 1)
-    plan, span, error = validate(loss, sequences, sampler.tokenizer, config.device, config.draws)
+    batch = 1 if config.draft else config.batch
+    made_by = {"files": hashes, "limit": config.limit, "batch": batch, "device": config.device}
+    answers = Answers(config.answers, made_by | asdict(sample_config))
+    results = answer_all(sampler, examples, batch, answers)
+    rounds = [rewrite(e.rounds, tokenizer, method) if method.plan == "written" else None for e in examples]
+    loss = JointLoss(sampler.model, tokenizer.pad + 1)
+    plan, span, error = validate(loss, sequences, tokenizer, config.device, config.draws)
     check, seconds = checker(locate(config.data)), [result["seconds"] for result in results]
     report = {
-        "scores": score(examples, results, check, sampler.method.plan == "written"),
-        "plan_nll": plan, "span_elbo": span, "span_elbo_error": error,
+        "scores": score(examples, results, check, rounds),
+        "plan_nll": plan, "span_elbo": span, "span_elbo_error": error if config.draws > 1 else None,
         "distinct_1": distinct(results, 1), "distinct_3": distinct(results, 3),
         "chrf": None if check else chrf(examples, results),
         "perplexity": perplexity(config.judge, examples, results, config.device) if config.judge else None,
         "pad_share": sum(r["pads"] for r in results) / max(sum(r["slots"] for r in results), 1),
-        "batch": config.batch, "seconds_p50": np.quantile(seconds, 0.5), "seconds_p95": np.quantile(seconds, 0.95),
+        "batch": batch, "seconds_p50": np.quantile(seconds, 0.5), "seconds_p95": np.quantile(seconds, 0.95),
         "peak_memory_mb": peak_memory(config.device),
         "shown": [line for result in results[: config.show] for line in markdown(result)],
     }  # fmt: skip
@@ -224,7 +230,8 @@ def lines(report):
     if report["plan_nll"]:
         yield f"plan and text: {report['plan_nll']:.4f} nats a token"
     if report["span_elbo"]:
-        yield f"spans: {report['span_elbo']:.4f} +- {report['span_elbo_error']:.4f} nats a token (negative ELBO)"
+        error = f" +- {report['span_elbo_error']:.4f}" if report["span_elbo_error"] is not None else ""
+        yield f"spans: {report['span_elbo']:.4f}{error} nats a token (negative ELBO)"
         yield f"pads: {report['pad_share']:.1%} of all slots"
     if "n_spans" in whole:
         yield f"spans an answer: {whole['n_spans']:.2f}; length off by {whole['length_error']:.2f} units a topic"
@@ -235,7 +242,7 @@ def lines(report):
     if report["perplexity"]:
         yield f"perplexity under the judge: {report['perplexity']:.2f}"
     yield f"different words: {report['distinct_1']:.1%}; different triples of words: {report['distinct_3']:.1%}"
-    yield f"content tokens a pass: {whole['content_tokens'] / whole['passes']:.2f}"
+    yield f"content tokens a pass: {whole['content_tokens'] / max(whole['passes'], 1):.2f}"
     yield (f"seconds an answer at batch {report['batch']}: median {report['seconds_p50']:.3f}, "
            f"95th percentile {report['seconds_p95']:.3f}; peak memory {report['peak_memory_mb']:.0f} MiB")  # fmt: skip
 

@@ -16,8 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Preset:
 
 
 PRESETS = {
-    "tasks": Preset("data/tasks", 2000, 2000, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"),
+    "tasks": Preset("data/tasks", 2000, 1500, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"),
     "recipes": Preset("data/recipes", 1200, 2400, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
                       "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6", limit=100, timed=40),
     "gpu": Preset("data/tasks", 3000, 6000, "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8",
@@ -103,8 +104,8 @@ GROUPS = {
 }  # fmt: skip
 
 
-def hashes(paths):
-    return [hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16] for path in paths]
+def hashes(folder, names):
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in names]
 
 
 def digest(*parts):
@@ -115,7 +116,7 @@ def slug(name):
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
-CODE_HASH = {script: hashes(files) for script, files in CODE.items()}
+CODE_HASH = {script: hashes(ROOT, files) for script, files in CODE.items()}
 
 
 class Frontier:
@@ -123,9 +124,13 @@ class Frontier:
 
     def __init__(self, preset, entries, out, workers):
         self.preset, self.entries, self.out, self.workers = preset, entries, Path(out), workers
-        if not (ROOT / preset.data / "train.jsonl").exists():
-            subprocess.run([sys.executable, ROOT / preset.data / "prepare.py"], check=True)
-        self.data = hashes(f"{preset.data}/{split}.jsonl" for split in ("train", "val", "test"))
+        folder = ROOT / preset.data
+        if not (folder / "train.jsonl").exists():
+            subprocess.run([sys.executable, folder / "prepare.py"], check=True)
+        if not (folder / "families.py").exists() and not find_spec("sacrebleu"):
+            raise SystemExit("frontier.py: the quality of free text is its chrF: pip install sacrebleu")
+        self.data = hashes(folder, ["train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json"])
+        self.checker = hashes(folder, ["families.py"] if (folder / "families.py").exists() else [])
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
@@ -136,22 +141,31 @@ class Frontier:
             file.write(f"{script} {' '.join(options)}\n")
             file.flush()
             out = subprocess.PIPE if script == "eval.py" else file
-            done = subprocess.run([sys.executable, ROOT / script, *options], stdout=out, stderr=file, text=True,
-                                  env=self.environment)  # fmt: skip
-        if done.returncode:
+            process = subprocess.Popen([sys.executable, ROOT / script, *options], stdout=out, stderr=file, text=True,
+                                       env=self.environment)  # fmt: skip
+            try:
+                printed, _ = process.communicate()
+            except KeyboardInterrupt:
+                process.wait()  # it got the signal too, and saves
+                raise
+        if process.returncode:
             raise SystemExit(f"frontier.py: {script} {' '.join(options)} failed: see the end of {log}")
-        return done.stdout
+        return printed
 
-    def train(self, name, options):
-        """Checkpoint of a training with these options, made now if it is not there."""
+    def train(self, name, options, init=None):
+        """Checkpoint of a training with these options from that one, made now if it is not there."""
         compiler = ["--compile"] if shutil.which("c++") else []
         options = [*compiler, "--data", self.preset.data, *options.split()]
-        made_from = [hashes([option])[0] for option in options if option.endswith(".safetensors")]
+        made_from = hashes(init.parent, [init.name]) if init else []
         folder = self.out / f"{slug(name)}-{digest(CODE_HASH['train.py'], self.data, options, made_from)}"
-        if not (folder / "model.safetensors").exists():
+        path = folder / "model.safetensors"
+        if not path.exists():
             print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
-            self.call("train.py", [*options, "--out", str(folder)], folder / "log.txt")
-        return folder / "model.safetensors"
+            start = ["--init", str(init)] if init else []
+            self.call("train.py", [*options, *start, "--out", str(folder)], folder / "log.txt")
+        if not path.exists():
+            raise SystemExit(f"frontier.py: the training of {name} was stopped: see the end of {folder / 'log.txt'}")
+        return path
 
     def checkpoint(self, name):
         """Checkpoint of an entry; the warm-up has been trained before."""
@@ -160,8 +174,8 @@ class Frontier:
             return self.checkpoint(entry.of)
         options = f"{p.small if entry.small else p.train} {p.common} {entry.train}"
         if entry.warm:
-            return self.train(name, f"{options} --init {self.warm_up()} --steps {p.steps}")
-        return self.train(name, f"{options} --steps {p.warmup + p.steps}")
+            return self.train(entry.train, f"{options} --steps {p.steps}", self.warm_up())
+        return self.train(f"{entry.train} from scratch", f"{options} --steps {p.warmup + p.steps}")
 
     def warm_up(self):
         p = self.preset
@@ -173,7 +187,8 @@ class Frontier:
         options = ["--checkpoint", str(checkpoint), "--data", p.data, "--draws", "4", *sample.split()]
         if self.entries[name].draft:
             options += ["--draft", str(self.checkpoint(self.entries[name].draft))]
-        key = digest(CODE_HASH["eval.py"], self.data, hashes([checkpoint]), options, p.limit, p.timed)
+        made_from = hashes(checkpoint.parent, [checkpoint.name]), self.data, self.checker
+        key = digest(CODE_HASH["eval.py"], *made_from, options[2:], p.limit, p.timed)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
             log = path.with_suffix(".log")
@@ -189,10 +204,18 @@ class Frontier:
     def run(self):
         """All rows of the group, in its order; up to `workers` scripts at a time."""
         self.warm_up()
-        with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(self.checkpoint, [name for name, entry in self.entries.items() if not entry.of]))
-            points = [(name, sample) for name, entry in self.entries.items() for sample in entry.sample]
-            return list(pool.map(lambda point: self.measure(*point), points))
+        self.together(self.checkpoint, [(name,) for name, entry in self.entries.items() if not entry.of])
+        return self.together(self.measure, [(name, s) for name, entry in self.entries.items() for s in entry.sample])
+
+    def together(self, function, items):
+        """The function of each item, up to `workers` at a time; a failure stops what has not begun."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            futures = [pool.submit(function, *item) for item in items]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [future.result() for future in sorted(futures, key=lambda f: f.cancelled())]  # a failure first
 
 
 # ---------------------------------------------------------------- report

@@ -120,11 +120,12 @@ def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
 def encode_blocks(prompt, text, tokenizer, size):
     """Layout of an answer under a given plan: rounds of one span of `size` slots each, nothing in between.
 
-    The span that is not full is the last one (block diffusion, arXiv 2503.09573, without its noised copy).
+    The span that is not full is the last one, so its [PAD] ends the answer (block diffusion, arXiv 2503.09573,
+    without its noised copy).
     """
     layout, tokens = Layout(), tokenizer.encode(text)
     layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
-    for number in range(max(1, -(-len(tokens) // size))):
+    for number in range(len(tokens) // size + 1):
         block = tokens[number * size : (number + 1) * size]
         layout.scaffold([([], block + [tokenizer.pad] * (size - len(block)))], tokenizer, number)
     return layout

@@ -10,7 +10,6 @@
 | `diffusion`   | given: one span       | one an answer | both directions     | LLaDA, MDLM                       |
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from masks import encode_blocks, encode_example
@@ -65,8 +64,8 @@ class MethodConfig:
         if self.plan != "given" or self.block:
             return self
         longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in examples)
-        units = math.ceil(longest / tokenizer.unit) * tokenizer.unit
-        return replace(self, block=METHODS[self.method].block or units)
+        whole = (longest // tokenizer.unit + 1) * tokenizer.unit  # whole units, with room for the [PAD] that ends it
+        return replace(self, block=METHODS[self.method].block or whole)
 
 
 def trained_by(info, path):
@@ -81,10 +80,16 @@ def encode(example, tokenizer, config):
     """Layout of an example as a method writes it. Raises ValueError if a span's text is too long for it."""
     if config.plan == "given":
         return encode_blocks(example.prompt, plain_text(example.rounds), tokenizer, config.block)
-    rounds = [Round(plain_text(example.rounds))] if config.plan == "none" else example.rounds
+    rounds = rewrite(example.rounds, tokenizer, config)
+    return encode_example(replace(example, rounds=rounds), tokenizer, config.attention, config.repeat_topic)
+
+
+def rewrite(rounds, tokenizer, config):
+    """The rounds of an answer as a method without given plan writes them."""
+    if config.plan == "none":
+        return (Round(plain_text(rounds)),)
     rounds = merged(rounds, tokenizer) if config.rounds == "one" else rounds
-    rounds = numbered(rounds) if config.topics == "numbers" else rounds
-    return encode_example(replace(example, rounds=tuple(rounds)), tokenizer, config.attention, config.repeat_topic)
+    return tuple(numbered(rounds) if config.topics == "numbers" else rounds)
 
 
 def merged(rounds, tokenizer):

@@ -84,10 +84,9 @@ def test_blocks_hold_the_plain_text_then_pad_and_see_prompt_and_earlier_blocks(t
         assert (sequence.next == IGNORE).all()
 
 
-@pytest.mark.xfail(strict=True, reason="a text of exactly k x size tokens has no [PAD], so nothing teaches it to end")
 @pytest.mark.parametrize("method", ["block", "diffusion"])
 def test_every_answer_in_blocks_ends_in_a_pad(tokenizer, method):
-    for example in [Example("", (Round("~" * n),)) for n in range(64)]:  # one token each, and a space
+    for example in [Example("", (Round("~" * n),)) for n in range(1, 64)]:
         assert tokenizer.pad in encode(example, tokenizer, MethodConfig(method).fitted([example], tokenizer)).token
 
 
@@ -100,10 +99,9 @@ def test_numbered_topics_count_the_spans_of_each_round(tokenizer):
 
 
 def test_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer):
-    spans = (Span("habitat", "Rivers and lakes.", 3), Span("food", "fish", 2), Span("end", "And more.", 1),
-             Span("play", "", 1), Span("top 5 tips", "swims", 2), Span("food", "crabs", 1))  # fmt: skip
-    spans = [*spans, Span("end", "In short: a river animal.")]
-    spans = tuple(Span(s.topic, s.text, tokenizer.units(s.text) if s.topic == "end" else s.length) for s in spans)
+    first, second, third = OTTER.rounds
+    more, short = (Span("end", r.text, tokenizer.units(r.text)) for r in (second, third))
+    spans = (*first.spans, more, *second.spans, short)
     for topics in ("names", "numbers"):
         one = Example(OTTER.prompt, (Round("Here:", spans),))
         expected = encode(one, tokenizer, MethodConfig(topics=topics))
@@ -111,6 +109,8 @@ def test_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer)
     for example in examples(tokenizer):
         layout = encode(example, tokenizer, MethodConfig(rounds="one"))
         assert tokenizer.sync not in layout.token and set(layout.round) == {0}
+        spans = sum(len(r.spans) for r in example.rounds) + sum(r.text != "" for r in example.rounds[1:])
+        assert layout.token.count(tokenizer.async_) == spans
 
 
 @pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar"])
@@ -142,20 +142,12 @@ def test_a_bad_setting_is_refused_by_name_and_value():
             (TrainConfig if setting == "history" else MethodConfig)(**{setting: value})
 
 
-@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar"])
-def test_a_text_longer_than_its_span_is_refused_but_not_where_there_are_no_plans(tokenizer, method):
-    example = Example("Tell", (Round("", (Span("food", "fish, crabs and frogs", 1),)),))
-    with pytest.raises(ValueError, match="'food'.*'Tell'"):
-        encode(example, tokenizer, MethodConfig(method))
-    assert encode(example, tokenizer, MethodConfig("ar")) and encode(example, tokenizer, BLOCKS)
-
-
 # ---------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("history", ["clean", "noised"])
 def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_nothing_is_masked(tokenizer, history):
-    for seed in range(20):
+    for seed in range(12):
         several = [random_example(10 * seed + n, tokenizer) for n in range(3)]
         layouts = [encode(e, tokenizer, CAUSAL) for e in several]
         rounds = [seed % len(e.rounds) for e in several]
@@ -179,25 +171,22 @@ def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_no
 
 @pytest.mark.parametrize("method", [MethodConfig(), MethodConfig("dense"), BLOCKS])
 def test_clean_history_noises_the_picked_round_and_noised_history_all_up_to_it(tokenizer, method):
-    for history in ("clean", "noised"):
-        layout, changed = encode(OTTER, tokenizer, method), set()
-        sequence = Sequence(layout)
-        for round_ in range(sequence.n_rounds):
-            noised = {round_} if history == "clean" else set(range(round_ + 1))
-            slots = [k == SLOT and r in noised for k, r in zip(layout.kind, layout.round)][: sequence.stop(round_)]
-            for seed in range(5):
-                batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(seed), history=history)
-                assert batch.in_span[0].tolist() == slots
-                for i, token in enumerate(batch.token[0].tolist()):
-                    if token != layout.token[i]:
-                        assert token == tokenizer.mask and slots[i] and batch.target[0, i] == layout.token[i]
-                        changed.add((round_, layout.round[i]))
-                    elif slots[i]:
-                        assert batch.target[0, i] == IGNORE
-                groups = {(layout.round[i], layout.span[i] * (method.attention != "dense")): float(batch.weight[0, i])
-                          for i in range(len(slots)) if slots[i]}  # fmt: skip
-                assert len(set(groups.values())) == len(groups), "each span, or dense round, draws its own t"
-        assert any(earlier < picked for picked, earlier in changed) == (history == "noised")
+    layout = encode(OTTER, tokenizer, method)
+    sequence, token = Sequence(layout), torch.tensor(layout.token)
+    for history, round_ in itertools.product(("clean", "noised"), range(sequence.n_rounds)):
+        stop, changed = sequence.stop(round_), set()
+        noised = [r == round_ or (history == "noised" and r < round_) for r in layout.round[:stop]]
+        slots = torch.tensor(noised) & (torch.tensor(layout.kind[:stop]) == SLOT)
+        for seed in range(5):
+            batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(seed), history=history)
+            masked = batch.token[0] == tokenizer.mask
+            assert torch.equal(batch.in_span[0], slots) and not (masked & ~slots).any()
+            assert torch.equal(torch.where(masked, batch.target[0], batch.token[0]), token[:stop])
+            assert (batch.target[0][slots & ~masked] == IGNORE).all()
+            changed |= {layout.round[i] for i in masked.nonzero()}
+            spans = {(layout.round[i], layout.span[i] * (method.attention != "dense")) for i in slots.nonzero()}
+            assert len(set(batch.weight[0][slots].tolist())) == len(spans), "each span, or dense round, draws its own t"
+        assert changed == {r for r, kind in zip(layout.round[:stop], slots) if kind}
 
 
 @torch.no_grad()
@@ -262,8 +251,6 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
     for example in examples(fluent, 5):
         layout = encode(example, fluent, method)
         model = Perfect(layout, fluent)
-        if method.plan == "given" and fluent.pad not in layout.token:
-            continue
         if method.plan != "given":  # <eos> is written, not kept
             for column in ("token", "kind", "round", "span", "position", "prefix", "begin", "end"):
                 getattr(layout, column).pop()
@@ -282,13 +269,13 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
 
 @pytest.fixture(scope="module")
 def planner(tokenizer):
-    return steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=7.0)
+    return steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
 
 
 @pytest.fixture(scope="module")
 def writer(tokenizer):
     """A model that fills a few blocks before its first [PAD]."""
-    return steered(tokenizer, 1, pad=4.0)
+    return steered(tokenizer, 1, pad=6.0)
 
 
 CAUSAL_SETTINGS = [({}, {}), ({}, dict(temperature=1.0, seed=3)), ({}, dict(temperature=0.7, length_scale=0.6, seed=8)),
@@ -331,7 +318,7 @@ BLOCK_SETTINGS = [(BLOCKS, {}), (BLOCKS, dict(threshold=0.4)), (BLOCKS, dict(tem
 
 @pytest.mark.parametrize("method, settings", BLOCK_SETTINGS)
 def test_answers_in_blocks_and_their_costs_equal_the_naive_ones(writer, tokenizer, method, settings):
-    for prompt, room in ((PROMPTS[0], 45), (PROMPTS[2], 33)):
+    for prompt, room in ((PROMPTS[0], 50), (PROMPTS[2], 33)):
         config = SampleConfig(max_tokens=room, **settings)
         answer = Sampler(writer, tokenizer, config, method).answer([prompt])[0]
         expected = NaiveSampler(writer, tokenizer, config).answer_blocks(prompt, method.block)
@@ -343,8 +330,10 @@ def test_answers_in_blocks_and_their_costs_equal_the_naive_ones(writer, tokenize
 
 @pytest.mark.parametrize("method", GIVEN_PLANS)
 def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, tokenizer, method):
-    for room in (1, 2, 3, 4, 9, 17, 60):
-        for answer in Sampler(writer, tokenizer, SampleConfig(max_tokens=room, temperature=1.0), method).answer(PROMPTS):
+    cuts = set()
+    for room in (1, 2, 3, 9, 17, 60):
+        config = SampleConfig(max_tokens=room, temperature=1.0)
+        for answer in Sampler(writer, tokenizer, config, method).answer(PROMPTS):
             blocks, result = [answer.contents(s) for d in answer.drafts for s in d.spans], answer.result()
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
             assert not any(tokenizer.pad in b for b in blocks[:-1])
@@ -355,6 +344,8 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
             assert result["rounds"] == [{"text": text, "plan": [], "spans": []}] and result["text"] == text
             assert [r.text for r in parse_answer(result["tagged"])] == [text.strip()]
             assert result["plan_passes"] == 0 and result["critical_path"] == result["denoise_passes"]
+            cuts.add((bool(blocks), result["cut"]))
+    assert cuts == {(False, True), (True, True), (True, False)} or method.block == 1
 
 
 @pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
@@ -367,17 +358,17 @@ def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer
     masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
     config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots
     Counting(writer, tokenizer, config, BLOCKS).answer(PROMPTS[:1])
-    assert len(masked) > 1 and {len(counts) for counts in masked.values()} <= passes
-    for counts in masked.values():
-        assert counts[0] == 6 and all(after < before for before, after in zip(counts, counts[1:]))
+    assert len(masked) > 1 and {len(seen) for seen in masked.values()} <= passes
+    for seen in masked.values():
+        assert seen[0] == 6 and all(after < before for before, after in zip(seen, seen[1:]))
 
 
-@pytest.mark.parametrize("settings", [{}, dict(threshold=0.4), dict(temperature=1.0)])
-@pytest.mark.parametrize("method", [CAUSAL, MethodConfig("parallel-ar", repeat_topic=False), BLOCKS,
-                                    MethodConfig("diffusion", block=20)])  # fmt: skip
+@pytest.mark.parametrize("method, settings", [(CAUSAL, {}), (CAUSAL, dict(temperature=1.0)), (BLOCKS, {}),
+                                              (BLOCKS, dict(threshold=0.4)),
+                                              (GIVEN_PLANS[2], dict(temperature=1.0))])  # fmt: skip
 def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, method, settings):
     def answers(prompts, seed):
-        config = SampleConfig(max_tokens=60, seed=seed, **settings)
+        config = SampleConfig(max_tokens=50, seed=seed, **settings)
         return Sampler(writer if method.plan == "given" else planner, tokenizer, config, method).answer(prompts)
 
     for i, (prompt, batched) in enumerate(zip(PROMPTS, answers(PROMPTS, 5))):
@@ -397,24 +388,27 @@ def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag
         result = answer.result()
         assert answer.stage == "done" and result["broken"] and not result["cut"]
         assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
-        assert set(answer.layout.kind) == {PROMPT}
 
 
 @pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar", "ar"])
-def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(planner, tokenizer, method):
-    broken, config = [], SampleConfig(temperature=1.5, max_tokens=60, constrained=False, steps_ratio=0.05)
-    for model in (planner, steered(tokenizer, 2, 0.2, pad=0.0)):
-        for answer in Sampler(model, tokenizer, config, MethodConfig(method)).answer([""] * 20):
-            grammar = Grammar(tokenizer, config.max_tokens, plans=method != "ar")
+def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, method):
+    """Of an untrained model, and of one that knows an example but now and then draws any other token."""
+    method, example = MethodConfig(method), random_example(4, fluent, rounds=3, spans=2)
+    untrained = steered(fluent, 0, 0.2, topic=6.0, length=8.0, lengths=1, topic_end=8.0, eos=9.0)
+    seen = set()
+    for model, temperature in ((untrained, 1.5), (Perfect(encode(example, fluent, method), fluent), 3.3)):
+        config = SampleConfig(temperature=temperature, max_tokens=300, constrained=False, steps_ratio=0.05)
+        for answer in Sampler(model, fluent, config, method).answer([example.prompt] * 20):
+            grammar = Grammar(fluent, config.max_tokens, plans=method.plan == "written")
             for token in [t for t, kind in zip(answer.layout.token, answer.layout.kind) if kind == PLAN]:
                 assert grammar.allowed()[token]
                 grammar.advance(token)
             assert answer.plan_passes == answer.layout.kind.count(PLAN) + 1
-            assert answer.broken or grammar.allowed()[tokenizer.eos]
-            assert answer.stage == "done" and tokenizer.mask not in answer.layout.token and not answer.cut
+            assert answer.broken or grammar.allowed()[fluent.eos]
+            assert answer.stage == "done" and fluent.mask not in answer.layout.token and not answer.cut
             assert len(parse_answer(answer.result()["tagged"])) == len(answer.drafts)
-            broken.append(answer.broken)
-    assert any(broken) and (method == "ar" or not all(broken))
+            seen.add((answer.broken, SLOT in answer.layout.kind))
+    assert seen == set(itertools.product((True, False), (False,) if method.plan == "none" else (True, False)))
 
 
 # ---------------------------------------------------------------- untrained models
@@ -425,8 +419,7 @@ def test_untrained_models_answer_within_any_limit(tokenizer, method):
     assert {m.method for m in ALL} == set(METHODS)
     sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
     fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
-    runs = (fresh, dict(temperature=1.5)), (wild, dict()), (wild, dict(temperature=1.5, threshold=0.5))
-    for model, settings in runs:
+    for model, settings in ((fresh, dict(temperature=1.5, threshold=0.5)), (wild, dict())):
         for limit, constrained in itertools.product((1, 2, 3, 25), (True, False)):
             config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
             for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):

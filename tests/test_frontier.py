@@ -1,0 +1,201 @@
+"""The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
+
+import json
+import sys
+from argparse import ArgumentParser
+from dataclasses import replace
+from itertools import count, product
+from pathlib import Path
+
+import pytest
+
+import frontier
+from eval import EvalConfig
+from frontier import GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
+from methods import MethodConfig
+from model import ModelConfig
+from sample import SampleConfig
+from settings import add_settings, pick
+from train import TrainConfig
+
+TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
+ENTRIES = {
+    "autoregressive": Entry("--method ar"),
+    "small": Entry("--method ar", small=True, warm=False),
+    "speculative": Entry("", of="autoregressive", draft="small"),
+    "planned": Entry("--method planned", ("--steps_ratio 1", "--threshold 0.7")),
+    "ordered": Entry("", ("--order random",), of="planned"),
+}
+TRAINED, MEASURED = 4, 6  # trainings, the warm-up included, and points
+SETTINGS = {"train.py": (TrainConfig, MethodConfig, ModelConfig), "eval.py": (EvalConfig, SampleConfig)}
+
+
+def report_of(exact=0.5, seconds=1):
+    """A made-up report of eval.py."""
+    whole = {"exact": exact, "passes": 4, "critical_path": 3, "positions": 50, "content_tokens": 20}
+    times = {"seconds_p50": seconds, "seconds_p95": 2 * seconds, "peak_memory_mb": 1}
+    return {"scores": dict.fromkeys(("facts", "lookups", "transforms", "stories", "all"), whole), "chrf": None, **times}
+
+
+ROWS = [{"name": name, "sample": sample, **report_of()}
+        for name, sample in (("ar", ""), ("planned", "--steps_ratio 1"), ("planned", "--threshold 0.7"))]  # fmt: skip
+
+
+def parsed(script, options):
+    """Options as the script itself understands them; wrong ones raise."""
+    parser = ArgumentParser()
+    add_settings(parser, *SETTINGS[script])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(options)
+    return [pick(cls, args) for cls in SETTINGS[script]] and args
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A project's folder with made-up data."""
+    for data, split in product(("toy", "tasks", "recipes"), ("train", "val", "test")):
+        (tmp_path / "data" / data).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / data / f"{split}.jsonl").write_text(f"{data} {split}")
+    monkeypatch.setattr(frontier, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(root, monkeypatch):
+    """The calls of scripts, none of which is run: (script, options). Each measurement takes other seconds."""
+    made, number = [], count(1)
+
+    def call(self, script, options, log):
+        made.append((script, options))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if script == "eval.py":
+            return json.dumps(report_of(0, 1000 + next(number)) if "--batch" in options else report_of())
+        (Path(options[-1]) / "model.safetensors").write_bytes(repr(options).encode())
+
+    monkeypatch.setattr(Frontier, "call", call)
+    return made
+
+
+@pytest.fixture
+def run(root, calls):
+    """Run entries: their rows, and what train.py and eval.py were called with."""
+
+    def run(preset=TOY, entries=ENTRIES):
+        calls.clear()
+        rows = Frontier(preset, entries, root / "out", workers=2).run()
+        return rows, *([parsed(s, options) for s, options in calls if s == script] for script in SETTINGS)
+
+    return run
+
+
+def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_start_from(run):
+    _, (warm_up, *trained), _ = run()
+    assert (warm_up.method, warm_up.d_model, warm_up.init, warm_up.steps) == ("ar", 32, "", 100)
+    found, start = sorted((t.method, t.d_model, t.init, t.steps) for t in trained), f"{warm_up.out}/model.safetensors"
+    assert found == [("ar", 16, "", 400), ("ar", 32, start, 300), ("planned", 32, start, 300)]
+    assert {(args.data, args.t_min) for args in trained} == {("data/toy", 0.5)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run, preset, group):
+    rows, trained, measured = run(PRESETS[preset], GROUPS[group])
+    assert len(trained) == 1 + sum(not e.of for e in GROUPS[group].values()), "entries `of` another train nothing"
+    assert 2 * len(rows) == len(measured) == 2 * sum(len(e.sample) for e in GROUPS[group].values())
+    made = {f"{args.out}/model.safetensors": args for args in trained}
+    updates = {a.steps + (made[a.init].steps if a.init else 0) for a in (made[m.checkpoint] for m in measured)}
+    assert updates == {PRESETS[preset].warmup + PRESETS[preset].steps}
+
+
+def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
+    rows, trained, measured = run()
+    assert [(row["name"], row["sample"]) for row in rows] == [(n, s) for n, e in ENTRIES.items() for s in e.sample]
+    model = {"": "", **{f"{args.out}/model.safetensors": f"{args.method} {args.steps}" for args in trained}}
+    found = sorted((model[m.checkpoint], model[m.draft], m.limit, m.batch) for m in measured)
+    points = [("ar 300", ""), ("ar 300", "ar 400"), ("ar 400", ""), *[("planned 300", "")] * 3]
+    assert found == sorted((*point, *how) for point in points for how in ((9, EvalConfig.batch), (3, 1)))
+    assert {(quality(row), row["seconds_p95"] / row["seconds_p50"]) for row in rows} == {(0.5, 2)}
+    assert len({row["seconds_p50"] for row in rows}) == MEASURED and min(row["seconds_p50"] for row in rows) > 1000
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 10, 15])
+def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(root, calls, run, monkeypatch, done):
+    """The call after so many is interrupted; of a point half measured both halves are called again."""
+
+    def interrupted(self, *args, call=Frontier.call):
+        if len(calls) == done:
+            raise KeyboardInterrupt
+        return call(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Frontier, "call", interrupted)
+        Frontier(TOY, ENTRIES, root / "out", workers=1).run()
+    before = [args[-1] for script, args in calls if script == "train.py"]
+    rows, trained, measured = run()
+    assert len({*before, *(args.out for args in trained)}) == len(before) + len(trained) == TRAINED
+    assert len(before) == min(done, TRAINED) and len(measured) == 2 * (MEASURED - max(done - TRAINED, 0) // 2)
+    assert run() == (rows, [], [])
+
+
+ALL = (TRAINED, MEASURED)
+CHANGES = {  # what changes: trainings and points that have to be made again
+    "train.jsonl": ALL, "val.jsonl": ALL, "test.jsonl": ALL, "train.py": ALL, "warmup": ALL, "common": ALL,
+    "eval.py": (0, MEASURED), "limit": (0, MEASURED), "timed": (0, MEASURED), "steps": (TRAINED - 1, MEASURED),
+    "train": (TRAINED - 1, MEASURED - 1), "small": (1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, monkeypatch, change):
+    """And only that. What was made before is kept for when the change is undone."""
+    old, preset, file = run()[0], TOY, root / "data" / "toy" / change
+    with monkeypatch.context() as patch:
+        if file.exists():
+            file.write_text("other")
+        elif change in frontier.CODE_HASH:
+            patch.setitem(frontier.CODE_HASH, change, ["other"])
+        else:
+            value = getattr(TOY, change)
+            preset = replace(TOY, **{change: value + 1 if isinstance(value, int) else value + " --n_layer 3"})
+        new, trained, measured = run(preset)
+    assert (len(trained), len(measured) / 2) == CHANGES[change]
+    assert sum(row not in old for row in new) == CHANGES[change][1]
+    if file.exists():
+        file.write_text(f"toy {file.stem}")
+    assert run() == (old, [], [])
+
+
+@pytest.mark.parametrize("script, log", [("train.py", "log.txt"), ("eval.py", "results")])
+def test_a_script_that_fails_ends_all_with_a_message_that_names_its_log(root, script, log):
+    """Real scripts: what train.py prints goes to its log, what eval.py prints is read."""
+    (root / "train.py").write_text("import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')")
+    (root / "eval.py").write_text(f"print({json.dumps(report_of())!r})")
+    entry = {"autoregressive": Entry("--method ar", warm=False)}
+    (row,) = Frontier(TOY, entry, root / "good", 1).run()
+    logs = [path.read_text() for path in (root / "good").glob("*/log.txt")]
+    assert row["scores"] == report_of()["scores"] and all("trained" in text for text in logs)
+    (root / script).write_text("import sys; print('out of memory', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(SystemExit, match=f"frontier.py: {script} .* failed: see the end of .*{log}") as stopped:
+        Frontier(TOY, entry, root / "bad", 1).run()
+    assert "out of memory" in Path(str(stopped.value).split()[-1]).read_text()
+
+
+def test_quality_is_the_mean_of_three_families_or_chrf_and_the_table_has_a_row_a_method_and_setting():
+    row, shares = report_of(), {"facts": 0.3, "lookups": 0.6, "transforms": 0.9, "stories": 0, "all": 0}
+    row["scores"] = {name: {"exact": share} for name, share in shares.items()}
+    assert (quality(row), quality({**row, "chrf": 43.2})) == pytest.approx((0.6, 0.432))
+    head, rule, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(ROWS))
+    assert len(head) == len(rule) and {len(cells) for cells in rows} == {len(head)}
+    assert [cells[:3] for cells in rows] == [[r["name"], r["sample"].removeprefix("--"), "50.0%"] for r in ROWS]
+    assert "stories" in head and rows[0][head.index("ms (p95)")] == "2000"
+    assert "stories" not in next(table([{**row, "chrf": 50} for row in ROWS]))
+
+
+def test_the_plot_is_a_png_if_there_is_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    plot(ROWS, tmp_path / "none.png")
+    monkeypatch.undo()
+    assert "pip install matplotlib" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    pytest.importorskip("matplotlib").use("Agg")
+    plot(ROWS, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
