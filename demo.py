@@ -12,7 +12,10 @@ import torch
 from sample import SampleConfig, Sampler
 from show import Screen
 
-PROMPTS = {"recipes": "What is the recipe for Cabbage Omelette?"}  # checkpoints that ship: a prompt of the test split
+PROMPTS = {  # checkpoints that ship: a prompt of the test split
+    "tasks": "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",
+    "recipes": "What is the recipe for Cabbage Omelette?",
+}
 
 
 def measure(sampler, prompt, repeats=5):

@@ -16,7 +16,7 @@ import math
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -165,6 +165,12 @@ def score(examples, results, check, rounds):
             for name, rows in sorted(groups.items(), key=lambda item: item[0] == "all")}  # fmt: skip
 
 
+def spans_an_answer(results):
+    """Share of the answers with so many planned spans."""
+    counts = Counter(sum(len(r["plan"]) for r in result["rounds"]) for result in results)
+    return {n: count / len(results) for n, count in sorted(counts.items())}
+
+
 def evaluate(config, sample_config):
     """All figures as a dict for JSON. Raises ValueError on bad files or settings."""
     path = locate(config.data) / f"{config.split}.jsonl"
@@ -193,6 +199,7 @@ def evaluate(config, sample_config):
         "distinct_1": distinct(results, 1), "distinct_3": distinct(results, 3),
         "chrf": None if check else chrf(examples, results),
         "perplexity": perplexity(config.judge, examples, results, config.device) if config.judge else None,
+        "spans_an_answer": spans_an_answer(results),
         "pad_share": sum(r["pads"] for r in results) / max(sum(r["slots"] for r in results), 1),
         "batch": batch, "seconds_p50": np.quantile(seconds, 0.5), "seconds_p95": np.quantile(seconds, 0.95),
         "peak_memory_mb": peak_memory(config.device),
@@ -234,7 +241,8 @@ def lines(report):
         yield f"spans: {report['span_elbo']:.4f}{error} nats a token (negative ELBO)"
         yield f"pads: {report['pad_share']:.1%} of all slots"
     if "n_spans" in whole:
-        yield f"spans an answer: {whole['n_spans']:.2f}; length off by {whole['length_error']:.2f} units a topic"
+        shares = ", ".join(f"{n}: {share:.0%}" for n, share in report["spans_an_answer"].items())
+        yield f"spans an answer: {shares}; length off by {whole['length_error']:.2f} units a topic"
     if whole["draft_passes"]:
         yield f"passes of the drafting model: {whole['draft_passes']:.1f} an answer"
     if report["chrf"] is not None:

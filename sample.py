@@ -1,6 +1,6 @@
 """The two-stage sampler: write a plan token by token, then denoise its spans in parallel.
 
-    python sample.py --prompt "What is the recipe for Cabbage Omelette?"
+    python sample.py --prompt "Tell me about the river, the food and the ruler of Brivok."
 
 One loop serves planned and autoregressive models: every forward pass computes, for each answer of
 the batch, the layout entries that this answer needs next (Planned Diffusion, section 4).
@@ -358,7 +358,7 @@ class Sampler:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", required=True, help="a question; give it again for a batch")
-    parser.add_argument("--checkpoint", default="checkpoints/recipes/planned.safetensors",
+    parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
                         help="trained model (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")

@@ -66,7 +66,7 @@ def cli(monkeypatch, capsys, files):
 
 @pytest.mark.parametrize(
     "script, classes",
-    [("train.py", (TrainConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("eval.py", (EvalConfig, SampleConfig))],
+    [("train.py", (TrainConfig, MethodConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("eval.py", (EvalConfig, SampleConfig))],
 )
 def test_help_shows_every_setting_with_its_default(cli, script, classes):
     code, out, _ = cli(script, "--help")
