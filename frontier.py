@@ -27,7 +27,8 @@ from data import write_whole
 from settings import ROOT
 
 CODE = {
-    "train.py": ["train.py", "optim.py", "model.py", "methods.py", "masks.py", "tags.py", "data/__init__.py"],
+    "train.py": ["train.py", "optim.py", "model.py", "attention.py", "methods.py", "masks.py", "tags.py",
+                 "data/__init__.py"],
     "eval.py": ["eval.py", "sample.py", "speculate.py"],  # and what training depends on, by the checkpoint's key
 }
 
@@ -38,23 +39,23 @@ class Preset:
     warmup: int  # updates of the autoregressive model that all start from
     steps: int  # updates of each method after it
     train: str = ""  # the shape of every model but the smaller one
-    common: str = "--t_min 0.5"  # options of every training
+    common: str = ""  # options of every training
     small: str = ""  # the shape of the smaller autoregressive model, about half the parameters
     limit: int = 0  # test prompts for quality (0: all)
     timed: int = 60  # test prompts for latency at batch 1
 
 
 PRESETS = {
-    "tasks": Preset("data/tasks", 2000, 1500, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"),
+    "tasks": Preset("data/tasks", 2000, 1000, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5",
+                    limit=210),
     "recipes": Preset("data/recipes", 1200, 2400, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
                       "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6", limit=100, timed=40),
     "gpu": Preset("data/tasks", 3000, 6000, "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8",
-                  "--t_min 0.5 --batch 32", "--d_model 384 --n_head 6 --n_kv_head 3 --d_ff 1024 --n_layer 8"),
+                  "--batch 32", "--d_model 384 --n_head 6 --n_kv_head 3 --d_ff 1024 --n_layer 8"),
 }  # fmt: skip
 
 MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
-STEPS = ("--steps_ratio 1", "--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1")
-THRESHOLDS = ("--threshold 0.95", "--threshold 0.7")
+SWEEP = ("--steps_ratio 1", "--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1", "--threshold 0.9")
 LENGTHS = ("--steps_ratio 0.5 --length_scale 0.5", "--steps_ratio 0.5 --length_scale 0.75",
            "--steps_ratio 0.5 --length_scale 1.5", "--steps_ratio 0.5 --length_scale 2")  # fmt: skip
 ORDERS = tuple(f"--steps_ratio 0.5 --order {order}" for order in ("confidence", "margin", "random"))
@@ -77,10 +78,10 @@ METHODS = {
     "autoregressive, half size": Entry("--method ar", small=True, warm=False),
     "speculative decoding": Entry("", of="autoregressive", draft="autoregressive, half size"),
     "parallel autoregressive": Entry("--method parallel-ar"),
-    "diffusion": Entry("--method diffusion", STEPS + THRESHOLDS),
-    "block diffusion": Entry("--method block", STEPS + THRESHOLDS),
-    "planned diffusion": Entry("--method planned", STEPS + THRESHOLDS),
-    "planned diffusion, dense": Entry("--method dense", STEPS + THRESHOLDS),
+    "diffusion": Entry("--method diffusion", SWEEP),
+    "block diffusion": Entry("--method block", SWEEP),
+    "planned diffusion": Entry("--method planned", SWEEP),
+    "planned diffusion, dense": Entry("--method dense", SWEEP),
 }
 HALF = ("--steps_ratio 0.5",)
 GROUPS = {
@@ -90,15 +91,15 @@ GROUPS = {
         "lengths scaled": Entry("", LENGTHS, of="planned diffusion"),
         "other unmasking orders": Entry("", ORDERS, of="planned diffusion"),
         "plans not constrained": Entry("", ("--steps_ratio 0.5 --no-constrained",), of="planned diffusion"),
-        "at temperature 1": Entry("", ("--steps_ratio 0.5 --temperature 1", "--threshold 0.95 --temperature 1"),
+        "at temperature 1": Entry("", ("--steps_ratio 0.5 --temperature 1", "--threshold 0.9 --temperature 1"),
                                   of="planned diffusion"),
         "dense, at temperature 1": Entry("--method dense", ("--steps_ratio 0.5 --temperature 1",
-                                                            "--threshold 0.95 --temperature 1")),
+                                                            "--threshold 0.9 --temperature 1")),
         "topics only numbered": Entry("--topics numbers", HALF),
         "topic not repeated in its span": Entry("--no-repeat_topic", HALF),
         "all in one round": Entry("--rounds one", HALF),
         "noised history": Entry("--history noised", HALF),
-        "1/t weights (ELBO)": Entry("--weight elbo --t_min 0", HALF),
+        "1/t weights (ELBO)": Entry("--weight elbo", HALF),
         "no warm-up": Entry("--method planned", HALF, warm=False),
     },
 }  # fmt: skip
@@ -185,10 +186,10 @@ class Frontier:
         """Figures of a trained entry at one setting: quality in batches, latency at batch 1."""
         p, checkpoint = self.preset, self.checkpoint(name)
         options = ["--checkpoint", str(checkpoint), "--data", p.data, "--draws", "4", *sample.split()]
-        if self.entries[name].draft:
-            options += ["--draft", str(self.checkpoint(self.entries[name].draft))]
-        made_from = hashes(checkpoint.parent, [checkpoint.name]), self.data, self.checker
-        key = digest(CODE_HASH["eval.py"], *made_from, options[2:], p.limit, p.timed)
+        draft = self.entries[name].draft and self.checkpoint(self.entries[name].draft)
+        models = [hashes(path.parent, [path.name]) for path in (checkpoint, draft) if path]
+        key = digest(CODE_HASH["eval.py"], models, self.data, self.checker, options[2:], p.limit, p.timed)
+        options += ["--draft", str(draft)] if draft else []
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
             log = path.with_suffix(".log")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from masks import visible
+from attention import BACKENDS, choose
 from settings import setting
 from tags import Tokenizer
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
 
-    def forward(self, x, cos, sin, mask, store):
+    def forward(self, x, cos, sin, attend, mask, store):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = store(k, v)  # (B, Hkv, S, hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        y = attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -125,7 +125,13 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # tied: also the output layer
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, 1e-5)
+        self.attend_by("dense")
         self.apply(self._init)
+
+    def attend_by(self, backend, dtype=torch.float32):
+        """Choose what computes attention (attention.py) of queries in `dtype`."""
+        head_size = self.config.d_model // self.config.n_head
+        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size)]
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -141,7 +147,8 @@ class Transformer(nn.Module):
         index[b, t] of it, and `see` speaks of entries.
         """
         n_keys = token.shape[1] if cache is None else int(see.max())
-        mask = visible(see, n_keys)[:, None]  # (B, 1, T, S)
+        prepare, attend = self.backend
+        mask = prepare(see, n_keys)
         cos, sin = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)
         x = self.embedding(token)
         for layer, block in enumerate(self.blocks):
@@ -149,7 +156,7 @@ class Transformer(nn.Module):
                 store = lambda k, v: (k, v)
             else:
                 store = lambda k, v, layer=layer: cache.update(layer, index, k, v, n_keys)
-            x = block(x, cos, sin, mask, store)
+            x = block(x, cos, sin, attend, mask, store)
         return self.norm(x)
 
     def logits(self, hidden, n_tokens=None):

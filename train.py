@@ -49,6 +49,7 @@ class TrainConfig:
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)")
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding")
     warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0")
+    attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient")
     compile: bool = setting(False, "torch.compile the model: faster after a minute, needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise")
@@ -188,6 +189,7 @@ class Trainer:
         self.batches = Batches(self.train_set, config.batch, config.seed)
         torch.manual_seed(config.seed)
         self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
+        self.model.attend_by(config.attention, torch.bfloat16 if self.bf16 else torch.float32)
         self.optimizer = Optimizer(self.model, config)
         self.step, self.tokens, self.seconds, self.recent = 0, 0, 0.0, []
         self.interrupted = self.stopping = False

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +21,13 @@ from methods import MethodConfig
 from model import load_checkpoint, save_checkpoint
 from sample import SampleConfig, Sampler
 from settings import ROOT
-from tags import Round, Span, Tokenizer, plain_text
+from tags import Round, Span, Tokenizer, format_answer, plain_text
 
-SHORT = SampleConfig(max_tokens=24)
+SHORT, HOT = SampleConfig(max_tokens=24), SampleConfig(max_tokens=24, temperature=1.0)
 TIMED = ("seconds_p50", "seconds_p95", "peak_memory_mb")
-N = 5  # test examples
+N = 4  # test examples
 EXAMPLE = Example("?", (Round("Here:", (Span("food", "fish", 2), Span("play", "a b", 3))), Round("End.")), "facts")
+TWICE = (Round("", (Span("food", "fish", 1),)), Round("", (Span("food", "crabs and frogs", 4),)))  # a topic repeated
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,8 @@ def files(tmp_path_factory):
     examples = [random_example(seed, SimpleNamespace(units=lambda text: 1)) for seed in range(N)]
     write_dataset(folder, {"train": examples, "test": examples}, 256 + 74 + 40, 4)
     tokenizer, ar = Tokenizer.load(folder / "tokenizer.json"), {"method": vars(MethodConfig("ar"))}
-    made = {"planned": ({"method": vars(MethodConfig())}, 2), "ar": (ar, 2), "small": (ar, 1), "old": ({}, 1)}
+    made = {"planned": ({"method": vars(MethodConfig())}, 2), "ar": (ar, 2), "small": (ar, 1), "old": ({}, 1),
+            "block": ({"method": vars(MethodConfig("block", block=6))}, 1)}  # fmt: skip
     for name, (info, layers) in made.items():
         model = small_model(tokenizer.vocab_size, seed=1, n_layer=layers)
         model.embedding.weight.data[[tokenizer.topic, tokenizer.topic_end, tokenizer.pad]] *= 5  # so that it plans
@@ -63,44 +66,73 @@ def test_exact_and_spans_are_the_verdict_of_the_checker_of_the_data(tmp_path):
     right, check = plain_text(EXAMPLE.rounds), checker(ROOT / "data" / "tasks")
     wrong = right.replace("fish", "crab")
     for text, exact, spans in [(right, 1, 1), (wrong, 0, 3 / 4), ("", 0, 0), (right + "\nmore", 0, 1)]:
-        row = row_of(EXAMPLE, result_of(text=text), check, False)
+        row = row_of(EXAMPLE, result_of(text=text), check, None)
         assert (row["exact"], row["spans"]) == (exact, spans)
     assert check is families.check and checker(tmp_path) is None
-    assert not {"exact", "spans"} & row_of(EXAMPLE, result_of(), None, True).keys()
+    assert not {"exact", "spans"} & row_of(EXAMPLE, result_of(), None, ()).keys()
 
 
-@pytest.mark.parametrize("plan, right, off", [
-    ([("food", 2), ("play", 3)], 1, 0),
-    ([("food", 2), ("play", 7)], 0, 2),  # 0 and 4 units off
-    ([("play", 3), ("food", 2)], 0, 0),  # another order
-    ([("food", 1), ("sleep", 9)], 0, 1),  # the length of an unknown topic is neither right nor wrong
-    ([], 0, 0),
+@pytest.mark.parametrize("rounds, plan, right, off", [
+    (EXAMPLE.rounds, [("food", 2), ("play", 3)], 1, 0),
+    (EXAMPLE.rounds, [("food", 2), ("play", 7)], 0, 2),  # 0 and 4 units off
+    (EXAMPLE.rounds, [("play", 3), ("food", 2)], 0, 0),  # another order
+    (EXAMPLE.rounds, [("food", 1), ("sleep", 9)], 0, 1),  # the length of an unknown topic is neither right nor wrong
+    (EXAMPLE.rounds, [], 0, 0),
+    (TWICE, [("food", 1), ("food", 4)], 1, 0),
+    (TWICE, [("food", 4), ("food", 1)], 0, 3),
+    (TWICE, [("food", 1)], 0, 0),
+    ((), [], 1, 0),
 ])  # fmt: skip
-def test_a_plan_is_right_if_topics_lengths_and_order_are_and_length_errors_are_of_known_topics(plan, right, off):
-    row = row_of(EXAMPLE, result_of(plan), None, True)
+def test_a_plan_is_right_if_all_is_and_length_errors_are_of_topics_in_their_place(rounds, plan, right, off):
+    row = row_of(EXAMPLE, result_of(plan), None, rounds)
     assert (row["plan_right"], row["length_error"], row["n_spans"]) == (right, off, len(plan))
-    without = row_of(EXAMPLE, result_of(plan), None, False)  # methods that write no plan
+    without = row_of(EXAMPLE, result_of(plan), None, None)  # methods that write no plan
     assert not {"plan_right", "length_error", "n_spans"} & without.keys()
+
+
+@pytest.mark.parametrize("method, plan", [
+    (MethodConfig(), [("food", 2), ("play", 3)]),
+    (MethodConfig(topics="numbers"), [("topic 1", 2), ("topic 2", 3)]),
+    (MethodConfig(rounds="one"), [("food", 2), ("play", 3), ("end", 2)]),
+    (MethodConfig("parallel-ar", rounds="one", topics="numbers"), [("topic 1", 2), ("topic 2", 3), ("topic 3", 2)]),
+    (MethodConfig("ar"), None),
+    (MethodConfig("diffusion", block=24), None),
+])  # fmt: skip
+def test_a_perfect_plan_is_the_one_that_the_method_writes(files, tmp_path, monkeypatch, method, plan):
+    def answered(plan):
+        result = result_of(plan or [], seconds=1, slots=1)
+        monkeypatch.setattr(evaluation, "answer_all", lambda *_: [result])
+        return evaluate(EvalConfig(str(tmp_path / "m"), str(tmp_path), draws=1, device="cpu"), SHORT)["scores"]["all"]
+
+    row = {"prompt": EXAMPLE.prompt, "answer": format_answer(EXAMPLE.rounds)}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    model, tokenizer, *_ = load_checkpoint(files / "small.safetensors")
+    save_checkpoint(tmp_path / "m", model, tokenizer, {"method": vars(method)})
+    if plan is None:
+        assert not {"plan_right", "length_error"} & answered(plan).keys()
+    else:
+        found = [answered(p) for p in (plan, [(topic, length + 1) for topic, length in plan])]
+        assert [(row["plan_right"], row["length_error"]) for row in found] == [(1, 0), (0, 1)]
 
 
 @pytest.mark.parametrize("broken, cut, valid", [(False, False, 1), (True, False, 0), (False, True, 0)])
 def test_broken_and_cut_answers_are_not_valid_and_passes_are_those_of_both_stages(broken, cut, valid):
     costs = {"plan_passes": 5, "denoise_passes": 7, "draft_passes": 11}
-    row = row_of(EXAMPLE, result_of(broken=broken, cut=cut, **costs), None, False)
+    row = row_of(EXAMPLE, result_of(broken=broken, cut=cut, **costs), None, None)
     assert (row["valid"], row["passes"], row["draft_passes"]) == (valid, 12, 11)
-    assert row_of(EXAMPLE, result_of(), None, False)["draft_passes"] == 0
+    assert row_of(EXAMPLE, result_of(), None, None)["draft_passes"] == 0
 
 
 def test_scores_are_means_over_each_family_and_over_all_which_comes_last():
     """A family called "all" is no second one, and an example without a family counts under ""."""
     examples = [Example("?", (), family) for family in ("b", "", "all", "b", "a")]
     results = [result_of(text=str(n), plan_passes=n, broken=n == 1) for n in (1, 2, 3, 4, 10)]
-    scores = score(examples, results, lambda e, text: SimpleNamespace(exact=text == "4", spans=[]), True)
+    scores = score(examples, results, lambda e, text: SimpleNamespace(exact=text == "4", spans=[]), [TWICE] + [()] * 4)
     assert list(scores)[-1] == "all"
     assert {name: row["n"] for name, row in scores.items()} == {"a": 1, "b": 2, "": 1, "all": 5}
     assert {name: row["passes"] for name, row in scores.items()} == {"a": 10, "b": 2.5, "": 2, "all": 4}
     assert [scores["b"][name] for name in ("valid", "exact")] == [0.5, 0.5]
-    assert [scores["all"][name] for name in ("valid", "exact")] == [0.8, 0.2]
+    assert [scores["all"][name] for name in ("valid", "exact", "plan_right")] == [0.8, 0.2, 0.8]
 
 
 def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
@@ -110,8 +142,8 @@ def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
 
 
 def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the_same(config, monkeypatch, tmp_path):
-    """Ctrl-C in the second batch, while a line was being written. Pads and times are those of the answers."""
-    whole, path, asked, answer = evaluate(config(), SHORT), tmp_path / "answers.jsonl", [], Sampler.answer
+    """Ctrl-C while the second batch was being written. Draws depend on the place in a batch: all of it is lost."""
+    whole, path, asked, answer = evaluate(config(), HOT), tmp_path / "new" / "answers.jsonl", [], Sampler.answer
     prompts = [e.prompt for e in read_split(Path(config().data) / "test.jsonl")]
 
     def counted(sampler, wanted, watch=None):
@@ -122,35 +154,47 @@ def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the
 
     monkeypatch.setattr(Sampler, "answer", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config(answers=str(path)), SHORT)
+        evaluate(config(answers=str(path)), HOT)
     kept = path.read_text().splitlines()
     assert len(kept) == 1 + 2, "what they are of, and a batch"
-    path.write_text(path.read_text() + '[4, {"text": "half a li')
-    report = evaluate(config(answers=str(path)), SHORT)
-    missing = [prompts[i] for i in range(N) if i not in {json.loads(row)[0] for row in kept[1:]}]
-    assert sorted(sum(asked[4:], [])) == sorted(missing), "the first call is a warm-up"
+    missing = sorted({*range(N)} - {json.loads(row)[0] for row in kept[1:]})
+    path.write_text(path.read_text() + f'[{missing[0]}, {{"text": "of a batch"}}]\n[{missing[1]}, {{"text": "half a')
+    report = evaluate(config(answers=str(path)), HOT)
+    assert sorted(sum(asked[4:], [])) == sorted(prompts[i] for i in missing), "the first call is a warm-up"
     assert {k: v for k, v in report.items() if k not in TIMED} == {k: v for k, v in whole.items() if k not in TIMED}
     assert path.read_text().splitlines()[:3] == kept
     results, asked[:] = [json.loads(row)[1] for row in path.read_text().splitlines()[1:]], []
-    again = evaluate(config(answers=str(path)), SHORT)
+    again = evaluate(config(answers=str(path)), HOT)
     assert sum(asked, []) == [] and {**again, "peak_memory_mb": 0} == {**report, "peak_memory_mb": 0}
     assert report["pad_share"] == sum(r["pads"] for r in results) / sum(r["slots"] for r in results) > 0
-    *_, third, fourth, last = sorted(r["seconds"] for r in results)  # of five; 0.95 is 0.8 between the last two
-    assert [report[name] for name in TIMED[:2]] == pytest.approx([third, 0.2 * fourth + 0.8 * last])
+    _, second, third, last = sorted(r["seconds"] for r in results)  # 0.95 is 0.85 between the last two
+    assert [report[name] for name in TIMED[:2]] == pytest.approx([(second + third) / 2, 0.15 * third + 0.85 * last])
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "data", "settings", "limit", "draft"])
+@pytest.mark.parametrize("change", ["checkpoint", "data", "settings", "limit", "draft", "batch"])
 def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, files, tmp_path, change):
     path, small = tmp_path / "kept.jsonl", str(files / "small.safetensors")
     evaluate(config("ar", answers=str(path), limit=1), SHORT)
     before, rows = path.read_text(), (files / "test.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join(reversed(rows)))
-    more = {"checkpoint": {"checkpoint": small}, "data": {"data": str(tmp_path)}, "draft": {"draft": small}}
-    other = config("ar", answers=str(path), limit=2 if change == "limit" else 1)
-    vars(other).update(more.get(change, {}))
+    more = {"checkpoint": small, "data": str(tmp_path), "draft": small, "limit": 2, "batch": 1}
+    other = replace(config("ar", answers=str(path), limit=1), **{k: v for k, v in more.items() if k == change})
     with pytest.raises(ValueError, match="kept.jsonl holds answers of another checkpoint, data or settings"):
         evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else SHORT)
-    assert path.read_text() == before
+    assert path.read_text() == before and json.loads(before.split("\n")[0])["device"] == "cpu"
+
+
+def test_an_empty_file_of_answers_is_a_new_one(config, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    evaluate(config("ar", answers=str(tmp_path / "a.jsonl"), limit=1), SHORT)
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["planned", "ar", "block"])
+def test_an_answer_without_room_and_a_single_draw_give_a_whole_report(config, name):
+    report = evaluate(config(name, draws=1, limit=2), SampleConfig(max_tokens=1))
+    assert report["span_elbo_error"] is None and json.dumps(report, allow_nan=False)
+    assert report["scores"]["all"]["valid"] == 0 and not any(" +- " in line for line in lines(report))
 
 
 def test_broken_answers_count_as_not_valid_and_stop_nothing(config):
@@ -163,11 +207,12 @@ def test_broken_answers_count_as_not_valid_and_stop_nothing(config):
 
 
 def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are_told(config, files):
-    alone, drafted = (evaluate(config("ar", draft=draft), SHORT) for draft in ("", str(files / "small.safetensors")))
+    small = str(files / "small.safetensors")
+    alone, drafted = (evaluate(config("ar", draft=draft, limit=2), SHORT) for draft in ("", small))
     assert all(drafted[name] == alone[name] for name in ("plan_nll", "chrf", "distinct_1", "distinct_3"))
     before, after = alone["scores"]["all"], drafted["scores"]["all"]
     assert before["content_tokens"] == after["content_tokens"] and before["draft_passes"] == 0
-    assert after["draft_passes"] > 0 and after["passes"] <= before["passes"]
+    assert after["draft_passes"] > 0 and after["passes"] <= before["passes"] and drafted["batch"] == 1
     assert any("drafting model" in line for line in lines(drafted))
 
 
@@ -208,6 +253,7 @@ def test_without_sacrebleu_there_is_all_but_chrf(config, monkeypatch, capsys):
 
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):
+    (files / "none.jsonl").write_text("")
     options = ["eval.py", "--data", str(files), "--max_tokens", "24", "--device", "cpu", "--json", "--show", "2"]
     judged = ["--checkpoint", config().checkpoint, "--judge", config("ar").checkpoint]
     monkeypatch.setattr(sys, "argv", [*options, *judged])
@@ -215,6 +261,9 @@ def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, fi
     out = capsys.readouterr().out
     report = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert out.count("\n") == 1 and report["scores"]["all"]["n"] == N and report["perplexity"] > 1
-    monkeypatch.setattr(sys, "argv", [*options, "--checkpoint", config("old").checkpoint])
-    with pytest.raises(SystemExit, match=r"^eval.py: [^\n]*old.safetensors does not say by which method[^\n]*$"):
-        evaluation.main()
+    assert report["span_elbo_error"] > 0
+    for wrong, said in [(["--checkpoint", config("old").checkpoint], "old.safetensors does not say by which method"),
+                        ([*judged, "--split", "none"], "none.jsonl has no examples")]:  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [*options, *wrong])
+        with pytest.raises(SystemExit, match=rf"^eval.py: [^\n]*{said}[^\n]*$"):
+            evaluation.main()

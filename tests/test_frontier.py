@@ -2,9 +2,10 @@
 
 import json
 import sys
+import time
 from argparse import ArgumentParser
 from dataclasses import replace
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ ENTRIES = {
     "planned": Entry("--method planned", ("--steps_ratio 1", "--threshold 0.7")),
     "ordered": Entry("", ("--order random",), of="planned"),
 }
-TRAINED, MEASURED = 4, 6  # trainings, the warm-up included, and points
+FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json", "families.py")
+SAVE = "import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')"
+TRAINED, MEASURED = ALL = 4, 6  # trainings, the warm-up included, and points
 SETTINGS = {"train.py": (TrainConfig, MethodConfig, ModelConfig), "eval.py": (EvalConfig, SampleConfig)}
 
 
@@ -52,11 +55,13 @@ def parsed(script, options):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A project's folder with made-up data."""
-    for data, split in product(("toy", "tasks", "recipes"), ("train", "val", "test")):
-        (tmp_path / "data" / data).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / data / f"{split}.jsonl").write_text(f"{data} {split}")
+    """A project's folder with made-up data; recipes have no checker."""
+    for data in ("toy", "tasks", "recipes"):
+        (tmp_path / "data" / data).mkdir(parents=True)
+        for name in FILES[: 4 if data == "recipes" else 5]:
+            (tmp_path / "data" / data / name).write_text(f"{data} {name}")
     monkeypatch.setattr(frontier, "ROOT", tmp_path)
+    monkeypatch.setattr(frontier, "find_spec", lambda name: name == "sacrebleu")
     return tmp_path
 
 
@@ -94,6 +99,7 @@ def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_st
     found, start = sorted((t.method, t.d_model, t.init, t.steps) for t in trained), f"{warm_up.out}/model.safetensors"
     assert found == [("ar", 16, "", 400), ("ar", 32, start, 300), ("planned", 32, start, 300)]
     assert {(args.data, args.t_min) for args in trained} == {("data/toy", 0.5)}
+    assert run(entries={"of another group": ENTRIES["planned"]})[1] == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -137,11 +143,10 @@ def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(r
     assert run() == (rows, [], [])
 
 
-ALL = (TRAINED, MEASURED)
 CHANGES = {  # what changes: trainings and points that have to be made again
-    "train.jsonl": ALL, "val.jsonl": ALL, "test.jsonl": ALL, "train.py": ALL, "warmup": ALL, "common": ALL,
-    "eval.py": (0, MEASURED), "limit": (0, MEASURED), "timed": (0, MEASURED), "steps": (TRAINED - 1, MEASURED),
-    "train": (TRAINED - 1, MEASURED - 1), "small": (1, 2),
+    "train.jsonl": ALL, "val.jsonl": ALL, "test.jsonl": ALL, "tokenizer.json": ALL, "train.py": ALL, "warmup": ALL,
+    "common": ALL, "families.py": (0, MEASURED), "eval.py": (0, MEASURED), "limit": (0, MEASURED),
+    "timed": (0, MEASURED), "steps": (TRAINED - 1, MEASURED), "train": (TRAINED - 1, MEASURED - 1), "small": (1, 2),
 }  # fmt: skip
 
 
@@ -161,23 +166,75 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
     assert (len(trained), len(measured) / 2) == CHANGES[change]
     assert sum(row not in old for row in new) == CHANGES[change][1]
     if file.exists():
-        file.write_text(f"toy {file.stem}")
+        file.write_text(f"toy {change}")
     assert run() == (old, [], [])
 
 
-@pytest.mark.parametrize("script, log", [("train.py", "log.txt"), ("eval.py", "results")])
-def test_a_script_that_fails_ends_all_with_a_message_that_names_its_log(root, script, log):
-    """Real scripts: what train.py prints goes to its log, what eval.py prints is read."""
-    (root / "train.py").write_text("import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')")
+@pytest.fixture
+def scripts(root, monkeypatch):
+    """Real scripts, if short, and frontier.py for them, called from another folder."""
+    (root / "train.py").write_text(SAVE)
     (root / "eval.py").write_text(f"print({json.dumps(report_of())!r})")
-    entry = {"autoregressive": Entry("--method ar", warm=False)}
-    (row,) = Frontier(TOY, entry, root / "good", 1).run()
-    logs = [path.read_text() for path in (root / "good").glob("*/log.txt")]
-    assert row["scores"] == report_of()["scores"] and all("trained" in text for text in logs)
-    (root / script).write_text("import sys; print('out of memory', file=sys.stderr); sys.exit(3)")
-    with pytest.raises(SystemExit, match=f"frontier.py: {script} .* failed: see the end of .*{log}") as stopped:
-        Frontier(TOY, entry, root / "bad", 1).run()
+    monkeypatch.chdir(root / "data")
+    monkeypatch.setitem(frontier.PRESETS, "tasks", TOY)
+    monkeypatch.setitem(frontier.GROUPS, "ablations", {f"seed {n}": Entry(f"--seed {n}") for n in range(2)})
+    monkeypatch.setattr(sys, "argv", "frontier.py --group ablations --out some/where --workers 1".split())
+    return root
+
+
+def test_a_relative_out_is_in_the_folder_that_one_is_in(scripts):
+    """What train.py prints goes to its log, what eval.py prints is read."""
+    frontier.main()
+    rows = [json.loads(line) for line in Path("some/where/ablations.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["scores"]) for row in rows] == [(f"seed {n}", report_of()["scores"]) for n in range(2)]
+    assert ["trained" in path.read_text() for path in Path("some/where").glob("*/log.txt")] == [True] * 3
+    assert "| seed 1 |" in Path("some/where/ablations.md").read_text()
+
+
+@pytest.mark.parametrize("script, code, said", [
+    ("train.py", "exit('out of memory')", "train.py .* failed: see the end of .*log.txt"),
+    ("eval.py", "exit('out of memory')", "eval.py .* failed: see the end of .*results"),
+    ("train.py", "print('out of memory, so to say')", "the training of warm-up was stopped: see the end of .*log.txt"),
+])  # fmt: skip
+def test_a_script_that_fails_or_is_stopped_ends_all_with_a_message_that_names_its_log(scripts, script, code, said):
+    (scripts / script).write_text(code)
+    with pytest.raises(SystemExit, match=f"^frontier.py: {said}") as stopped:
+        frontier.main()
     assert "out of memory" in Path(str(stopped.value).split()[-1]).read_text()
+
+
+@pytest.mark.parametrize("when", ["'--init' not in sys.argv", "'--init' in sys.argv"])  # the warm-up; those after it
+def test_ctrl_c_lets_a_training_save_and_begins_no_other(scripts, when):
+    """The terminal sends the signal to both; the script needs longer for it than Python would wait on its own."""
+    signal = f"import os, signal, sys, time\nif {when}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6)\n"
+    (scripts / "train.py").write_text(signal + SAVE)
+    with pytest.raises(SystemExit, match="frontier.py: stopped; the same command goes on from here"):
+        frontier.main()
+    logs = [path.read_text() for path in Path("some/where").glob("*/log.txt")]
+    assert len(logs) == 1 + ("not" not in when) and all("trained" in text for text in logs)
+    (scripts / "train.py").write_text(SAVE)
+    frontier.main()
+    assert all(path.read_text().count("trained") == 1 for path in Path("some/where").glob("*/log.txt"))
+
+
+def test_a_failure_stops_what_has_not_begun(root):
+    """One that the worker took up before the failure was heard of may still end."""
+
+    def work(number):
+        begun.append(number)
+        time.sleep(0.2 * number) if number else sys.exit("the first failed")
+
+    begun = []
+    with pytest.raises(SystemExit, match="the first failed"):
+        Frontier(TOY, {}, root / "out", 1).together(work, [(n,) for n in range(6)])
+    assert len(begun) <= 2
+
+
+def test_data_without_a_checker_need_sacrebleu_which_is_said_before_anything_is_done(run, calls, monkeypatch):
+    monkeypatch.setattr(frontier, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^frontier.py: [^\n]*: pip install sacrebleu$"):
+        run(replace(TOY, data="data/recipes"))
+    assert not calls and run()[0]
 
 
 def test_quality_is_the_mean_of_three_families_or_chrf_and_the_table_has_a_row_a_method_and_setting():

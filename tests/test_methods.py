@@ -45,12 +45,6 @@ def contents(layout):
 # ---------------------------------------------------------------- layouts
 
 
-def test_planned_dense_and_parallel_ar_are_the_layout_with_their_attention(tokenizer):
-    for method, attention in (("planned", "sparse"), ("dense", "dense"), ("parallel-ar", "causal")):
-        for example in examples(tokenizer):
-            assert encode(example, tokenizer, MethodConfig(method)) == encode_example(example, tokenizer, attention)
-
-
 def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
     for example in examples(tokenizer):
         layout = encode(example, tokenizer, MethodConfig("ar"))
@@ -65,13 +59,11 @@ def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
 def test_blocks_hold_the_plain_text_then_pad_and_see_prompt_and_earlier_blocks(tokenizer, method):
     for example in examples(tokenizer):
         layout, tokens = encode(example, tokenizer, method), tokenizer.encode(plain_text(example.rounds))
-        start = len(tokenizer.encode(example.prompt)) + 2
-        sequence = Sequence(layout)
+        start, sequence = len(tokenizer.encode(example.prompt)) + 2, Sequence(layout)
         assert layout.kind[:start] == [PROMPT] * start and sequence.see[start - 1].tolist() == [start, 0, 0]
         blocks = [slots for (slots,) in contents(layout)]  # one span a round
-        slots = sum(blocks, [])
-        pads = len(slots) - len(tokens)
-        assert slots == tokens + [tokenizer.pad] * pads and pads <= method.block
+        pads = sum(map(len, blocks)) - len(tokens)
+        assert sum(blocks, []) == tokens + [tokenizer.pad] * pads and pads <= method.block
         assert not any(tokenizer.pad in block for block in blocks[:-1])
         for number, block in enumerate(blocks):
             stop = start + method.block + 2
@@ -84,39 +76,29 @@ def test_blocks_hold_the_plain_text_then_pad_and_see_prompt_and_earlier_blocks(t
         assert (sequence.next == IGNORE).all()
 
 
-@pytest.mark.parametrize("method", ["block", "diffusion"])
-def test_every_answer_in_blocks_ends_in_a_pad(tokenizer, method):
-    for example in [Example("", (Round("~" * n),)) for n in range(1, 64)]:
-        assert tokenizer.pad in encode(example, tokenizer, MethodConfig(method).fitted([example], tokenizer)).token
-
-
-def test_numbered_topics_count_the_spans_of_each_round(tokenizer):
+def test_numbered_topics_count_spans_and_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer):
+    first, second, third = OTTER.rounds
+    more, short = (Span("end", r.text, tokenizer.units(r.text)) for r in (second, third))
+    one = Example(OTTER.prompt, (Round("Here:", (*first.spans, more, *second.spans, short)),))
+    for topics in ("names", "numbers"):
+        expected = encode(one, tokenizer, MethodConfig(topics=topics))
+        assert encode(OTTER, tokenizer, MethodConfig(rounds="one", topics=topics)) == expected
     for example in examples(tokenizer):
         rounds = tuple(Round(r.text, tuple(Span(f"topic {n + 1}", s.text, s.length) for n, s in enumerate(r.spans)))
                        for r in example.rounds)  # fmt: skip
         expected = encode_example(Example(example.prompt, rounds), tokenizer)
         assert encode(example, tokenizer, MethodConfig(topics="numbers")) == expected
-
-
-def test_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer):
-    first, second, third = OTTER.rounds
-    more, short = (Span("end", r.text, tokenizer.units(r.text)) for r in (second, third))
-    spans = (*first.spans, more, *second.spans, short)
-    for topics in ("names", "numbers"):
-        one = Example(OTTER.prompt, (Round("Here:", spans),))
-        expected = encode(one, tokenizer, MethodConfig(topics=topics))
-        assert encode(OTTER, tokenizer, MethodConfig(rounds="one", topics=topics)) == expected
-    for example in examples(tokenizer):
         layout = encode(example, tokenizer, MethodConfig(rounds="one"))
         assert tokenizer.sync not in layout.token and set(layout.round) == {0}
         spans = sum(len(r.spans) for r in example.rounds) + sum(r.text != "" for r in example.rounds[1:])
         assert layout.token.count(tokenizer.async_) == spans
 
 
-@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar"])
-def test_without_repeated_topics_spans_have_no_head_and_plans_stay(tokenizer, method):
+@pytest.mark.parametrize("method, attention", [("planned", "sparse"), ("dense", "dense"), ("parallel-ar", "causal")])
+def test_layouts_have_their_attention_and_without_repeated_topics_no_heads_of_spans(tokenizer, method, attention):
     for example in examples(tokenizer):
-        whole, bare = (encode(example, tokenizer, MethodConfig(method, repeat_topic=r)) for r in (True, False))
+        whole, bare = (encode(example, tokenizer, MethodConfig(method, **r)) for r in ({}, {"repeat_topic": False}))
+        assert whole == encode_example(example, tokenizer, attention)
         given = {token for token, kind in zip(bare.token, bare.kind) if kind == GIVEN}
         assert given <= {tokenizer.async_, tokenizer.async_end}
         assert bare.kind.count(GIVEN) == 2 * sum(len(r.spans) for r in example.rounds)
@@ -125,15 +107,17 @@ def test_without_repeated_topics_spans_have_no_head_and_plans_stay(tokenizer, me
         assert plans[0] == plans[1]
 
 
-def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_a_given_size_stays(tokenizer):
+def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_its_pad_and_a_given_size_stays(tokenizer):
     several = examples(tokenizer)
+    for method, n in itertools.product(("block", "diffusion"), range(1, 64)):
+        example = Example("", (Round("~" * n),))
+        assert tokenizer.pad in encode(example, tokenizer, MethodConfig(method).fitted([example], tokenizer)).token
     longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
     fitted = MethodConfig("diffusion").fitted(several, tokenizer)
     assert longest <= fitted.block <= longest + tokenizer.unit and fitted.block % tokenizer.unit == 0
     assert all(len(contents(encode(e, tokenizer, fitted))) == 1 for e in several)
     assert MethodConfig("block").fitted(several, tokenizer) == MethodConfig("block", block=32)
-    for kept in ALL:
-        assert kept.fitted(several, tokenizer) == kept
+    assert [method.fitted(several, tokenizer) for method in ALL] == ALL
 
 
 def test_a_bad_setting_is_refused_by_name_and_value():
@@ -199,10 +183,9 @@ def test_the_loss_of_causal_spans_is_their_log_probability_token_by_token(model,
         stop, expected = sequence.stop(round_), 0.0
         for span in set(sequence.span[sequence.round == round_]) - {-1}:
             slots = [i for i in range(stop) if sequence.span[i] == span and layout.kind[i] == SLOT]
-            tokens = [Token(t, r, None if s < 0 else s) for t, r, s in zip(layout.token, layout.round, layout.span)]
-            for token, kind in zip(tokens, layout.kind):
-                if kind == SLOT and token.round == round_:
-                    token.id = tokenizer.mask
+            masked = [tokenizer.mask if kind == SLOT and r == round_ else t
+                      for t, r, kind in zip(layout.token, layout.round, layout.kind)]  # fmt: skip
+            tokens = [Token(t, r, None if s < 0 else s) for t, r, s in zip(masked, layout.round, layout.span)]
             for slot in slots:
                 hidden = hidden_states(model, tokens[:stop], "causal")[slot - 1]
                 expected -= float(model.logits(hidden, tokenizer.pad + 1).log_softmax(-1)[layout.token[slot]])
@@ -213,7 +196,7 @@ def test_the_loss_of_causal_spans_is_their_log_probability_token_by_token(model,
         assert float(JointLoss(model, tokenizer.pad + 1)(batch)[1]) == pytest.approx(expected, rel=1e-5)
 
 
-# ---------------------------------------------------------------- a model that knows its example
+# ---------------------------------------------------------------- answers: what was learnt; the naive samplers' ones
 
 
 class Perfect:
@@ -264,9 +247,6 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
             assert answer.plan_passes == layout.kind.count(PLAN) + 1, "without grammar nothing is forced"
 
 
-# ---------------------------------------------------------------- the naive samplers
-
-
 @pytest.fixture(scope="module")
 def planner(tokenizer):
     return steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
@@ -278,17 +258,29 @@ def writer(tokenizer):
     return steered(tokenizer, 1, pad=6.0)
 
 
-CAUSAL_SETTINGS = [({}, {}), ({}, dict(temperature=1.0, seed=3)), ({}, dict(temperature=0.7, length_scale=0.6, seed=8)),
-                   (dict(repeat_topic=False), dict(temperature=0.5))]  # fmt: skip
+SETTINGS = [(CAUSAL, {}), (CAUSAL, dict(temperature=1.0, seed=3)), (BLOCKS, {}), (BLOCKS, dict(threshold=0.4)),
+            (CAUSAL, dict(temperature=0.7, length_scale=0.6, seed=8)),
+            (MethodConfig("parallel-ar", repeat_topic=False), dict(temperature=0.5)),
+            (BLOCKS, dict(temperature=0.8, order="margin", seed=2)),
+            (MethodConfig("block", block=1), dict(temperature=1.0, seed=1)),
+            (MethodConfig("diffusion", block=32), dict(steps_ratio=0.4, order="confidence")),
+            (MethodConfig("diffusion", block=32), dict(threshold=0.3, temperature=0.6))]  # fmt: skip
 
 
-@pytest.mark.parametrize("ablation, settings", CAUSAL_SETTINGS)
-def test_parallel_ar_answers_and_costs_equal_the_naive_ones(planner, tokenizer, ablation, settings):
-    config, method, spans = SampleConfig(max_tokens=60, **settings), MethodConfig("parallel-ar", **ablation), 0
-    for prompt in PROMPTS[::2]:
-        answer = Sampler(planner, tokenizer, config, method).answer([prompt])[0]
-        expected = NaiveSampler(planner, tokenizer, config, "causal", method.repeat_topic).answer(prompt)
-        assert ids(answer) == expected.pop("rounds")
+@pytest.mark.parametrize("method, settings", SETTINGS)
+def test_answers_and_costs_equal_the_naive_ones(planner, writer, tokenizer, method, settings):
+    given, spans = method.plan == "given", 0
+    model = writer if given else planner
+    for prompt, room in zip(PROMPTS[::2], (50, 33) if given else (60, 60)):
+        config = SampleConfig(max_tokens=room, **settings)
+        answer = Sampler(model, tokenizer, config, method).answer([prompt])[0]
+        naive = NaiveSampler(model, tokenizer, config, method.attention, method.repeat_topic)
+        expected = naive.answer_blocks(prompt, method.block) if given else naive.answer(prompt)
+        if given:
+            blocks = [answer.contents(span) for draft in answer.drafts for span in draft.spans]
+            assert (blocks, answer.cut) == (expected.pop("blocks"), expected.pop("cut")) and not answer.broken
+        else:
+            assert ids(answer) == expected.pop("rounds")
         assert costs(answer) == expected
         spans += sum(len(d.spans) for d in answer.drafts)
     assert spans >= 2
@@ -310,24 +302,6 @@ def test_a_causal_span_ends_at_its_first_pad_and_the_round_with_its_longest_span
     assert early, "some span ended before its last slot"
 
 
-BLOCK_SETTINGS = [(BLOCKS, {}), (BLOCKS, dict(threshold=0.4)), (BLOCKS, dict(temperature=0.8, order="margin", seed=2)),
-                  (MethodConfig("block", block=1), dict(temperature=1.0, seed=1)),
-                  (MethodConfig("diffusion", block=32), dict(steps_ratio=0.4, order="confidence")),
-                  (MethodConfig("diffusion", block=32), dict(threshold=0.3, temperature=0.6))]  # fmt: skip
-
-
-@pytest.mark.parametrize("method, settings", BLOCK_SETTINGS)
-def test_answers_in_blocks_and_their_costs_equal_the_naive_ones(writer, tokenizer, method, settings):
-    for prompt, room in ((PROMPTS[0], 50), (PROMPTS[2], 33)):
-        config = SampleConfig(max_tokens=room, **settings)
-        answer = Sampler(writer, tokenizer, config, method).answer([prompt])[0]
-        expected = NaiveSampler(writer, tokenizer, config).answer_blocks(prompt, method.block)
-        blocks = [answer.contents(span) for draft in answer.drafts for span in draft.spans]
-        assert blocks == expected.pop("blocks")
-        assert answer.cut == expected.pop("cut") and not answer.broken
-        assert costs(answer) == expected
-
-
 @pytest.mark.parametrize("method", GIVEN_PLANS)
 def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, tokenizer, method):
     cuts = set()
@@ -336,8 +310,7 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
         for answer in Sampler(writer, tokenizer, config, method).answer(PROMPTS):
             blocks, result = [answer.contents(s) for d in answer.drafts for s in d.spans], answer.result()
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
-            assert not any(tokenizer.pad in b for b in blocks[:-1])
-            assert all(len(b) == method.block for b in blocks[:-1])
+            assert all(len(b) == method.block and tokenizer.pad not in b for b in blocks[:-1])
             assert result["cut"] == (not blocks or tokenizer.pad not in blocks[-1])
             assert not result["cut"] or sum(len(b) + 2 for b in blocks) > room - 3, "no room for one more slot"
             text = tokenizer.decode(sum(blocks, []))
@@ -363,21 +336,18 @@ def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer
         assert seen[0] == 6 and all(after < before for before, after in zip(seen, seen[1:]))
 
 
-@pytest.mark.parametrize("method, settings", [(CAUSAL, {}), (CAUSAL, dict(temperature=1.0)), (BLOCKS, {}),
-                                              (BLOCKS, dict(threshold=0.4)),
-                                              (GIVEN_PLANS[2], dict(temperature=1.0))])  # fmt: skip
+@pytest.mark.parametrize("method, settings", [*SETTINGS[:4], (GIVEN_PLANS[2], dict(temperature=1.0))])
 def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, method, settings):
     def answers(prompts, seed):
-        config = SampleConfig(max_tokens=50, seed=seed, **settings)
+        config = SampleConfig(max_tokens=50, **{**settings, "seed": seed})
         return Sampler(writer if method.plan == "given" else planner, tokenizer, config, method).answer(prompts)
 
     for i, (prompt, batched) in enumerate(zip(PROMPTS, answers(PROMPTS, 5))):
         (alone,) = answers([prompt], 5 + i)
-        assert batched.layout == alone.layout and batched.cut == alone.cut
-        assert costs(batched) == costs(alone)
+        assert (batched.layout, batched.cut, costs(batched)) == (alone.layout, alone.cut, costs(alone))
 
 
-# ---------------------------------------------------------------- without the grammar
+# ---------------------------------------------------------------- without the grammar, without training
 
 
 @pytest.mark.parametrize("tag", ["topic_end", "async_", "mask", "user", "sync"])
@@ -394,8 +364,7 @@ def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag
 def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, method):
     """Of an untrained model, and of one that knows an example but now and then draws any other token."""
     method, example = MethodConfig(method), random_example(4, fluent, rounds=3, spans=2)
-    untrained = steered(fluent, 0, 0.2, topic=6.0, length=8.0, lengths=1, topic_end=8.0, eos=9.0)
-    seen = set()
+    untrained, seen = steered(fluent, 0, 0.2, topic=6.0, length=8.0, lengths=1, topic_end=8.0, eos=9.0), set()
     for model, temperature in ((untrained, 1.5), (Perfect(encode(example, fluent, method), fluent), 3.3)):
         config = SampleConfig(temperature=temperature, max_tokens=300, constrained=False, steps_ratio=0.05)
         for answer in Sampler(model, fluent, config, method).answer([example.prompt] * 20):
@@ -411,20 +380,16 @@ def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, me
     assert seen == set(itertools.product((True, False), (False,) if method.plan == "none" else (True, False)))
 
 
-# ---------------------------------------------------------------- untrained models
-
-
 @pytest.mark.parametrize("method", ALL)
 def test_untrained_models_answer_within_any_limit(tokenizer, method):
     assert {m.method for m in ALL} == set(METHODS)
     sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
     fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
-    for model, settings in ((fresh, dict(temperature=1.5, threshold=0.5)), (wild, dict())):
-        for limit, constrained in itertools.product((1, 2, 3, 25), (True, False)):
-            config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
-            for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
-                ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
-                assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
-                assert answer.stage == "done" and tokenizer.mask not in answer.layout.token
-                assert parse_answer(answer.result()["tagged"])
-                assert not (constrained and answer.broken)
+    models = (fresh, dict(temperature=1.5, threshold=0.5)), (wild, {})
+    for (model, settings), limit, constrained in itertools.product(models, (1, 2, 3, 25), (True, False)):
+        config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
+        for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
+            ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
+            assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
+            assert answer.stage == "done" and tokenizer.mask not in answer.layout.token
+            assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)

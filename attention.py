@@ -1,0 +1,74 @@
+"""Attention under the mask of three integers a query, computed in one of three ways; `--attention` picks.
+
+| backend  | what computes it                                               | where                       |
+|----------|----------------------------------------------------------------|-----------------------------|
+| `dense`  | torch's scaled_dot_product_attention with the mask as a matrix | everywhere: the reference   |
+| `flex`   | FlexAttention with a BlockMask, which skips what nobody sees   | a GPU, with torch.compile   |
+| `kernel` | our fused CUDA kernel (kernels/README.md)                      | a GPU, bfloat16 and float16 |
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from masks import visible
+
+
+def dense_mask(see, n_keys):
+    return visible(see, n_keys)[:, None]  # (B, 1, T, S)
+
+
+def dense(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@torch.compiler.disable
+def block_mask(see, n_keys):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    prefix, begin, end = see.unbind(-1)
+
+    def sees(b, h, query, key):
+        return (key < prefix[b, query]) | ((key >= begin[b, query]) & (key < end[b, query]))
+
+    return create_block_mask(sees, see.shape[0], None, see.shape[1], n_keys, device=see.device)
+
+
+@cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(q, k, v, mask):
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves normed queries and keys in float32
+    return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def three_integers(see, n_keys):
+    return see.int()
+
+
+def fused(q, k, v, see):
+    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, see)
+
+
+BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it computes with that in each layer
+    "dense": (dense_mask, dense),
+    "flex": (block_mask, flex),
+    "kernel": (three_integers, fused),
+}
+
+
+def choose(name, device, dtype, head_size):
+    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name."""
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
+    if name != "auto":
+        return name
+    if torch.device(device).type != "cuda":
+        return "dense"
+    return "kernel" if kernels.available(dtype, head_size) else "flex" if dtype != torch.float32 else "dense"

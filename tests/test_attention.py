@@ -1,0 +1,62 @@
+"""The three ways to compute attention agree: FlexAttention and the kernel (emulated) with the dense mask."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_example, small_model
+
+import attention
+from attention import BACKENDS, choose
+from masks import ATTENTION, Sequence, encode_example, make_batch
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention without the compiler: slower, but quick to start."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
+
+
+def batch_of(tokenizer, spans):
+    sequences = [Sequence(encode_example(random_example(seed, tokenizer), tokenizer, spans)) for seed in range(3)]
+    return make_batch(sequences, [0] * 3, tokenizer, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("spans", ATTENTION)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_flex_attention_gives_the_hidden_states_of_the_dense_mask(tokenizer, uncompiled, spans):
+    model, batch = small_model(tokenizer.vocab_size), batch_of(tokenizer, spans)
+    expected = model(batch.token, batch.position, batch.see)
+    model.attend_by("flex")
+    torch.testing.assert_close(model(batch.token, batch.position, batch.see), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the kernel's emulation needs g++")
+@torch.no_grad()
+def test_the_kernel_gives_what_the_dense_mask_gives(tokenizer):
+    see = batch_of(tokenizer, "sparse").see
+    (B, T, _), S = see.shape, int(see.max())
+    q, k, v = (torch.randn(B, heads, n, 32).bfloat16() for heads, n in ((4, T), (2, S), (2, S)))
+    for name in ("dense", "kernel"):
+        prepare, attend = BACKENDS[name]
+        y = attend(q, k, v, prepare(see, S)).float()
+        expected = y if name == "dense" else expected
+    assert (y - expected).norm() < 0.01 * expected.norm()
+
+
+def test_auto_is_the_dense_mask_without_a_gpu_and_other_names_are_refused():
+    assert choose("auto", "cpu", torch.float32, 32) == "dense"
+    assert choose("flex", "cpu", torch.float32, 32) == "flex"
+    with pytest.raises(ValueError, match="--attention fast: expected one of auto, dense, flex, kernel"):
+        choose("fast", "cpu", torch.float32, 32)
+
+
+def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
+    for made in (True, False):
+        monkeypatch.setattr(attention.kernels, "available", lambda dtype, head_size: made)
+        assert choose("auto", "cuda", torch.bfloat16, 64) == ("kernel" if made else "flex")
+    assert choose("auto", "cuda", torch.float32, 64) == "dense"
