@@ -130,7 +130,7 @@ WRONG = [
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--log_every", 0), ("log_every",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--init", "FILES/none"), ("none does not exist",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--n_head", 3), ("n_head 3",)),
-    ("train.py", ("--method", "magic"), ("--method magic", "planned, ar")),
+    ("train.py", ("--method", "magic"), ("--method magic", "planned, dense")),
     ("train.py", ("--weight", "heavy"), ("--weight heavy", "uniform, elbo")),
     ("train.py", ("--lr", "fast"), ("--lr", "fast")),
     ("demo.py", ("--prompt", "x"), ("--prompt needs --data",)),
