@@ -1,0 +1,399 @@
+"""The CUDA kernel, without a GPU: emulate.h runs its source as unkindly as CUDA may; dense attention is the judge.
+
+Tests that need nvcc or a GPU skip themselves where there is none.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from kernels import bench
+from masks import PLAN, PROMPT, Layout, visible
+
+BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of |error| / |reference|
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="emulating the kernel needs g++, and so does nvcc")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_nvcc = pytest.mark.skipif(not kernels.nvcc(), reason="needs nvcc (on PATH, in $CUDA_HOME, or nvidia-cuda-nvcc)")
+FREE = SimpleNamespace(async_=0, async_end=0, colon=0)  # a layout does not look at its tokens
+
+
+# ---------------------------------------------------------------- problems
+
+
+def layout_see(attention, prompt=37, plan=21, spans=(30, 9, 44), text=9, rounds=2):
+    """see (1, T, 3) of a sequence of several rounds."""
+    layout = Layout(attention)
+    layout.write([0] * prompt, PROMPT, 0)
+    for number in range(rounds):
+        layout.write([0] * plan, PLAN, number)
+        layout.scaffold([([0], [0] * n) for n in spans], FREE, number)
+    layout.write([0] * text, PLAN, rounds - 1)
+    return torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])[None]
+
+
+def random_see(seed, B, T, S):
+    """Any prefixes and intervals, empty and reversed ones too; some rows see nothing."""
+    g = torch.Generator().manual_seed(seed)
+    see = torch.randint(0, S + 1, (B, T, 3), generator=g)
+    see[:, :, 0] //= torch.randint(1, 9, (B, T), generator=g)
+    see[torch.rand(B, T, generator=g) < 0.1] = 0
+    return see
+
+
+def hard_see():
+    """Queries with a gap between prefix and span, among others with an empty span; nobody sees keys 192 to 255."""
+    see = torch.zeros(1, 130, 3, dtype=torch.int64)
+    i = torch.arange(130)
+    see[0, :64, 0] = i[:64] % 5 * 24  # the first of five sees no prefix
+    see[0, :40:2, 1], see[0, :40:2, 2] = 260 + i[:40:2], 333  # the keys go on past the last tile's end
+    see[0, 64:120, 0] = 10 + i[:56]  # up to 65: only the last row reaches the second tile of keys
+    see[0, 100:110, 1], see[0, 100:110, 2] = 130, 180
+    return see  # and the last ten see nothing
+
+
+def inside_nan(x):
+    """x (B, H, T, D) in memory as (B, T, H, D) with gaps, and NaN all around it."""
+    B, H, T, D = x.shape
+    buffer = torch.full((B + 2, T + 64, H + 1, D), float("nan"), dtype=x.dtype, device=x.device)
+    view = buffer[1:-1, :T, :H].transpose(1, 2)
+    view.copy_(x)
+    return view, buffer
+
+
+def problem(see, n_keys, dtype, head_size, heads=(2, 1), seed=0):
+    """Random inputs of attention with a mask."""
+    g = torch.Generator().manual_seed(seed)
+    (B, T, _), (H, kv_heads) = see.shape, heads
+    shapes = ((H, T), (kv_heads, n_keys), (kv_heads, n_keys), (H, T))
+    q, k, v, grad = (inside_nan(torch.randn(B, h, n, head_size, generator=g).to(dtype))[0] for h, n in shapes)
+    return SimpleNamespace(q=q, k=k, v=v, see=see, grad=grad, scale=head_size**-0.5)
+
+
+def dense(p):
+    """Outputs, lse and the gradients of q, k, v in float64."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (p.q, p.k, p.v))
+    share, seen = q.shape[1] // k.shape[1], visible(p.see, k.shape[2])[:, None]
+    score = (q @ k.repeat_interleave(share, 1).mT * p.scale).masked_fill(~seen, -torch.inf)
+    some = seen.any(-1, keepdim=True)
+    weight = torch.where(some, score, 0).softmax(-1) * some
+    o = weight @ v.repeat_interleave(share, 1)
+    lse = torch.where(some[..., 0], score.logsumexp(-1), torch.inf)
+    return [o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), p.grad.double())]
+
+
+def run(p, splits=1, compiled=None):
+    """The kernel's outputs, lse and gradients; everything it writes is allocated amid NaN that must stay."""
+    margins = []
+
+    def like(x):
+        view, buffer = inside_nan(torch.full_like(x, float("nan")))
+        margins.append((view, buffer))
+        return view
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_like", like)
+        o, lse = kernels.forward(p.q, p.k, p.v, p.see, p.scale, splits, compiled)
+        grads = kernels.backward(p.grad, p.q, p.k, p.v, p.see, o, lse, p.scale, compiled)
+    got = [x.clone() for x in (o, lse, *grads)]
+    for view, buffer in margins:
+        view.fill_(float("nan"))
+        assert buffer.isnan().all(), "written outside of its rows"
+    return got
+
+
+def check(got, want, bound):
+    for name, x, y in zip(("o", "lse", "grad_q", "grad_k", "grad_v"), got, want):
+        some = y.isfinite()
+        assert torch.equal(x.isfinite(), some) and torch.equal(x[~some].double(), y[~some]), f"{name} is not finite"
+        error, size = (x[some].double() - y[some]).norm(), y[some].norm()
+        assert error <= bound * size + 1e-5, f"{name} of norm {size:.1e} is off by {error:.1e}"
+
+
+# ---------------------------------------------------------------- under emulation
+
+SEES = {name: layout_see(name) for name in ("sparse", "dense", "causal")}
+SEES["two rounds, ragged"] = torch.cat([layout_see("sparse")[:, :149], layout_see("dense", prompt=80)[:, :149]])
+SEES["random"] = random_see(1, 2, 70, 100)
+
+
+@pytest.mark.parametrize("name", SEES)
+def test_masks(name):
+    see = SEES[name]
+    p = problem(see, max(int(see.max()), 100), torch.bfloat16, 32)
+    check(run(p), dense(p), BOUND[p.q.dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
+def test_head_sizes_and_types(head_size, dtype):
+    p = problem(random_see(head_size, 1, 66, 131), 131, dtype, head_size)
+    check(run(p), dense(p), BOUND[dtype])
+
+
+@pytest.mark.parametrize("T,S,heads", [
+    (1, 1, (1, 1)), (1, 257, (2, 2)), (64, 64, (2, 1)), (63, 65, (6, 2)), (65, 63, (3, 1)), (128, 200, (2, 2)),
+    (150, 40, (4, 1)),
+])  # fmt: skip
+def test_odd_sizes_and_grouped_queries(T, S, heads):
+    p = problem(random_see(S, 1, T, S), S, torch.float16, 32, heads)
+    check(run(p), dense(p), BOUND[p.q.dtype])
+
+
+def hard_problem():
+    """`hard_see`, and NaN in the keys and values of the tile that nobody sees: it may not even be read."""
+    p = problem(hard_see(), 335, torch.bfloat16, 32)
+    want = dense(p)
+    p.k[:, :, 192:256] = p.v[:, :, 192:256] = float("nan")
+    return p, want
+
+
+def test_tiles_that_nobody_sees_are_skipped():
+    p, want = hard_problem()
+    for splits in (1, 3):
+        check(run(p, splits), want, BOUND[p.q.dtype])
+
+
+def test_unseen_keys_may_be_nan_in_visited_tiles():
+    p = problem(random_see(6, 1, 70, 100), 120, torch.bfloat16, 32)
+    want = dense(p)[:2]
+    p.k[:, :, 100:] = float("nan")  # values may not: 0 * nan is nan
+    check(kernels.forward(p.q, p.k, p.v, p.see, p.scale, 1), want, BOUND[p.q.dtype])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_splitting_the_keys_changes_nothing(splits):
+    p = problem(random_see(3, 2, 20, 300), 300, torch.float16, 32)
+    want, got = run(p), run(p, splits)
+    check(got, [x.double() for x in want], 1e-3)
+    check(got, dense(p), BOUND[p.q.dtype])
+
+
+def test_splits_fill_the_processors():
+    assert kernels.best_splits(8, 16, 4096, 4096, 132) == 1
+    assert kernels.best_splits(1, 16, 64, 8192, 132) == 16
+    assert kernels.best_splits(1, 16, 64, 512, 132) == 2  # parts of 4 tiles, not less
+    assert kernels.best_splits(1, 1, 1, 100, 132) == 1
+
+
+def test_any_strides():
+    p = problem(random_see(4, 2, 70, 70), 70, torch.bfloat16, 32)
+    want = dense(p)
+    packed = torch.cat([p.q, p.k, p.v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
+    p.q, p.k, p.v = packed.split([2, 1, 1], dim=1)
+    check(run(p), want, BOUND[p.q.dtype])
+    p.q, p.k = p.q.mT.contiguous().mT, p.k.expand(2, 1, 70, 32)  # last stride not 1
+    shifted = torch.empty(p.v.numel() + 1, dtype=p.v.dtype)[1:].view(p.v.shape)  # not aligned to 16 bytes
+    p.v = shifted.copy_(p.v)
+    p.grad = torch.ones(2, 2, 1, 1, dtype=p.q.dtype).expand(2, 2, 70, 32)  # all strides 0, as of sum()
+    check(run(p), dense(p), BOUND[p.q.dtype])
+
+
+def test_every_schedule_gives_the_same_bits():
+    p, library, first = hard_problem()[0], kernels.library(torch.device("cpu"), torch.bfloat16, 32), {}
+    for seed in range(4):
+        library.emulate_seed(seed)
+        for splits in (1, 3):
+            got = run(p, splits)
+            assert all(map(torch.equal, got, first.setdefault(splits, got)))
+
+
+def test_misaligned_pointers_are_an_error(monkeypatch):
+    monkeypatch.setattr(kernels, "_aligned", lambda x: x)
+    p = problem(random_see(4, 1, 8, 8), 8, torch.bfloat16, 32)
+    p.k = torch.zeros(1 + p.k.numel(), dtype=p.k.dtype)[1:].view(p.k.shape)
+    with pytest.raises(RuntimeError, match="CUDA error 716"):
+        run(p)
+
+
+# ---------------------------------------------------------------- seeded faults: the checks above must see each
+
+FAULTS = [  # (what is wrong, source, replaced by, which occurrence)
+    *((f"{kernel}: no {which} {what}", what, ";", 2 * i + j)
+      for i, kernel in enumerate(("forward", "backward_q", "backward_kv"))
+      for j, which in enumerate(("first", "second"))
+      for what in ("copy_wait();", "__syncthreads();")),
+    ("nothing seen: inf - inf", "best[half] == -INFINITY ? 0 : best[half] * scale", "best[half] * scale", 0),
+    ("sums do not shrink", "exp2_fast(most[half] * scale - base[half])", "1.0f", 0),
+    ("nothing seen: division by 0", "sum > 0 ? 1 / sum : 0", "1 / sum", 0),
+    ("nothing seen: lse -inf", "sum > 0 ? lse : INFINITY", "lse", 0),
+    ("the second backward pass skips spans", "min_begin < key0 + TILE && key0 < max_end", "false", 0),
+    ("the last tile of the prefix is skipped", "(bounds.max_prefix + TILE - 1) / TILE", "bounds.max_prefix / TILE", 0),
+    ("the last tile of the spans is skipped", "(bounds.max_end + TILE - 1) / TILE", "bounds.max_end / TILE", 0),
+    ("tiles of prefix and span count twice", "max(in_prefix, bounds.min_begin / TILE)", "bounds.min_begin / TILE", 0),
+    ("the gap between prefix and span is visited", "see.begin >= see.end", "false", 0),
+    ("half of the rows do not count for the bounds", "max(a.prefix, b.prefix)", "a.prefix", 0),
+    ("tiles seen in part are not masked", "key0 + TILE <= prefix", "key0 < prefix", 0),
+    ("spans are not masked", "begin <= key0 && key0 + TILE <= end", "begin < key0 + TILE && key0 < end", 0),
+    ("rows past the end are read", "row0 + row < rows", "true", 0),
+    ("rows past the end are written", "if (row >= rows) continue;", ";", 0),
+    ("always the first query head of a group", "head = (head + 1) % share;", "head = 0;", 0),
+    ("no delta", "grad_p[i / 4][i % 4] - delta[half]", "grad_p[i / 4][i % 4]", 0),
+    ("delta of a quarter of the row", "delta[half] = row_sum(delta[half]);", ";", 0),
+    ("the row's maximum over a quarter of it", "best[half] = row_max(best[half]);", ";", 0),
+    ("a part of the keys is left out", "visits.n * (split + 1) / call.splits", "visits.n * split / call.splits", 0),
+    ("the last part has no weight", "split < call.splits && most > -INFINITY", "split + 1 < max(2, call.splits)", 0),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A library with all faults in it, each behind a switch."""
+    folder = tmp_path_factory.mktemp("faulty")
+    texts = {path.name: path.read_text() for path in kernels.SOURCES.glob("*.[ch]*")}
+    cuts = []
+    for number, (_, old, new, which) in enumerate(FAULTS, 1):
+        places = [(name, m.start()) for name in ("attention.cu", "tiles.h")
+                  for m in re.finditer(re.escape(old), texts[name])]  # fmt: skip
+        assert len(places) > which, f"not in the source any more: {old}"
+        statement = f"{{ if (FAULT == {number}) {{ {new} }} else {{ {old} }} }}"
+        cuts.append((*places[which], old, statement if old.endswith(";") else f"(FAULT == {number} ? {new} : ({old}))"))
+    for name, start, old, switch in sorted(cuts, key=lambda cut: cut[1], reverse=True):
+        texts[name] = texts[name][:start] + switch + texts[name][start + len(old) :]
+    texts["tiles.h"] = 'static int FAULT = 0;\nextern "C" void set_fault(int n) { FAULT = n; }\n' + texts["tiles.h"]
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        return kernels.build(kernels.emulator_command(torch.bfloat16, 32), folder)
+
+
+@cache
+def fault_problems():
+    """Small problems that together touch every line: gaps, empty rows, ragged tiles, many tiles, grouped heads."""
+    many = problem(torch.tensor([[*([200, 0, 0],) * 3, [0, 130, 200]]]).repeat(1, 33, 1), 210, torch.bfloat16, 32)
+    many.q[:, :, :60] *= 30  # sharp maxima, which leave their tile's sums far behind
+    return [(*hard_problem(), (1, 3)), (many, dense(many), (1,))]
+
+
+def caught(library):
+    for seed in range(6):
+        library.emulate_seed(seed)
+        for p, want, splits in fault_problems():
+            try:
+                for n in splits:
+                    check(run(p, n, library), want, BOUND[torch.bfloat16])
+            except (AssertionError, RuntimeError) as error:
+                return str(error) or "caught"
+    return None
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS) + 1), ids=["none", *(fault[0] for fault in FAULTS)])
+def test_seeded_faults_are_caught(faulty, number):
+    faulty.set_fault(number)
+    assert bool(caught(faulty)) == (number > 0)
+
+
+# ---------------------------------------------------------------- as an operator
+
+
+def test_operator():
+    p = problem(random_see(2, 1, 9, 12), 12, torch.bfloat16, 32)
+    inputs, want = [x.clone().requires_grad_() for x in (p.q, p.k, p.v)], dense(p)
+    o = kernels.attention(*inputs, p.see)
+    assert o.transpose(1, 2).is_contiguous()  # the output layer reads it without a copy
+    check([o.detach(), want[1], *torch.autograd.grad(o, inputs, p.grad)], want, BOUND[p.q.dtype])
+    torch.library.opcheck(kernels._attention, (*inputs, p.see, p.scale))
+
+
+def test_compiled_without_graph_breaks():
+    p = problem(random_see(2, 1, 9, 12), 12, torch.bfloat16, 32)
+    q = p.q.clone().requires_grad_()
+
+    def loss(q):
+        return kernels.attention(q + 1, p.k, p.v, p.see).sum()
+
+    (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(q), q)
+    assert torch.equal(compiled, *torch.autograd.grad(loss(q), q))
+
+
+@pytest.mark.parametrize("change", [
+    {"q": torch.zeros(1, 2, 4, 32)}, {"k": torch.zeros(1, 1, 4, 32)}, {"v": torch.zeros(1, 1, 5, 32).half()},
+    {"see": torch.zeros(1, 3, 3)}, {"q": torch.zeros(1, 2, 4, 48).half()}, {"scale": 0.0},
+    {"q": torch.zeros(1, 0, 4, 32).half()},
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(change):
+    kv = torch.zeros(1, 1, 4, 32).half()
+    call = {"q": torch.zeros(1, 2, 4, 32).half(), "k": kv, "v": kv, "see": torch.zeros(1, 4, 3), "scale": 1.0}
+    with pytest.raises(ValueError):
+        kernels.attention(**(call | change))
+
+
+def test_available_says_why_not(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernels.available.cache_clear()
+    assert not kernels.available() and not kernels.available()
+    assert capsys.readouterr().err == "kernels: not used, there is no CUDA GPU\n"
+    kernels.available.cache_clear()
+
+
+def test_a_failed_build_says_what_the_compiler_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(kernels.BuildError, match="no such flag"):
+        kernels.build([sys.executable, "-c", "print('no such flag'); raise SystemExit(1)"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_says_so_without_a_gpu(capsys):
+    bench.main([])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "GPU" in said
+
+
+# ---------------------------------------------------------------- with nvcc, with a GPU
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_compiles_without_spills(arch, head_size, tmp_path):
+    command = kernels.nvcc_command(torch.bfloat16, head_size, arch, ("-cubin", "-Xptxas", "-v"))
+    command += ["-o", tmp_path / "attention.cubin", kernels.SOURCES / "attention.cu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    registers = re.findall(r"Used (\d+) registers", done.stderr)
+    limit = 168 if head_size <= 64 else 255  # of 65536: room for three blocks, for two
+    assert len(registers) == 5 and max(map(int, registers)) <= limit and set(spills) == {("0", "0")}, done.stderr
+
+
+def gpu_problem(T, head_size, dtype, seed=0):
+    spans = (T // 8 - 3,) * 4
+    see = layout_see("sparse", T // 8, T // 16, spans, T - T // 8 - T // 16 - 4 * (T // 8), rounds=1)
+    p = problem(see, T, dtype, head_size, (8, 4), seed)
+    return SimpleNamespace(**{name: x.cuda() if torch.is_tensor(x) else x for name, x in vars(p).items()})
+
+
+@gpu
+@needs_nvcc
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
+@pytest.mark.parametrize("T", [511, 2048])
+def test_on_a_gpu(T, head_size, dtype):
+    p = gpu_problem(T, head_size, dtype)
+    want = dense(p)
+    for splits in (1, 5):
+        first = run(p, splits)
+        check(first, want, BOUND[dtype])
+        for _ in range(5):
+            assert all(map(torch.equal, first, run(p, splits)))
+
+
+@gpu
+@needs_nvcc
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool):
+    code = "import test_kernels as t, torch; t.run(t.gpu_problem(200, 64, torch.bfloat16), 3)"
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (kernels.SOURCES.parent, Path(__file__).parent)))}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
