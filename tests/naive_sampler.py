@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attention import dense
 from model import rope
 from tags import Grammar
 
@@ -46,7 +47,7 @@ def hidden_states(model, tokens, attention):
     cos, sin = rope(torch.arange(n)[None], config.d_model // config.n_head, config.rope_theta)
     x = model.embedding(torch.tensor([[t.id for t in tokens]]))
     for block in model.blocks:
-        x = block(x, cos, sin, mask[None, None], lambda k, v: (k, v))
+        x = block(x, cos, sin, dense, mask[None, None], lambda k, v: (k, v))
     return model.norm(x)[0]
 
 

@@ -15,7 +15,17 @@ from naive_sampler import Token, hidden_states
 import eval as evaluation
 from data import Example, read_split, write_dataset
 from data.tasks import families
-from eval import EvalConfig, checker, chrf, distinct, evaluate, lines, perplexity, row_of, score
+from eval import (
+    EvalConfig,
+    checker,
+    chrf,
+    distinct,
+    evaluate,
+    lines,
+    perplexity,
+    row_of,
+    score,
+)
 from masks import encode_prompt
 from methods import MethodConfig
 from model import load_checkpoint, save_checkpoint

@@ -14,7 +14,16 @@ from naive_sampler import NaiveSampler, Token, hidden_states
 from test_sample import costs, ids, steered
 
 from data import Example
-from masks import GIVEN, IGNORE, PLAN, PROMPT, SLOT, Sequence, encode_example, make_batch
+from masks import (
+    GIVEN,
+    IGNORE,
+    PLAN,
+    PROMPT,
+    SLOT,
+    Sequence,
+    encode_example,
+    make_batch,
+)
 from methods import METHODS, MethodConfig, encode
 from model import ModelConfig, Transformer
 from sample import SampleConfig, Sampler
