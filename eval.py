@@ -173,14 +173,14 @@ def spans_an_answer(results):
 
 def evaluate(config, sample_config):
     """All figures as a dict for JSON. Raises ValueError on bad files or settings."""
-    path = locate(config.data) / f"{config.split}.jsonl"
-    examples = read_split(path)[: config.limit or None]
-    if not examples:
-        raise ValueError(f"{path} has no examples")
     if config.draft:
         sampler = Speculator.load(config.checkpoint, config.draft, sample_config, config.device)
     else:
         sampler = Sampler.load(config.checkpoint, sample_config, config.device)
+    path = locate(config.data) / f"{config.split}.jsonl"
+    examples = read_split(path)[: config.limit or None]
+    if not examples:
+        raise ValueError(f"{path} has no examples")
     tokenizer, method = sampler.tokenizer, sampler.method
     sequences = [Sequence(encode(example, tokenizer, method)) for example in examples]
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
