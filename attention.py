@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from masks import visible
+from masks import sees, visible
 
 
 def dense_mask(see, n_keys):
@@ -30,10 +30,10 @@ def block_mask(see, n_keys):
 
     prefix, begin, end = see.unbind(-1)
 
-    def sees(b, h, query, key):
-        return (key < prefix[b, query]) | ((key >= begin[b, query]) & (key < end[b, query]))
+    def mask(b, h, query, key):
+        return sees(key, prefix[b, query], begin[b, query], end[b, query])
 
-    return create_block_mask(sees, see.shape[0], None, see.shape[1], n_keys, device=see.device)
+    return create_block_mask(mask, see.shape[0], None, see.shape[1], n_keys, device=see.device)
 
 
 @cache

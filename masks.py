@@ -131,11 +131,16 @@ def encode_blocks(prompt, text, tokenizer, size):
     return layout
 
 
+def sees(key, prefix, begin, end):
+    """The rule: whether a query with these three integers sees a key (numbers or tensors)."""
+    return (key < prefix) | ((key >= begin) & (key < end))
+
+
 def visible(see, n_keys):
     """The dense mask. see: (B, T, 3) integers prefix, begin, end. Returns (B, T, n_keys), True where query sees key."""
     prefix, begin, end = see.unsqueeze(-2).unbind(-1)  # (B, T, 1) each
     key = torch.arange(n_keys, device=see.device)
-    return (key < prefix) | ((key >= begin) & (key < end))
+    return sees(key, prefix, begin, end)
 
 
 # ---------------------------------------------------------------- training examples
