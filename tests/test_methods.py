@@ -135,9 +135,6 @@ def test_a_bad_setting_is_refused_by_name_and_value():
             (TrainConfig if setting == "history" else MethodConfig)(**{setting: value})
 
 
-# ---------------------------------------------------------------- batches
-
-
 @pytest.mark.parametrize("history", ["clean", "noised"])
 def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_nothing_is_masked(tokenizer, history):
     for seed in range(12):
@@ -354,9 +351,6 @@ def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, met
     for i, (prompt, batched) in enumerate(zip(PROMPTS, answers(PROMPTS, 5))):
         (alone,) = answers([prompt], 5 + i)
         assert (batched.layout, batched.cut, costs(batched)) == (alone.layout, alone.cut, costs(alone))
-
-
-# ---------------------------------------------------------------- without the grammar, without training
 
 
 @pytest.mark.parametrize("tag", ["topic_end", "async_", "mask", "user", "sync"])

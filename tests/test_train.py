@@ -108,9 +108,6 @@ def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_pa
         torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
 
 
-# ---------------------------------------------------------------- validation
-
-
 @torch.no_grad()
 def test_the_plan_nll_is_that_of_the_clean_sequences_each_round_counted_once(model, tokenizer, sequences):
     total, n = 0.0, 0
@@ -379,8 +376,6 @@ def test_two_processes_train_as_one_does(folder, tmp_path):
     for a, b in zip(one, two):
         assert [float(x or 0) for x in a.values()] == pytest.approx([float(x or 0) for x in b.values()], abs=1e-4)
 
-
-# ---------------------------------------------------------------- from end to end
 
 LEARNT = (
     Example("habitat", (Round("", (Span("habitat", "Rivers and lakes."), Span("food", "It eats fish."))), Round("In short: an animal."))),
