@@ -1,8 +1,9 @@
 """The frontier: quality against latency of every method, trained and measured on equal terms.
 
-    python frontier.py                       # tasks on two cores
+    python frontier.py                       # tasks on two cores; --preset hours: three times the updates
     python frontier.py --preset recipes      # real text; --preset gpu: larger models
-    python frontier.py --group ablations     # planned diffusion with one part changed at a time
+    python frontier.py --group sensitivity   # the models of that, sampled in other ways
+    python frontier.py --group ablations     # planned diffusion trained with one part changed at a time
 
 All methods start from one autoregressive warm-up and get the same number of updates on the same data. Whatever is
 done is kept in --out under a key made of code, data and settings: an interrupted call goes on, and nothing
@@ -16,10 +17,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -45,9 +48,10 @@ class Preset:
     timed: int = 30  # test prompts for latency at batch 1
 
 
+HALF_SIZE = "--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"
 PRESETS = {
-    "tasks": Preset("data/tasks", 2000, 1000, small="--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5",
-                    limit=140),
+    "tasks": Preset("data/tasks", 2000, 1000, small=HALF_SIZE, limit=140),
+    "hours": Preset("data/tasks", 2000, 3000, small=HALF_SIZE, limit=140),
     "recipes": Preset("data/recipes", 1200, 2400, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
                       "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6", limit=100),
     "gpu": Preset("data/tasks", 3000, 6000, "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8",
@@ -84,17 +88,16 @@ METHODS = {
     "planned diffusion, dense": Entry("--method dense", SWEEP),
 }
 HALF = ("--steps_ratio 0.5",)
+UNCONSTRAINED = ("--steps_ratio 0.5 --no-constrained",)
+HOT = ("--steps_ratio 0.5 --temperature 1", "--threshold 0.9 --temperature 1")
 GROUPS = {
     "methods": METHODS,
+    "sensitivity": {
+        "planned diffusion": Entry("--method planned", HALF + LENGTHS + ORDERS + UNCONSTRAINED + HOT),
+        "planned diffusion, dense": Entry("--method dense", HALF + HOT),
+    },
     "ablations": {
         "planned diffusion": Entry("--method planned", HALF),
-        "lengths scaled": Entry("", LENGTHS, of="planned diffusion"),
-        "other unmasking orders": Entry("", ORDERS, of="planned diffusion"),
-        "plans not constrained": Entry("", ("--steps_ratio 0.5 --no-constrained",), of="planned diffusion"),
-        "at temperature 1": Entry("", ("--steps_ratio 0.5 --temperature 1", "--threshold 0.9 --temperature 1"),
-                                  of="planned diffusion"),
-        "dense, at temperature 1": Entry("--method dense", ("--steps_ratio 0.5 --temperature 1",
-                                                            "--threshold 0.9 --temperature 1")),
         "topics only numbered": Entry("--topics numbers", HALF),
         "topic not repeated in its span": Entry("--no-repeat_topic", HALF),
         "all in one round": Entry("--rounds one", HALF),
@@ -134,6 +137,7 @@ class Frontier:
         self.checker = hashes(folder, ["families.py"] if (folder / "families.py").exists() else [])
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        self.locks = defaultdict(Lock)  # a training that several entries wait for is done once
 
     def call(self, script, options, log):
         """What one of the scripts prints; its progress goes to a log."""
@@ -160,16 +164,17 @@ class Frontier:
         made_from = hashes(init.parent, [init.name]) if init else []
         folder = self.out / f"{slug(name)}-{digest(CODE_HASH['train.py'], self.data, options, made_from)}"
         path = folder / "model.safetensors"
-        if not path.exists():
-            print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
-            start = ["--init", str(init)] if init else []
-            self.call("train.py", [*options, *start, "--out", str(folder)], folder / "log.txt")
+        with self.locks[folder]:
+            if not path.exists():
+                print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
+                start = ["--init", str(init)] if init else []
+                self.call("train.py", [*options, *start, "--out", str(folder)], folder / "log.txt")
         if not path.exists():
             raise SystemExit(f"frontier.py: the training of {name} was stopped: see the end of {folder / 'log.txt'}")
         return path
 
     def checkpoint(self, name):
-        """Checkpoint of an entry; the warm-up has been trained before."""
+        """Checkpoint of an entry."""
         entry, p = self.entries[name], self.preset
         if entry.of:
             return self.checkpoint(entry.of)
@@ -182,31 +187,33 @@ class Frontier:
         p = self.preset
         return self.train("warm-up", f"{p.train} {p.common} --method ar --steps {p.warmup}")
 
-    def measure(self, name, sample):
-        """Figures of a trained entry at one setting: quality in batches, latency at batch 1."""
+    def measure(self, name, sample, *how):
+        """What eval.py says of a trained entry at one setting."""
         p, checkpoint = self.preset, self.checkpoint(name)
-        options = ["--checkpoint", str(checkpoint), "--data", p.data, "--draws", "4", *sample.split()]
+        options = ["--data", p.data, *sample.split(), *how, "--json"]
         draft = self.entries[name].draft and self.checkpoint(self.entries[name].draft)
         models = [hashes(path.parent, [path.name]) for path in (checkpoint, draft) if path]
-        key = digest(CODE_HASH["eval.py"], models, self.data, self.checker, options[2:], p.limit, p.timed)
-        options += ["--draft", str(draft)] if draft else []
+        key = digest(CODE_HASH["eval.py"], models, self.data, self.checker, options)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
-            log = path.with_suffix(".log")
-            quality = json.loads(self.call("eval.py", [*options, "--limit", str(p.limit), "--json"], log))
-            alone = ["--limit", str(p.timed), "--batch", "1", "--json"]
-            latency = json.loads(self.call("eval.py", [*options, *alone], log))
-            quality |= {key: latency[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
-            write_whole(path, json.dumps({"name": name, "sample": sample, **quality}))
-        row = json.loads(path.read_text())
-        print(f"{name:28}{sample:36}{headline(row)}", flush=True)
-        return row
+            options += ["--checkpoint", str(checkpoint), *(["--draft", str(draft)] if draft else [])]
+            write_whole(path, self.call("eval.py", options, path.with_suffix(".log")))
+        return json.loads(path.read_text())
+
+    def quality(self, name, sample):
+        """A row of the results: an entry at one setting."""
+        row = {"name": name, "sample": sample}
+        return row | self.measure(name, sample, "--draws", "4", "--limit", str(self.preset.limit))
 
     def run(self):
-        """All rows of the group, in its order; up to `workers` scripts at a time."""
-        self.warm_up()
+        """All rows of the group, in its order. Up to `workers` scripts run at a time, but latency is measured alone."""
         self.together(self.checkpoint, [(name,) for name, entry in self.entries.items() if not entry.of])
-        return self.together(self.measure, [(name, s) for name, entry in self.entries.items() for s in entry.sample])
+        rows = self.together(self.quality, [(name, s) for name, entry in self.entries.items() for s in entry.sample])
+        for row in rows:
+            alone = self.measure(row["name"], row["sample"], "--limit", str(self.preset.timed), "--batch", "1")
+            row |= {key: alone[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
+            print(f"{row['name']:28}{row['sample']:42}{headline(row)}", flush=True)
+        return rows
 
     def together(self, function, items):
         """The function of each item, up to `workers` at a time; a failure stops what has not begun."""

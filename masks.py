@@ -53,39 +53,40 @@ class Layout:
     def write(self, tokens, kind, round_):
         """Append prompt, plan or text tokens: each sees all before it and itself."""
         start, n = len(self), len(tokens)
-        self._columns(tokens, [kind] * n, round_, -1)
+        self._columns(tokens, [kind] * n, round_, -1, start)
         self.prefix += range(start + 1, start + n + 1)
         self.begin += [0] * n
         self.end += [0] * n
 
-    def scaffold(self, spans, tokenizer, round_):
+    def scaffold(self, spans, tokenizer, round_, at=None):
         """Append the spans of a round's plan: `<async> topic:`, slots, `</async>` each.
 
         `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK],
         and without topic tokens the span has no head. Returns where each span begins and ends, its tags included.
+        With `at`, span n is a copy of the one at entry at[n]: it has the same positions and sees what is before that.
         """
         first, places = len(self), []
         for number, (topic, slots) in enumerate(spans):
             head, start = [tokenizer.async_, *([*topic, tokenizer.colon] if topic else [])], len(self)
             tokens = [*head, *slots, tokenizer.async_end]
             kinds = [GIVEN] * len(head) + [SLOT] * len(slots) + [GIVEN]
-            self._columns(tokens, kinds, round_, number)
+            self._columns(tokens, kinds, round_, number, start if at is None else at[number])
             stop, n = len(self), len(tokens)
             places.append((start, stop))
-            self.prefix += [first] * n
+            self.prefix += [first if at is None else at[number]] * n
             self.begin += [first if self.attention == "dense" else start] * n
             self.end += range(start + 1, stop + 1) if self.attention == "causal" else [stop] * n
         if self.attention == "dense":
             self.end[first:] = [len(self)] * (len(self) - first)
         return places
 
-    def _columns(self, tokens, kinds, round_, span):
-        start, n = len(self), len(tokens)
+    def _columns(self, tokens, kinds, round_, span, position):
+        n = len(tokens)
         self.token += tokens
         self.kind += kinds
         self.round += [round_] * n
         self.span += [span] * n
-        self.position += range(start, start + n)
+        self.position += range(position, position + n)
 
 
 def encode_prompt(prompt, tokenizer):
@@ -118,16 +119,20 @@ def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
 
 
 def encode_blocks(prompt, text, tokenizer, size):
-    """Layout of an answer under a given plan: rounds of one span of `size` slots each, nothing in between.
+    """Layout of an answer under a given plan, block after block of `size` slots, that trains all its blocks at once.
 
-    The span that is not full is the last one, so its [PAD] ends the answer (block diffusion, arXiv 2503.09573,
-    without its noised copy).
+    Each block but the last (whose [PAD] ends the answer) stands there twice: later blocks see its clean copy, and
+    its other copy, for the loss, sees the clean ones before it (block diffusion, arXiv 2503.09573, section 3.1).
     """
     layout, tokens = Layout(), tokenizer.encode(text)
     layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
-    for number in range(len(tokens) // size + 1):
-        block = tokens[number * size : (number + 1) * size]
-        layout.scaffold([([], block + [tokenizer.pad] * (size - len(block)))], tokenizer, number)
+    blocks = [tokens[start : start + size] for start in range(0, len(tokens) + 1, size)]
+    blocks[-1] += [tokenizer.pad] * (size - len(blocks[-1]))
+    at = [len(layout) + n * (size + 2) for n in range(len(blocks))]  # 2: <async> and </async>
+    for block in blocks[:-1]:
+        layout.scaffold([([], block)], tokenizer, 0)
+    layout.kind = [GIVEN if kind == SLOT else kind for kind in layout.kind]
+    layout.scaffold([([], block) for block in blocks], tokenizer, 0, at)
     return layout
 
 

@@ -29,15 +29,16 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(u.shape for u in updates):  # all of a shape together: few, large products
                 same = [i for i, u in enumerate(updates) if u.shape == shape]
                 step = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                stack = torch.stack([updates[i] for i in same]).to(fast_dtype(updates[0]))
+                stack = torch.stack([updates[i] for i in same]).to(fast_dtype(updates[0].device))
                 for i, u in zip(same, orthogonalize(stack)):
                     matrices[i].add_(u, alpha=step)
 
 
-def fast_dtype(tensor):
-    """bfloat16 where the device multiplies matrices in it (tensor cores, AMX); the iteration is robust to it."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    return torch.bfloat16 if tensor.is_cuda or amx() else torch.float32
+def fast_dtype(device):
+    """bfloat16 where the device multiplies matrices in it (tensor cores, AMX), else float32."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # there since torch 2.6
+    fast = torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else amx()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def orthogonalize(g):

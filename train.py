@@ -26,7 +26,7 @@ from data import read_split, write_whole
 from masks import IGNORE, Sequence, make_batch
 from methods import MethodConfig, encode
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
-from optim import Optimizer
+from optim import Optimizer, fast_dtype
 from settings import add_settings, locate, pick, setting
 from tags import Tokenizer
 
@@ -175,7 +175,7 @@ class Trainer:
             raise ValueError(f"--accumulate {config.accumulate} must be a multiple of the {self.world} processes")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        self.bf16 = cuda and torch.cuda.is_bf16_supported()
+        self.dtype = fast_dtype(self.device)
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -189,7 +189,7 @@ class Trainer:
         self.batches = Batches(self.train_set, config.batch, config.seed)
         torch.manual_seed(config.seed)
         self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
-        self.model.attend_by(config.attention, torch.bfloat16 if self.bf16 else torch.float32)
+        self.model.attend_by(config.attention, self.dtype)
         self.optimizer = Optimizer(self.model, config)
         self.step, self.tokens, self.seconds, self.recent = 0, 0, 0.0, []
         self.interrupted = self.stopping = False
@@ -252,7 +252,7 @@ class Trainer:
         losses = torch.zeros(2, dtype=torch.double, device=self.device)
         for i, batch in enumerate(made):
             self.parallel.require_backward_grad_sync = i == len(made) - 1  # exchange gradients once an update
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 sums = torch.stack(self.parallel(batch)) / total[:2].clamp(min=1)
             # DDP takes the mean over processes, but total already counts them all
             (self.world * (sums[0] + c.span_weight * sums[1])).backward()
