@@ -17,12 +17,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 
 import torch
 
@@ -58,6 +56,7 @@ PRESETS = {
                   "--batch 32", "--d_model 384 --n_head 6 --n_kv_head 3 --d_ff 1024 --n_layer 8"),
 }  # fmt: skip
 
+WARM_UP = "warm-up"  # the autoregressive model that all others start from
 MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
 SWEEP = ("--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1", "--threshold 0.9")
 LENGTHS = ("--steps_ratio 0.5 --length_scale 0.5", "--steps_ratio 0.5 --length_scale 0.75",
@@ -137,7 +136,6 @@ class Frontier:
         self.checker = hashes(folder, ["families.py"] if (folder / "families.py").exists() else [])
         threads = max(1, (os.cpu_count() or 1) // workers)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        self.locks = defaultdict(Lock)  # a training that several entries wait for is done once
 
     def call(self, script, options, log):
         """What one of the scripts prints; its progress goes to a log."""
@@ -164,28 +162,26 @@ class Frontier:
         made_from = hashes(init.parent, [init.name]) if init else []
         folder = self.out / f"{slug(name)}-{digest(CODE_HASH['train.py'], self.data, options, made_from)}"
         path = folder / "model.safetensors"
-        with self.locks[folder]:
-            if not path.exists():
-                print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
-                start = ["--init", str(init)] if init else []
-                self.call("train.py", [*options, *start, "--out", str(folder)], folder / "log.txt")
+        if not path.exists():
+            print(f"training {name}; follow it in {folder / 'log.txt'}", flush=True)
+            start = ["--init", str(init)] if init else []
+            self.call("train.py", [*options, *start, "--out", str(folder)], folder / "log.txt")
         if not path.exists():
             raise SystemExit(f"frontier.py: the training of {name} was stopped: see the end of {folder / 'log.txt'}")
         return path
 
     def checkpoint(self, name):
-        """Checkpoint of an entry."""
-        entry, p = self.entries[name], self.preset
+        """Checkpoint of an entry, or of the warm-up."""
+        p = self.preset
+        if name == WARM_UP:
+            return self.train(name, f"{p.train} {p.common} --method ar --steps {p.warmup}")
+        entry = self.entries[name]
         if entry.of:
             return self.checkpoint(entry.of)
         options = f"{p.small if entry.small else p.train} {p.common} {entry.train}"
         if entry.warm:
-            return self.train(entry.train, f"{options} --steps {p.steps}", self.warm_up())
+            return self.train(entry.train, f"{options} --steps {p.steps}", self.checkpoint(WARM_UP))
         return self.train(f"{entry.train} from scratch", f"{options} --steps {p.warmup + p.steps}")
-
-    def warm_up(self):
-        p = self.preset
-        return self.train("warm-up", f"{p.train} {p.common} --method ar --steps {p.warmup}")
 
     def measure(self, name, sample, *how):
         """What eval.py says of a trained entry at one setting."""
@@ -207,7 +203,10 @@ class Frontier:
 
     def run(self):
         """All rows of the group, in its order. Up to `workers` scripts run at a time, but latency is measured alone."""
-        self.together(self.checkpoint, [(name,) for name, entry in self.entries.items() if not entry.of])
+        trained = [name for name, entry in self.entries.items() if not entry.of]
+        cold = [name for name in trained if not self.entries[name].warm]
+        self.together(self.checkpoint, [(name,) for name in (WARM_UP, *cold)])  # then those that start from it
+        self.together(self.checkpoint, [(name,) for name in trained])
         rows = self.together(self.quality, [(name, s) for name, entry in self.entries.items() for s in entry.sample])
         for row in rows:
             alone = self.measure(row["name"], row["sample"], "--limit", str(self.preset.timed), "--batch", "1")

@@ -97,7 +97,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = store(k, v)  # (B, Hkv, S, hd)
         y = attend(q, k, v, mask)

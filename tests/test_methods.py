@@ -20,6 +20,7 @@ from masks import (
     PLAN,
     PROMPT,
     SLOT,
+    Layout,
     Sequence,
     encode_example,
     make_batch,
@@ -30,6 +31,7 @@ from sample import SampleConfig, Sampler
 from tags import Grammar, Round, Span, Tokenizer, parse_answer, plain_text
 from train import JointLoss, TrainConfig, counts
 
+COLUMNS = ("token", "kind", "round", "span", "position", "prefix", "begin", "end")
 PROMPTS = ("the otter swims", SENTENCES[3], "", "play")
 CAUSAL, BLOCKS = MethodConfig("parallel-ar"), MethodConfig("block", block=6)
 GIVEN_PLANS = [BLOCKS, MethodConfig("block", block=1), MethodConfig("diffusion", block=40)]
@@ -65,24 +67,43 @@ def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
 
 
 @pytest.mark.parametrize("method", GIVEN_PLANS)
-def test_blocks_hold_the_plain_text_then_pad_and_see_prompt_and_earlier_blocks(tokenizer, method):
+def test_blocks_hold_the_plain_text_then_pad_and_each_learns_with_clean_copies_of_those_before_it(tokenizer, method):
     for example in examples(tokenizer):
         layout, tokens = encode(example, tokenizer, method), tokenizer.encode(plain_text(example.rounds))
-        start, sequence = len(tokenizer.encode(example.prompt)) + 2, Sequence(layout)
-        assert layout.kind[:start] == [PROMPT] * start and sequence.see[start - 1].tolist() == [start, 0, 0]
-        blocks = [slots for (slots,) in contents(layout)]  # one span a round
+        sequence, size = Sequence(layout), method.block + 2
+        (blocks,) = contents(layout)  # the noised copies are in one round
         pads = sum(map(len, blocks)) - len(tokens)
-        assert sum(blocks, []) == tokens + [tokenizer.pad] * pads and pads <= method.block
-        assert not any(tokenizer.pad in block for block in blocks[:-1])
+        assert sum(blocks, []) == tokens + [tokenizer.pad] * pads and 0 < pads <= method.block
+        start = len(tokenizer.encode(example.prompt)) + 2
+        noised = start + (len(blocks) - 1) * size  # the last has no clean copy: nobody sees it
         for number, block in enumerate(blocks):
-            stop = start + method.block + 2
-            assert layout.token[start:stop] == [tokenizer.async_, *block, tokenizer.async_end]
-            assert layout.kind[start:stop] == [GIVEN] + [SLOT] * method.block + [GIVEN]
-            assert sequence.see[start:stop].tolist() == [[start, start, stop]] * (method.block + 2)
-            assert set(layout.round[start:stop]) == {number}
-            start = stop
-        assert len(layout) == start and layout.position == list(range(start))
-        assert (sequence.next == IGNORE).all()
+            for at in (start, noised)[number == len(blocks) - 1 :]:
+                entries = slice(at, at + size)
+                assert layout.token[entries] == [tokenizer.async_, *block, tokenizer.async_end]
+                middle = SLOT if at == noised else GIVEN
+                assert layout.kind[entries] == [GIVEN] + [middle] * method.block + [GIVEN]
+                assert layout.position[entries] == list(range(start, start + size))
+                assert sequence.see[entries].tolist() == [[start, at, at + size]] * size
+            start, noised = start + size, noised + size
+        assert len(layout) == noised and set(layout.round) == {0} and (sequence.next == IGNORE).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", GIVEN_PLANS)
+def test_the_loss_of_all_blocks_at_once_is_that_of_one_after_the_other(model, tokenizer, method):
+    """Each alone, after the prompt and clean blocks: what the sampler will compute."""
+    for seed, example in enumerate(examples(tokenizer, 4)):
+        sequence, expected = Sequence(encode(example, tokenizer, method)), 0.0
+        batch = make_batch([sequence], [0], tokenizer, np.random.default_rng(seed), "elbo")
+        tokens = [Token(int(t), 0) for t, kind in zip(sequence.token, sequence.kind) if kind == PROMPT]
+        for number in range(sequence.span.max() + 1):
+            place = np.flatnonzero(sequence.span == number)[-method.block - 2 :]  # the copy for the loss is the later one
+            noised = [Token(int(i), number, 0) for i in batch.token[0, place]]
+            hidden = hidden_states(model, tokens + noised, "sparse")[len(tokens) :]
+            loss = F.cross_entropy(model.logits(hidden, tokenizer.pad + 1), batch.target[0, place], reduction="none")
+            expected += float(loss @ batch.weight[0, place])
+            tokens += [Token(int(i), number, 0) for i in sequence.token[place]]
+        assert float(JointLoss(model, tokenizer.pad + 1)(batch)[1]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_numbered_topics_count_spans_and_merged_rounds_are_one_whose_later_texts_are_spans_called_end(tokenizer):
@@ -124,7 +145,7 @@ def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_its_pad_and_a_given
     longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
     fitted = MethodConfig("diffusion").fitted(several, tokenizer)
     assert longest <= fitted.block <= longest + tokenizer.unit and fitted.block % tokenizer.unit == 0
-    assert all(len(contents(encode(e, tokenizer, fitted))) == 1 for e in several)
+    assert all(len(contents(encode(e, tokenizer, fitted))[0]) == 1 for e in several)
     assert MethodConfig("block").fitted(several, tokenizer) == MethodConfig("block", block=32)
     assert [method.fitted(several, tokenizer) for method in ALL] == ALL
 
@@ -216,7 +237,7 @@ class Perfect:
             if sequence.next[i] != IGNORE:
                 self.table[i] = int(sequence.next[i])
             if layout.kind[i] == SLOT:
-                self.table[i - (layout.attention == "causal")] = layout.token[i]
+                self.table[layout.position[i] - (layout.attention == "causal")] = layout.token[i]
 
     def eval(self):
         return self
@@ -226,6 +247,24 @@ class Perfect:
 
     def logits(self, hidden, n_tokens=None):
         return 30.0 * F.one_hot(self.table[hidden[..., 0]], len(self.embedding.weight))[..., :n_tokens]
+
+
+def sampled(layout):
+    """The layout that sampling writes: no <eos>, and of blocks the copies for the loss alone, a round each."""
+    if PLAN in layout.kind:
+        for column in COLUMNS:
+            getattr(layout, column).pop()
+        return layout
+    blocks, entries = Layout(), sorted(range(len(layout)), key=lambda i: (layout.position[i], i))
+    for i in (i for i, after in zip(entries, [*entries[1:], None]) if after is None
+              or layout.position[i] != layout.position[after]):  # fmt: skip
+        block = layout.span[i] >= 0
+        shift = layout.begin[i] - layout.prefix[i] if block else 0
+        row = (layout.token[i], layout.kind[i], max(layout.span[i], 0), block - 1, layout.position[i], layout.prefix[i],
+               layout.begin[i] - shift, layout.end[i] - shift)  # fmt: skip
+        for column, value in zip(COLUMNS, row):
+            getattr(blocks, column).append(value)
+    return blocks
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +279,7 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
     for example in examples(fluent, 5):
         layout = encode(example, fluent, method)
         model = Perfect(layout, fluent)
-        if method.plan != "given":  # <eos> is written, not kept
-            for column in ("token", "kind", "round", "span", "position", "prefix", "begin", "end"):
-                getattr(layout, column).pop()
+        layout = sampled(layout)
         for constrained in (True, False):
             config = SampleConfig(max_tokens=1500, constrained=constrained, steps_ratio=0.1)
             answer = Sampler(model, fluent, config, method).answer([example.prompt])[0]
