@@ -140,13 +140,13 @@ class Transformer(nn.Module):
             for layer in (module.attention.out, module.down):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.n_layer) ** 0.5)
 
-    def forward(self, token, position, see, cache=None, index=None):
+    def forward(self, token, position, see, cache=None, index=None, n_keys=None):
         """Hidden states (B, T, D) of tokens (B, T) at RoPE positions (B, T) that see keys by see (B, T, 3).
 
         Without a cache the keys are the tokens themselves. With one, token (b, t) is entry
-        index[b, t] of it, and `see` speaks of entries.
+        index[b, t] of it, `see` speaks of entries, and only the first `n_keys` are seen (default: as many as see says).
         """
-        n_keys = token.shape[1] if cache is None else int(see.max())
+        n_keys = n_keys or (token.shape[1] if cache is None else int(see.max()))
         prepare, attend = self.backend
         mask = prepare(see, n_keys)
         cos, sin = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)

@@ -63,23 +63,32 @@ def probabilities(logits, config):
     return probs
 
 
-def draw(probs, config, generator):
-    """Token ids (N,) from probabilities (N, V)."""
+def draw(probs, config, generators):
+    """Token ids (N,) from probabilities (N, V). `generators`: a pair of generator and number of rows an answer."""
     if config.temperature == 0:
         return probs.argmax(-1)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    parts = probs.split([n for _, n in generators])
+    return torch.cat([torch.multinomial(p, 1, generator=g)[:, 0] for p, (g, _) in zip(parts, generators)])
 
 
-def certainty(probs, token, config, generator):
+def certainty(probs, token, config, generators):
     """(N,) how certain each slot's token is, by config.order; a threshold is one of confidence."""
     if config.threshold or config.order == "confidence":
         return probs.gather(-1, token[:, None])[:, 0]
     if config.order == "entropy":
-        return torch.special.entr(probs).sum(-1).neg()
+        return (probs * probs.clamp_min(1e-30).log()).sum(-1)  # torch.special.entr takes five times as long on a CPU
     if config.order == "margin":
         top = probs.topk(2, dim=-1).values
         return top[:, 0] - top[:, 1]
-    return torch.rand(len(probs), generator=generator, device=probs.device)
+    return torch.cat([torch.rand(n, generator=g, device=probs.device) for g, n in generators])
+
+
+def ranks(sure, group):
+    """(N,) the place of each slot among those of its group, the most certain first. group: (N,) rising numbers."""
+    order = sure.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    first = torch.searchsorted(group, group)  # where the group begins
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)
 
 
 # ---------------------------------------------------------------- one answer
@@ -132,28 +141,51 @@ class Answer:
         slot = self.layout.kind.index(SLOT, start) + self.step
         return range(slot - 1 if self.step else start, slot)
 
-    def take(self, hidden, entries):
-        """Go on with the hidden states (n, D) of those entries."""
+    def reads(self, entries):
+        """What the pass over these entries predicts, in groups: (columns of the pass, how many of them to keep).
+
+        Sparse spans fill by themselves. Dense ones do so together, most certain first over the whole
+        round, or they could not agree on anything.
+        """
+        if self.stage == "write":
+            return [([len(entries) - 1], 1)]
+        if self.causal:
+            return [([entries.index(self.unread(*span).stop - 1)], 1) for span in self.active]
+        kind, mask = self.layout.kind, self.tokenizer.mask
+        column = {i: n for n, i in enumerate(entries) if self.layout.token[i] == mask}
+        slots = [[i for i in range(*span) if kind[i] == SLOT] for span in self.active]
+        groups = [sum(slots, [])] if self.layout.attention == "dense" else slots
+        left = [[column[i] for i in group if i in column] for group in groups]
+        return [(columns, self.share(len(group), len(columns))) for group, columns in zip(groups, left)]
+
+    def share(self, slots, left):
+        """How many to fill of a group's slots, of which so many are left; a threshold may fill more."""
+        if self.config.threshold:
+            return 1
+        return max(0, math.ceil(slots * (self.step + 1) / self.steps) - (slots - left))
+
+    def allowed(self):
+        """(vocabulary,) which tokens may be drawn: slots hold text or [PAD], never a tag."""
+        if self.stage != "write":
+            return self.sampler.slot_tokens
+        return torch.from_numpy(self.grammar.allowed()) if self.config.constrained else self.sampler.all_tokens
+
+    def take(self, entries, reads, drawn):
+        """Go on with what was drawn for the columns of `reads`: a token each, and whether to keep it."""
         self.positions += len(entries)
+        self.cached = len(self.layout) if self.stage == "write" else self.drafts[-1].spans[0][0]
         if self.stage == "write":
             self.plan_passes += 1
-            self.cached = len(self.layout)
-            self.write(hidden[-1])
+            self.write(drawn[0][0])
         else:
             self.denoise_passes += 1
-            self.cached = self.drafts[-1].spans[0][0]
-            (self.extend if self.causal else self.denoise)(hidden, entries)
+            (self.extend if self.causal else self.unmask)(entries, reads, drawn)
             self.end_step()
         self.force()
 
-    def write(self, hidden):
+    def write(self, token):
         """Stage 1: append the next token of plan or text."""
-        allowed = torch.from_numpy(self.grammar.allowed()).to(hidden.device)
-        logits = self.sampler.model.logits(hidden)
-        if self.config.constrained:
-            logits = logits.masked_fill(~allowed, float("-inf"))
-        token = int(draw(probabilities(logits[None], self.config), self.config, self.generator))
-        if allowed[token]:
+        if self.config.constrained or self.grammar.allowed()[token]:
             self.append(token)
         else:
             self.broken, self.stage = True, "done"
@@ -202,33 +234,17 @@ class Answer:
         longest = max(slots for _, slots in spans)
         self.step, self.steps = 0, longest if self.causal else math.ceil(self.config.steps_ratio * longest)
 
-    def denoise(self, hidden, entries):
-        """Stage 2: fill the most certain slots of each unfinished span.
+    def unmask(self, entries, reads, drawn):
+        """Stage 2: fill slots of the unfinished spans."""
+        for column, (token, kept) in zip((c for columns, _ in reads for c in columns), drawn):
+            if kept:
+                self.layout.token[entries[column]] = token
 
-        Sparse spans fill by themselves. Dense ones do so together, most certain first over the whole
-        round, or they could not agree on anything.
-        """
-        tok, token = self.tokenizer, self.layout.token
-        masked = [n for n, i in enumerate(entries) if token[i] == tok.mask]
-        logits = self.sampler.model.logits(hidden[masked], tok.pad + 1)  # text or [PAD], never a tag
-        probs = probabilities(logits, self.config)
-        drawn = draw(probs, self.config, self.generator)
-        sure = certainty(probs, drawn, self.config, self.generator)
-        guess = {entries[n]: pair for n, pair in zip(masked, zip(sure.tolist(), drawn.tolist()))}
-        groups = [self.active] if self.layout.attention == "dense" else [[span] for span in self.active]
-        for group in groups:
-            slots = [i for start, stop in group for i in range(start, stop) if self.layout.kind[i] == SLOT]
-            left = sorted((i for i in slots if i in guess), key=lambda i: -guess[i][0])
-            for i in left[: self.share(len(slots), [guess[i][0] for i in left])]:
-                token[i] = guess[i][1]
-
-    def extend(self, hidden, entries):
+    def extend(self, entries, reads, drawn):
         """Stage 2 of causal spans: write the next token of each unfinished span; [PAD] ends it."""
-        pad, slots = self.tokenizer.pad, [self.unread(*span).stop for span in self.active]
-        logits = self.sampler.model.logits(hidden[[entries.index(slot - 1) for slot in slots]], pad + 1)
-        drawn = draw(probabilities(logits, self.config), self.config, self.generator).tolist()
-        for slot, (_, stop), token in zip(slots, self.active, drawn):
-            stop = stop - 1 if token == pad else slot + 1  # the last entry is </async>
+        for (start, stop), (token, _) in zip(self.active, drawn):
+            slot = self.unread(start, stop).stop
+            stop = stop - 1 if token == self.tokenizer.pad else slot + 1  # the last entry is </async>
             self.layout.token[slot:stop] = [token] * (stop - slot)
 
     def end_step(self):
@@ -239,12 +255,6 @@ class Answer:
         self.active = self.active if unfinished and self.layout.attention == "dense" else unfinished
         if not unfinished:
             self.end_round()
-
-    def share(self, slots, sure):
-        """How many of the unfilled slots, whose certainties are `sure` (falling), to fill of `slots` in all."""
-        if self.config.threshold:
-            return max(1, sum(s >= self.config.threshold for s in sure))
-        return max(0, math.ceil(slots * (self.step + 1) / self.steps) - (slots - len(sure)))
 
     def end_round(self):
         """Go on after a round, or end. The pass that reads what follows computes the finished spans once more, so
@@ -308,6 +318,10 @@ class Sampler:
     def __init__(self, model, tokenizer, config, method=MethodConfig()):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.method, self.device = method, model.embedding.weight.device
+        self.all_tokens = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
+        self.slot_tokens = torch.arange(tokenizer.vocab_size) <= tokenizer.pad
+        # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
+        self.turns = (("write", "denoise"),) if self.device.type == "cuda" else (("write",), ("denoise",))
 
     @classmethod
     def load(cls, path, config, device="cpu"):
@@ -326,8 +340,8 @@ class Sampler:
         longest = max((len(a.layout) for a in answers), default=0) + self.config.max_tokens
         cache = KVCache(self.model.config, len(answers), longest, self.device)
         while any(answer.stage != "done" for answer in answers):
-            for stage in ("write", "denoise"):  # apart: one token of an answer need not wait for a hundred of another
-                rows = [row for row, answer in enumerate(answers) if answer.stage == stage]
+            for stages in self.turns:
+                rows = [row for row, answer in enumerate(answers) if answer.stage in stages]
                 if rows:
                     cache.select(rows)
                     self.step([answers[row] for row in rows], cache, watch, start)
@@ -336,11 +350,32 @@ class Sampler:
     def step(self, live, cache, watch, start):
         """One forward pass for some answers, whose rows of the cache are selected."""
         entries = [answer.entries() for answer in live]
-        for answer, mine, hidden in zip(live, entries, self.forward(live, entries, cache)):
-            answer.take(hidden[: len(mine)], mine)
+        reads = [answer.reads(mine) for answer, mine in zip(live, entries)]
+        drawn = self.draw(live, self.forward(live, entries, cache), reads)
+        for answer, mine, groups in zip(live, entries, reads):
+            answer.take(mine, groups, [next(drawn) for columns, _ in groups for _ in columns])
             answer.seconds = time.perf_counter() - start
             if watch:
                 watch(answer)
+
+    def draw(self, live, hidden, reads):
+        """An iterator over what all columns of `reads` predict: pairs of a token and whether to keep it."""
+        groups = [(row, columns, share) for row, mine in enumerate(reads) for columns, share in mine]
+        table = [(row, c, number, share) for number, (row, columns, share) in enumerate(groups) for c in columns]
+        row, column, group, share = torch.tensor(table, device=self.device).T.contiguous()
+        allowed = torch.stack([answer.allowed() for answer in live]).to(self.device)
+        logits = self.model.logits(hidden[row, column]).masked_fill_(~allowed[row], float("-inf"))
+        probs = probabilities(logits, self.config)
+        generators = [(a.generator, sum(len(columns) for columns, _ in mine)) for a, mine in zip(live, reads)]
+        token = draw(probs, self.config, generators)
+        kept = torch.ones_like(token)
+        # random numbers are drawn for all, so that an answer does not depend on those beside it
+        if self.config.order == "random" or any(len(columns) > share for _, columns, share in groups):
+            sure = certainty(probs, token, self.config, generators)
+            kept = ranks(sure, group) < share
+            if self.config.threshold:
+                kept |= sure >= self.config.threshold
+        return iter(torch.stack([token, kept], dim=1).tolist())  # where the host waits for the device, once a pass
 
     def forward(self, live, entries, cache):
         """Hidden states (B, T, D) of some layout entries of each answer; what is past an answer's own is padding."""
@@ -351,8 +386,9 @@ class Sampler:
             columns[row, : len(mine)] = torch.tensor(
                 [(y.token[i], y.position[i], y.prefix[i], y.begin[i], y.end[i], i) for i in mine]
             )
+        n_keys = int(columns[..., 2:5].max())  # here: later the host would have to wait for the device
         columns = columns.to(self.device)
-        return self.model(columns[..., 0], columns[..., 1], columns[..., 2:5], cache, columns[..., 5])
+        return self.model(columns[..., 0], columns[..., 1], columns[..., 2:5], cache, columns[..., 5], n_keys)
 
 
 def main():

@@ -137,10 +137,13 @@ def test_the_cache_is_exact_also_after_sync(planner, tokenizer, attention):
 @pytest.mark.parametrize("attention, settings", [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[7]])
 def test_a_batch_answers_each_prompt_as_if_alone(planner, tokenizer, attention, settings):
     sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, **settings), METHOD[attention])
-    for prompt, batched in zip(PROMPTS, sampler.answer(PROMPTS)):
+    answers = sampler.answer(PROMPTS)
+    for prompt, batched in zip(PROMPTS, answers):
         alone = sampler.answer([prompt])[0]
         assert ids(batched) == ids(alone)
         assert costs(batched) == costs(alone)
+    sampler.turns = (("write", "denoise"),)  # as on a GPU: prompts of both stages in one pass
+    assert [(ids(a), costs(a)) for a in sampler.answer(PROMPTS)] == [(ids(a), costs(a)) for a in answers]
 
 
 # ---------------------------------------------------------------- plans
@@ -344,17 +347,24 @@ def order_probabilities(model, tokenizer, prompt, name, slots, tokens, orders):
 
 
 def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(tokenizer):
-    tokenizer, n = Tokenizer(tokenizer.tokens, unit=3), 3000
+    tokenizer, n, slots = Tokenizer(tokenizer.tokens, unit=3), 3000, False
     (name,), tokens = tokenizer.encode("a")[-1:], (*tokenizer.encode("the")[-1:], *tokenizer.encode("of")[-1:], tokenizer.pad)
     model = steered(tokenizer, 1, 0.25, topic=999.0, length=999.0, lengths=1)
     logits, only = model.logits, torch.full((tokenizer.vocab_size,), -999.0)
     only[list(tokens)] = 0
     only[[name, tokenizer.topic, tokenizer.length_id(1), tokenizer.eos]] = torch.tensor([300.0, 0, 0, 0])
     only_slots = only.index_fill(0, torch.tensor([name]), -999.0)
-    model.logits = lambda hidden, n=None: logits(hidden, n) + (only if n is None else only_slots)[:n]
+    model.logits = lambda hidden, n=None: logits(hidden, n) + (only_slots if slots else only)[:n]
+
+    class Staged(Sampler):
+        def draw(self, live, hidden, reads):
+            nonlocal slots
+            slots = live[0].stage == "denoise"
+            return super().draw(live, hidden, reads)
 
     config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
-    drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Sampler(model, tokenizer, config).answer([""] * n))
+    drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
+    slots = True
 
     def chi_square(orders):
         exact = order_probabilities(model, tokenizer, "", [name], 3, tokens, orders)
