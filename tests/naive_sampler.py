@@ -163,7 +163,7 @@ class NaiveSampler:
             before = [slots[n][step] - 1 for n in unfinished]
             self.pay(plan_end, sum(1 if step else i + 1 - places[n].start for n, i in zip(unfinished, before)))
             hidden = hidden_states(self.model, self.tokens, self.attention)
-            for n, token in zip(unfinished, self.draw(self.model.logits(hidden[before], self.tok.pad + 1))):
+            for n, token in zip(unfinished, self.draw(self.slot_logits(hidden[before]))):
                 for i in slots[n][step:] if token == self.tok.pad else slots[n][step : step + 1]:
                     self.tokens[i].id = token
             step += 1
@@ -181,13 +181,19 @@ class NaiveSampler:
             for group in groups:
                 self.fill(group, step, steps, hidden)
 
+    def slot_logits(self, hidden):
+        """Slots hold text or [PAD], never a tag; over the whole vocabulary, as random numbers are drawn for all of it."""
+        logits = self.model.logits(hidden)
+        logits[:, self.tok.pad + 1 :] = -torch.inf
+        return logits
+
     def masked(self, slots):
         return [i for i in slots if self.tokens[i].id == self.tok.mask]
 
     def fill(self, slots, step, steps, hidden):
         """Fill the most certain slots of a span, or of all spans of a dense round."""
         left, guess = self.masked(slots), {}
-        logits = self.model.logits(hidden[left], self.tok.pad + 1)
+        logits = self.slot_logits(hidden[left])
         for i, p, token in zip(left, (logits / (self.config.temperature or 1)).softmax(-1), self.draw(logits)):
             sure = float(p[token])
             guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
