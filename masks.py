@@ -13,7 +13,8 @@ Run `python masks.py` to see the mask of an example.
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,12 +196,29 @@ class Batch:
     weight: torch.Tensor  # (B, T) float32, weight of a slot's loss: 1/t or 1
     n_tokens: int  # tokens that are not padding
 
+    @cached_property
+    def places(self):
+        """Where in (B * T) something is predicted: (plan or text, slots)."""
+        predicted, in_span = (self.target != IGNORE).flatten(), self.in_span.flatten()
+        return (predicted & ~in_span).nonzero()[:, 0], (predicted & in_span).nonzero()[:, 0]
+
+    @property
+    def n_keys(self):
+        """How many keys all tokens see together."""
+        return int((self.see[..., 0] + self.see[..., 2] - self.see[..., 1]).sum())
+
     def map(self, function):
         """The batch with a function applied to each array."""
-        return Batch(**{name: value if name == "n_tokens" else function(value) for name, value in vars(self).items()})
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: value if name == "n_tokens" else function(value) for name, value in columns.items()})
 
     def to(self, device):
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        def move(tensor):
+            return (tensor.pin_memory() if str(device).startswith("cuda") else tensor).to(device, non_blocking=True)
+
+        moved = self.map(move)
+        moved.places = tuple(map(move, self.places))  # found here: on a GPU the host would have to wait for it
+        return moved
 
 
 def make_batch(sequences, rounds, tokenizer, rng, weight="elbo", t_min=0.0, history="clean"):

@@ -83,12 +83,12 @@ class JointLoss(nn.Module):
         self.model, self.slot_tokens = model, slot_tokens
 
     def forward(self, batch):
-        hidden = self.model(batch.token, batch.position, batch.see)  # (B, T, D)
-        plan, span = (batch.target != IGNORE) & ~batch.in_span, (batch.target != IGNORE) & batch.in_span
-        plan_loss = F.cross_entropy(self.model.logits(hidden[plan]).float(), batch.target[plan], reduction="sum")
+        hidden = self.model(batch.token, batch.position, batch.see).flatten(0, 1)  # (B * T, D)
+        target, (plan, span) = batch.target.flatten(), batch.places
+        plan_loss = F.cross_entropy(self.model.logits(hidden[plan]).float(), target[plan], reduction="sum")
         logits = self.model.logits(hidden[span], self.slot_tokens).float()  # (masked slots, slot_tokens)
-        span_loss = F.cross_entropy(logits, batch.target[span], reduction="none") @ batch.weight[span]
-        return plan_loss, span_loss
+        span_loss = F.cross_entropy(logits, target[span], reduction="none") * batch.weight.flatten()[span]
+        return plan_loss, span_loss.sum()  # not a product of vectors: autocast would compute that in bfloat16
 
 
 def counts(batch, weight):
@@ -164,7 +164,10 @@ class Batches:
 
 
 class Trainer:
-    """A run: what it trains, its place, its log. `config.out` holds all that is needed to go on."""
+    """A run: what it trains, its place, its log. `config.out` holds all that is needed to go on.
+
+    Nothing in an update waits for the device: while that computes, the host makes the next batch.
+    """
 
     PLACE = ("step", "tokens", "seconds", "recent")  # updates, tokens, seconds so far; losses since the last log row
 
@@ -192,6 +195,7 @@ class Trainer:
         self.model.attend_by(config.attention, self.dtype)
         self.optimizer = Optimizer(self.model, config)
         self.step, self.tokens, self.seconds, self.recent = 0, 0, 0.0, []
+        self.work = 0  # floating-point operations of this process since it began, attention to masked keys not counted
         self.interrupted = self.stopping = False
         self.start()
         if config.compile:
@@ -213,7 +217,8 @@ class Trainer:
                 raise ValueError(f"{path} is of a run with other {', '.join(other)}: take those or another --out")
             self.model.load_state_dict(model.state_dict())
             self.optimizer.load(state)
-            self.step, self.tokens, self.seconds, self.recent = (info[name] for name in self.PLACE)
+            self.step, self.tokens, self.seconds, recent = (info[name] for name in self.PLACE)
+            self.recent = [*torch.tensor(recent, dtype=torch.double, device=self.device)]
             self.say(f"going on with {path} after {self.step} updates")
         elif self.config.init:
             model, tokenizer, _, _ = load_checkpoint(locate(self.config.init), self.device)
@@ -228,7 +233,8 @@ class Trainer:
     def save(self):
         """Write all that the run needs to go on; a finished one also model.safetensors, its float16 weights alone."""
         if self.rank == 0:
-            info = self.settings() | {name: getattr(self, name) for name in self.PLACE}
+            place = {name: getattr(self, name) for name in self.PLACE}
+            info = self.settings() | place | {"recent": [losses.tolist() for losses in self.recent]}
             model, state = (self.model, self.tokenizer, info), self.optimizer.state()
             save_checkpoint(self.out / "checkpoint.safetensors", *model, state)
             if self.step == self.config.steps:
@@ -239,35 +245,39 @@ class Trainer:
             print(text, flush=True)
 
     def update(self):
-        """One update. Returns plan and span loss of the global batch, in nats a token, and its share of padding."""
+        """One update. Returns (3,): plan and span loss of the global batch, in nats a token, its share of padding."""
         c, made = self.config, []
         for i in range(self.rank, c.accumulate, self.world):
             sequences, rounds = self.batches[self.step * c.accumulate + i]
             rng = np.random.default_rng([c.seed, self.step, i])
-            batch = make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min, c.history)
-            made.append(batch.to(self.device))
+            made.append(make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min, c.history))
         sizes = [sum(b.n_tokens for b in made), sum(b.token.numel() for b in made), self.interrupted]
-        total = torch.cat([sum(counts(b, c.weight) for b in made), torch.tensor(sizes, device=self.device).double()])
-        self.sum_over_processes(total)
+        total = torch.cat([sum(counts(b, c.weight) for b in made), torch.tensor(sizes).double()])
+        total = self.sum_over_processes(total)
+        weights = torch.tensor([1.0, c.span_weight]) / total[:2].clamp(min=1)
         losses = torch.zeros(2, dtype=torch.double, device=self.device)
         for i, batch in enumerate(made):
             self.parallel.require_backward_grad_sync = i == len(made) - 1  # exchange gradients once an update
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                sums = torch.stack(self.parallel(batch)) / total[:2].clamp(min=1)
+                sums = torch.stack(self.parallel(batch.to(self.device)))
             # DDP takes the mean over processes, but total already counts them all
-            (self.world * (sums[0] + c.span_weight * sums[1])).backward()
+            (self.world * (sums[0] * float(weights[0]) + sums[1] * float(weights[1]))).backward()
             losses += sums.detach()
-        self.sum_over_processes(losses)
+            self.work += 3 * batch.n_tokens * self.model.flops_per_token(batch.n_keys / batch.n_tokens)
+        losses = self.sum_over_processes(losses / total[:2].clamp(min=1).to(self.device))
         nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step(self.step)
         self.model.zero_grad()
         self.step, self.tokens = self.step + 1, self.tokens + int(total[2])
         self.stopping = bool(total[4])  # all processes stop after the same update
-        return (*losses.tolist(), 1 - float(total[2] / total[3]))
+        return torch.cat([losses, (1 - total[2:3] / total[3]).to(self.device)])
 
     def sum_over_processes(self, tensor):
-        if self.world > 1:
-            dist.all_reduce(tensor)
+        if self.world == 1:
+            return tensor
+        summed = tensor.to(self.device)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
 
     def run(self):
         """Train to the end, or until Ctrl-C, which ends the run between two updates and saves."""
@@ -275,11 +285,11 @@ class Trainer:
         size = f"{self.model.n_params() / 1e6:.2f}M parameters, {len(self.train_set)} examples"
         self.say(f"{size}, on {self.world} x {self.device}")
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
-        started = time.perf_counter() - self.seconds
-        self.base = self.seconds, self.tokens, self.step
+        self.started = time.perf_counter() - self.seconds
+        self.base, self.work = (self.seconds, self.tokens, self.step), 0
         while self.step < c.steps and not self.stopping:
             self.recent.append(self.update())
-            self.seconds = time.perf_counter() - started
+            self.seconds = time.perf_counter() - self.started
             done = self.step == c.steps
             validating = self.step % c.validate_every == 0 or done
             if self.step % c.log_every == 0 or done:
@@ -299,12 +309,14 @@ class Trainer:
 
     def report(self):
         """Say how the run goes. Returns its row of the log: means since the last one."""
-        plan, span, padding = np.mean(self.recent, axis=0)
+        plan, span, padding = torch.stack(self.recent).mean(0).tolist()
+        self.seconds = time.perf_counter() - self.started  # now that the device has done all of it
         seconds, tokens, step = self.base
         passed = self.seconds - seconds
         left = passed / (self.step - step) * (self.config.steps - self.step)
         self.say(f"step {self.step:6}/{self.config.steps}  plan {plan:.4f}  span {span:.4f}  {padding:4.1%} padding  "
-                 f"{(self.tokens - tokens) / passed:6.0f} tokens/s  {left / 60:.1f} min left")  # fmt: skip
+                 f"{(self.tokens - tokens) / passed:6.0f} tokens/s{utilization(self.work / passed, self.device)}  "
+                 f"{left / 60:.1f} min left")  # fmt: skip
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), "plan": plan, "span": span}
 
     def validate(self):
@@ -312,6 +324,16 @@ class Trainer:
         plan, span, _ = validate(self.loss, examples, self.tokenizer, self.device)
         self.say(f"validation: plan {plan:.4f}, span ELBO {span:.4f} nats a token")
         return plan, span
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, of the data sheets
+
+
+def utilization(flops, device):
+    """FLOP/s for a reader, and as a share of what the device could do (MFU) where that is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    return f"  {flops / 1e12:.3g} TFLOP/s" + (f" ({flops / peak:.1%} MFU)" if peak else "")
 
 
 class Log:

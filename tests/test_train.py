@@ -94,7 +94,13 @@ def test_plan_and_spans_are_counted_apart(tokenizer, sequences):
     assert masked < int(batch.in_span.sum())
 
 
-def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_path):
+@pytest.fixture
+def exact(monkeypatch):
+    """Trainers compute in float32, also where bfloat16 is faster."""
+    monkeypatch.setattr("train.fast_dtype", lambda device: torch.float32)
+
+
+def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_path, exact):
     """The gradient that the optimizer gets is that of plan + span_weight x span."""
     trainer = make(folder, tmp_path, span_weight=0.3, clip=1e9)
     reference = copy.deepcopy(trainer.model)
@@ -103,9 +109,19 @@ def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_pa
     (plan + 0.3 * span).backward()
     grads = []
     trainer.optimizer.step = lambda step: grads.extend(p.grad.clone() for p in trainer.model.parameters())
-    assert trainer.update()[:2] == pytest.approx((plan.item(), span.item()), rel=1e-5)
+    assert trainer.update()[:2].tolist() == pytest.approx((plan.item(), span.item()), rel=1e-5)
     for grad, p in zip(grads, reference.parameters()):
         torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "elbo"])
+def test_the_losses_of_an_update_in_bfloat16_are_near_those_in_float32(folder, tmp_path, monkeypatch, weight):
+    """Near: bfloat16 has 8 bits, the sums over tokens are in float32."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("train.fast_dtype", lambda device: dtype)
+        losses.append(make(folder, tmp_path / str(dtype), weight=weight).update()[:2].tolist())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
 
 
 @torch.no_grad()
@@ -337,7 +353,7 @@ def merged(parts, pad):
 
 
 @pytest.mark.parametrize("weight", ["uniform", "elbo"])
-def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
+def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight, exact):
     trainer = make(folder, tmp_path, accumulate=3, weight=weight)
     model = copy.deepcopy(trainer.model)
     parts = [make_batch(*trainer.batches[i], trainer.tokenizer, np.random.default_rng([0, 0, i]), weight) for i in range(3)]
@@ -346,7 +362,7 @@ def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight):
     sums.sum().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     Optimizer(model, trainer.config).step(0)
-    assert trainer.update()[:2] == pytest.approx(sums.tolist(), rel=1e-5)
+    assert trainer.update()[:2].tolist() == pytest.approx(sums.tolist(), rel=1e-5)
     for a, b in zip(trainer.model.parameters(), model.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 

@@ -1,0 +1,159 @@
+"""Time training and sampling of planned diffusion beside autoregression: same code, same sizes, one run.
+
+    python bench.py                                          # the shipped models of data/tasks
+    python bench.py --preset gpu --compile                   # training of 30M parameters, on a GPU
+    python bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64
+
+All that is compared is measured in turns; figures are medians, with quartiles. Warm-up is excluded and the device
+synchronised. (kernels/bench.py times attention alone.)
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+
+from data import read_split
+from model import ModelConfig
+from sample import SampleConfig, Sampler
+from settings import locate
+from train import MethodConfig, TrainConfig, Trainer, utilization
+
+MODELS = {"default": ModelConfig(), "gpu": ModelConfig(n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1536)}
+BATCH = {"default": 8, "gpu": 64}
+
+
+def synchronized():
+    """The time, when the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(calls, repeats):
+    """name -> seconds of each of `repeats` calls, after one that is not counted."""
+    seconds = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = synchronized()
+            call()
+            seconds[name] += [synchronized() - start] if repeat else []
+    return seconds
+
+
+def spread(values, form):
+    """Median and quartiles for a reader."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{form % median} ({form % low} to {form % high})"
+
+
+# ---------------------------------------------------------------- training
+
+
+def bench_training(args):
+    """Tokens/s of each method's training, and as a share of autoregressive training."""
+    print(f"\nTraining on {args.data}, {args.updates} updates a turn: tokens/s, median and quartiles of {args.repeats}")
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {method: Trainer(TrainConfig(data=args.data, out=f"{folder}/{method}", batch=BATCH[args.preset],
+                                                attention=args.attention, compile=args.compile),
+                                    MODELS[args.preset], MethodConfig(method))
+                    for method in ("ar", "planned", "dense", "parallel-ar")}  # fmt: skip
+        done = {method: [] for method in trainers}
+
+        def train(method):
+            trainer = trainers[method]
+            tokens, work = trainer.tokens, trainer.work
+            for _ in range(args.updates):
+                trainer.update()
+            done[method].append((trainer.tokens - tokens, trainer.work - work))
+
+        seconds = in_turns({method: lambda m=method: train(m) for method in trainers}, args.repeats)
+    speed = {m: [n / s for (n, _), s in zip(done[m][1:], seconds[m])] for m in trainers}
+    for method, trainer in trainers.items():
+        flops = sum(work for _, work in done[method][1:]) / sum(seconds[method])
+        share = statistics.median(speed[method]) / statistics.median(speed["ar"])
+        print(f"{method:>12}  {spread(speed[method], '%.0f')}  {share:.2f} of ar {utilization(flops, trainer.device)}")
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class Measured(Sampler):
+    """A sampler that notes how many positions each pass computes, padding included."""
+
+    def forward(self, live, entries, cache):
+        self.widths.append((len(live), max(map(len, entries))))
+        return super().forward(live, entries, cache)
+
+
+def matrix_products(model, widths):
+    """Only the products with weights that passes of these (batch, positions) need, without attention or logits."""
+    weights = [w for block in model.blocks for w in block.parameters() if w.ndim == 2]
+    with torch.inference_mode():
+        for batch, positions in widths:
+            for weight in weights:
+                F.linear(weight.new_zeros(batch, positions, weight.shape[1]), weight)
+
+
+def bench_sampling(args):
+    """Seconds a batch of prompts of both models, and how far they are from their own matrix products."""
+    config = SampleConfig(steps_ratio=args.steps_ratio)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    samplers = {"ar": Measured.load(args.ar, config, device), "planned": Measured.load(args.planned, config, device)}
+    prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans]
+    print(f"\nSampling, steps_ratio {args.steps_ratio}: ms a batch, median and quartiles of {args.repeats}; tokens/s of")
+    print("content; its passes; its time beside that of its bare matrix products; and how much faster than ar")
+    for batch in args.batch:
+        answers, calls = {}, {}
+
+        def answer(name):
+            samplers[name].widths = []
+            answers[name] = samplers[name].answer(prompts[:batch])
+
+        calls = {name: lambda n=name: answer(n) for name in samplers}
+        calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.widths) for n, s in samplers.items()}
+        seconds = in_turns(calls, args.repeats)
+        for name, sampler in samplers.items():
+            median, bare = (statistics.median(seconds[key]) for key in (name, f"{name} products"))
+            tokens = sum(a.result()["content_tokens"] for a in answers[name])
+            passes, faster = len(sampler.widths), statistics.median(seconds["ar"]) / median
+            print(f"batch {batch:3} {name:>8}  {spread([1e3 * s for s in seconds[name]], '%.1f')} ms  "
+                  f"{tokens / median:.0f} tokens/s  {passes} passes of {1e3 * median / passes:.2f} ms  "
+                  f"{median / bare:.2f} x products  {faster:.2f} x ar", flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("both", "training", "sampling"), default="both", help="(default: both)")
+    parser.add_argument("--preset", choices=MODELS, default="default", help="model that is trained (default: default)")
+    parser.add_argument("--data", default="data/tasks", help="data set (default: %(default)s)")
+    parser.add_argument("--attention", default="auto", help="what computes attention in training (default: auto)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model that is trained")
+    parser.add_argument("--updates", type=int, default=10, help="of each turn of training (default: %(default)s)")
+    parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
+    parser.add_argument("--ar", default="checkpoints/tasks/ar.safetensors", help="its baseline (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once (default: 1 8)")
+    parser.add_argument("--steps_ratio", type=float, default=0.5, help="of denoising (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of everything (default: %(default)s)")
+    args = parser.parse_args()
+    if args.repeats < 2:
+        sys.exit(f"bench.py: --repeats {args.repeats}: expected 2 or more, for there are quartiles")
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    try:
+        if args.part != "sampling":
+            bench_training(args)
+        if args.part != "training":
+            bench_sampling(args)
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
