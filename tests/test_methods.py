@@ -1,17 +1,14 @@
-"""The methods: what each learns of an example, and its sampler against a naive one and against what was learnt."""
+"""The methods: what each learns of an example."""
 
 import itertools
-from collections import defaultdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OTTER, SENTENCES, TOPICS, random_example, small_model
+from conftest import OTTER, random_example
 from naive_masks import oracle_target, read_tags
-from naive_sampler import NaiveSampler, Token, hidden_states
-from test_sample import costs, ids, steered
+from naive_sampler import Token, hidden_states
 
 from data import Example
 from masks import (
@@ -20,19 +17,14 @@ from masks import (
     PLAN,
     PROMPT,
     SLOT,
-    Layout,
     Sequence,
     encode_example,
     make_batch,
 )
-from methods import METHODS, MethodConfig, encode
-from model import ModelConfig, Transformer
-from sample import SampleConfig, Sampler
-from tags import Grammar, Round, Span, Tokenizer, parse_answer, plain_text
+from methods import MethodConfig, encode
+from tags import Round, Span, plain_text
 from train import JointLoss, TrainConfig, counts
 
-COLUMNS = ("token", "kind", "round", "span", "position", "prefix", "begin", "end")
-PROMPTS = ("the otter swims", SENTENCES[3], "", "play")
 CAUSAL, BLOCKS = MethodConfig("parallel-ar"), MethodConfig("block", block=6)
 GIVEN_PLANS = [BLOCKS, MethodConfig("block", block=1), MethodConfig("diffusion", block=40)]
 ALL = [*map(MethodConfig, ("planned", "dense", "parallel-ar", "ar")), *GIVEN_PLANS,
@@ -221,215 +213,3 @@ def test_the_loss_of_causal_spans_is_their_log_probability_token_by_token(model,
                     break
         batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(0), "elbo")
         assert float(JointLoss(model, tokenizer.pad + 1)(batch)[1]) == pytest.approx(expected, rel=1e-5)
-
-
-# ---------------------------------------------------------------- answers: what was learnt; the naive samplers' ones
-
-
-class Perfect:
-    """Stands for a model that predicts each token of one layout wherever training asks for it."""
-
-    def __init__(self, layout, tokenizer):
-        sequence, self.table = Sequence(layout), torch.full((5000,), tokenizer.pad)
-        self.config = ModelConfig(tokenizer.vocab_size, n_layer=1, d_model=4, n_head=1, n_kv_head=1)
-        self.embedding = SimpleNamespace(weight=torch.zeros(tokenizer.vocab_size, 1))
-        for i in range(len(layout)):
-            if sequence.next[i] != IGNORE:
-                self.table[i] = int(sequence.next[i])
-            if layout.kind[i] == SLOT:
-                self.table[layout.position[i] - (layout.attention == "causal")] = layout.token[i]
-
-    def eval(self):
-        return self
-
-    def __call__(self, token, position, see, cache, index, n_keys):
-        return position[..., None]
-
-    def logits(self, hidden, n_tokens=None):
-        return 30.0 * F.one_hot(self.table[hidden[..., 0]], len(self.embedding.weight))[..., :n_tokens]
-
-
-def sampled(layout):
-    """The layout that sampling writes: no <eos>, and of blocks the copies for the loss alone, a round each."""
-    if PLAN in layout.kind:
-        for column in COLUMNS:
-            getattr(layout, column).pop()
-        return layout
-    blocks, entries = Layout(), sorted(range(len(layout)), key=lambda i: (layout.position[i], i))
-    for i in (i for i, after in zip(entries, [*entries[1:], None]) if after is None
-              or layout.position[i] != layout.position[after]):  # fmt: skip
-        block = layout.span[i] >= 0
-        shift = layout.begin[i] - layout.prefix[i] if block else 0
-        row = (layout.token[i], layout.kind[i], max(layout.span[i], 0), block - 1, layout.position[i], layout.prefix[i],
-               layout.begin[i] - shift, layout.end[i] - shift)  # fmt: skip
-        for column, value in zip(COLUMNS, row):
-            getattr(blocks, column).append(value)
-    return blocks
-
-
-@pytest.fixture(scope="module")
-def fluent():
-    """A tokenizer whose names of topics begin with a whole word: the grammar lets none begin with a lone space."""
-    return Tokenizer.train([*SENTENCES, *TOPICS * 3, "topic end" * 3], 500, unit=4)
-
-
-@pytest.mark.parametrize("method", ALL)
-def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
-    """Training and sampling agree on every token and on who sees whom, with the grammar's help and without."""
-    for example in examples(fluent, 5):
-        layout = encode(example, fluent, method)
-        model = Perfect(layout, fluent)
-        layout = sampled(layout)
-        for constrained in (True, False):
-            config = SampleConfig(max_tokens=1500, constrained=constrained, steps_ratio=0.1)
-            answer = Sampler(model, fluent, config, method).answer([example.prompt])[0]
-            assert answer.layout == layout and not answer.broken and not answer.cut
-            if method == MethodConfig():
-                assert answer.rounds() == list(example.rounds)
-        if method.plan != "given":
-            assert answer.plan_passes == layout.kind.count(PLAN) + 1, "without grammar nothing is forced"
-
-
-@pytest.fixture(scope="module")
-def planner(tokenizer):
-    return steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
-
-
-@pytest.fixture(scope="module")
-def writer(tokenizer):
-    """A model that fills a few blocks before its first [PAD]."""
-    return steered(tokenizer, 1, pad=6.0)
-
-
-SETTINGS = [(CAUSAL, {}), (CAUSAL, dict(temperature=1.0, seed=3)), (BLOCKS, {}), (BLOCKS, dict(threshold=0.4)),
-            (CAUSAL, dict(temperature=0.7, length_scale=0.6, seed=8)),
-            (MethodConfig("parallel-ar", repeat_topic=False), dict(temperature=0.5)),
-            (BLOCKS, dict(temperature=0.8, order="margin", seed=2)),
-            (MethodConfig("block", block=1), dict(temperature=1.0, seed=1)),
-            (MethodConfig("diffusion", block=32), dict(steps_ratio=0.4, order="confidence")),
-            (MethodConfig("diffusion", block=32), dict(threshold=0.3, temperature=0.6))]  # fmt: skip
-
-
-@pytest.mark.parametrize("method, settings", SETTINGS)
-def test_answers_and_costs_equal_the_naive_ones(planner, writer, tokenizer, method, settings):
-    given, spans = method.plan == "given", 0
-    model = writer if given else planner
-    for prompt, room in zip(PROMPTS[::2], (50, 33) if given else (60, 60)):
-        config = SampleConfig(max_tokens=room, **settings)
-        answer = Sampler(model, tokenizer, config, method).answer([prompt])[0]
-        naive = NaiveSampler(model, tokenizer, config, method.attention, method.repeat_topic)
-        expected = naive.answer_blocks(prompt, method.block) if given else naive.answer(prompt)
-        if given:
-            blocks = [answer.contents(span) for draft in answer.drafts for span in draft.spans]
-            assert (blocks, answer.cut) == (expected.pop("blocks"), expected.pop("cut")) and not answer.broken
-        else:
-            assert ids(answer) == expected.pop("rounds")
-        assert costs(answer) == expected
-        spans += sum(len(d.spans) for d in answer.drafts)
-    assert spans >= 2
-
-
-def test_a_causal_span_ends_at_its_first_pad_and_the_round_with_its_longest_span(planner, tokenizer):
-    early, config = 0, SampleConfig(max_tokens=90, temperature=0.8)
-    for answer in Sampler(planner, tokenizer, config, CAUSAL).answer(PROMPTS):
-        passes = 0
-        for draft in answer.drafts:
-            lengths = [0]
-            for slots in map(answer.contents, draft.spans):
-                end = slots.index(tokenizer.pad) if tokenizer.pad in slots else len(slots)
-                assert set(slots[end:]) <= {tokenizer.pad}
-                lengths.append(min(end + 1, len(slots)))
-                early += 0 < end < len(slots) - 1
-            passes += max(lengths)
-        assert answer.denoise_passes == passes
-    assert early, "some span ended before its last slot"
-
-
-@pytest.mark.parametrize("method", GIVEN_PLANS)
-def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, tokenizer, method):
-    cuts = set()
-    for room in (1, 2, 3, 9, 17, 60):
-        config = SampleConfig(max_tokens=room, temperature=1.0)
-        for answer in Sampler(writer, tokenizer, config, method).answer(PROMPTS):
-            blocks, result = [answer.contents(s) for d in answer.drafts for s in d.spans], answer.result()
-            assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
-            assert all(len(b) == method.block and tokenizer.pad not in b for b in blocks[:-1])
-            assert result["cut"] == (not blocks or tokenizer.pad not in blocks[-1])
-            assert not result["cut"] or sum(len(b) + 2 for b in blocks) > room - 3, "no room for one more slot"
-            text = tokenizer.decode(sum(blocks, []))
-            assert result["rounds"] == [{"text": text, "plan": [], "spans": []}] and result["text"] == text
-            assert [r.text for r in parse_answer(result["tagged"])] == [text.strip()]
-            assert result["plan_passes"] == 0 and result["critical_path"] == result["denoise_passes"]
-            cuts.add((bool(blocks), result["cut"]))
-    assert cuts == {(False, True), (True, True), (True, False)} or method.block == 1
-
-
-@pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
-def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer, threshold, passes):
-    class Counting(Sampler):
-        def forward(self, live, entries, cache):
-            masked[len(live[0].drafts)].append(live[0].layout.token.count(tokenizer.mask))
-            return super().forward(live, entries, cache)
-
-    masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
-    config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots
-    Counting(writer, tokenizer, config, BLOCKS).answer(PROMPTS[:1])
-    assert len(masked) > 1 and {len(seen) for seen in masked.values()} <= passes
-    for seen in masked.values():
-        assert seen[0] == 6 and all(after < before for before, after in zip(seen, seen[1:]))
-
-
-@pytest.mark.parametrize("method, settings", [*SETTINGS[:4], (GIVEN_PLANS[2], dict(temperature=1.0))])
-def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, method, settings):
-    def answers(prompts, seed):
-        config = SampleConfig(max_tokens=50, **{**settings, "seed": seed})
-        return Sampler(writer if method.plan == "given" else planner, tokenizer, config, method).answer(prompts)
-
-    for i, (prompt, batched) in enumerate(zip(PROMPTS, answers(PROMPTS, 5))):
-        (alone,) = answers([prompt], 5 + i)
-        assert (batched.layout, batched.cut, costs(batched)) == (alone.layout, alone.cut, costs(alone))
-
-
-@pytest.mark.parametrize("tag", ["topic_end", "async_", "mask", "user", "sync"])
-def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag):
-    method = MethodConfig("ar") if tag == "sync" else MethodConfig()
-    sampler = Sampler(steered(tokenizer, **{tag: 99.0}), tokenizer, SampleConfig(constrained=False), method)
-    for answer in sampler.answer(PROMPTS):
-        result = answer.result()
-        assert answer.stage == "done" and result["broken"] and not result["cut"]
-        assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
-
-
-@pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar", "ar"])
-def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, method):
-    """Of an untrained model, and of one that knows an example but now and then draws any other token."""
-    method, example = MethodConfig(method), random_example(4, fluent, rounds=3, spans=2)
-    untrained, seen = steered(fluent, 0, 0.2, topic=6.0, length=8.0, lengths=1, topic_end=8.0, eos=9.0), set()
-    for model, temperature in ((untrained, 1.5), (Perfect(encode(example, fluent, method), fluent), 3.3)):
-        config = SampleConfig(temperature=temperature, max_tokens=300, constrained=False, steps_ratio=0.05)
-        for answer in Sampler(model, fluent, config, method).answer([example.prompt] * 20):
-            grammar = Grammar(fluent, config.max_tokens, plans=method.plan == "written")
-            for token in [t for t, kind in zip(answer.layout.token, answer.layout.kind) if kind == PLAN]:
-                assert grammar.allowed()[token]
-                grammar.advance(token)
-            assert answer.plan_passes == answer.layout.kind.count(PLAN) + 1
-            assert answer.broken or grammar.allowed()[fluent.eos]
-            assert answer.stage == "done" and fluent.mask not in answer.layout.token and not answer.cut
-            assert len(parse_answer(answer.result()["tagged"])) == len(answer.drafts)
-            seen.add((answer.broken, SLOT in answer.layout.kind))
-    assert seen == set(itertools.product((True, False), (False,) if method.plan == "none" else (True, False)))
-
-
-@pytest.mark.parametrize("method", ALL)
-def test_untrained_models_answer_within_any_limit(tokenizer, method):
-    assert {m.method for m in ALL} == set(METHODS)
-    sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
-    fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
-    models = (fresh, dict(temperature=1.5, threshold=0.5)), (wild, {})
-    for (model, settings), limit, constrained in itertools.product(models, (1, 2, 3, 25), (True, False)):
-        config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
-        for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
-            ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
-            assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
-            assert answer.stage == "done" and tokenizer.mask not in answer.layout.token
-            assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)
