@@ -7,6 +7,14 @@
 
 #include "tiles.h"
 
+// Start copying the k and v of a visited tile to its half of the stages.
+template <class E, int D>
+__device__ void copy_keys(const Call &call, E *stages, const E *k, const E *v, int visit, int key0) {
+    E *stage = stages + visit % 2 * (2 * TILE * D);
+    copy_tile<E, D>(stage, k, call.k.token, key0, call.keys);
+    copy_tile<E, D>(stage + TILE * D, v, call.v.token, key0, call.keys);
+}
+
 // ---------------------------------------------------------------- forward
 
 // One tile of queries of one head. SPLIT: only a share of its key tiles, into part_o and part_lse.
@@ -22,11 +30,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) forward(Call call) {
     const int first = visits.n * split / call.splits, last = visits.n * (split + 1) / call.splits;
     const See see[2] = {read_see(call, batch, query0 + group_row()), read_see(call, batch, query0 + group_row() + 8)};
 
-    auto copy_visit = [&](int visit) {
-        E *stage = stages + visit % 2 * (2 * TILE * D);
-        copy_tile<E, D>(stage, k, call.k.token, visits.key0(visit), call.keys);
-        copy_tile<E, D>(stage + TILE * D, v, call.v.token, visits.key0(visit), call.keys);
-    };
+    auto copy_visit = [&](int visit) { copy_keys<E, D>(call, stages, k, v, visit, visits.key0(visit)); };
     copy_tile<E, D>(q_tile, head_of<E>(call.q, batch, head), call.q.token, query0, call.queries);
     if (first < last) copy_visit(first);
     copy_wait();
@@ -138,11 +142,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_q(Call call
     if (head == 0 && threadIdx.x == 0) ((Bounds *)call.bounds)[batch * gridDim.x + tile] = bounds;
     const See see[2] = {read_see(call, batch, query0 + group_row()), read_see(call, batch, query0 + group_row() + 8)};
 
-    auto copy_visit = [&](int visit) {
-        E *stage = stages + visit % 2 * (2 * TILE * D);
-        copy_tile<E, D>(stage, k, call.k.token, visits.key0(visit), call.keys);
-        copy_tile<E, D>(stage + TILE * D, v, call.v.token, visits.key0(visit), call.keys);
-    };
+    auto copy_visit = [&](int visit) { copy_keys<E, D>(call, stages, k, v, visit, visits.key0(visit)); };
     copy_tile<E, D>(q_tile, head_of<E>(call.q, batch, head), call.q.token, query0, call.queries);
     copy_tile<E, D>(grad_o_tile, head_of<E>(call.grad_o, batch, head), call.grad_o.token, query0, call.queries);
     if (visits.n) copy_visit(0);
