@@ -228,17 +228,19 @@ class Frontier:
 # ---------------------------------------------------------------- report
 
 
+def mean(row, figure):
+    """Mean of a figure over the answers that the quality is of: three families of tasks, or all free text."""
+    families = MEMORY_AND_COPYING if row["chrf"] is None else ("all",)
+    return sum(row["scores"][family][figure] for family in families) / len(families)
+
+
 def quality(row):
     """The one figure of the plot: exact answers of the families with one right answer, or chrF."""
-    scores = row["scores"]
-    if row["chrf"] is not None:
-        return row["chrf"] / 100
-    return sum(scores[family]["exact"] for family in MEMORY_AND_COPYING) / len(MEMORY_AND_COPYING)
+    return mean(row, "exact") if row["chrf"] is None else row["chrf"] / 100
 
 
 def headline(row):
-    whole = row["scores"]["all"]
-    return f"quality {quality(row):6.1%}  passes {whole['passes']:6.1f}  {1e3 * row['seconds_p50']:7.1f} ms"
+    return f"quality {quality(row):6.1%}  passes {mean(row, 'passes'):6.1f}  {1e3 * row['seconds_p50']:7.1f} ms"
 
 
 def table(rows):
@@ -249,11 +251,10 @@ def table(rows):
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for row in rows:
-        scores, whole = row["scores"], row["scores"]["all"]
         cells = [row["name"], row["sample"].replace("--", ""), f"{quality(row):.1%}"]
-        cells += [f"{scores[family]['exact']:.0%}" for family in families]
-        cells += [f"{whole[cost]:.1f}" for cost in ("passes", "critical_path", "positions")]
-        cells += [f"{whole['content_tokens'] / whole['passes']:.2f}"]
+        cells += [f"{row['scores'][family]['exact']:.0%}" for family in families]
+        cells += [f"{mean(row, cost):.1f}" for cost in ("passes", "critical_path", "positions")]
+        cells += [f"{mean(row, 'content_tokens') / mean(row, 'passes'):.2f}"]
         cells += [f"{1e3 * row[name]:.0f}" for name in ("seconds_p50", "seconds_p95")]
         yield "| " + " | ".join(cells) + " |"
 
@@ -267,7 +268,7 @@ def plot(rows, path):
         return
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     sides = {
-        "forward passes an answer": lambda row: row["scores"]["all"]["passes"],
+        "forward passes an answer": lambda row: mean(row, "passes"),
         "milliseconds an answer at batch 1 (median)": lambda row: 1e3 * row["seconds_p50"],
     }
     for axis, (label, cost) in zip(axes, sides.items()):
