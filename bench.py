@@ -106,6 +106,8 @@ def bench_sampling(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     samplers = {"ar": Measured.load(args.ar, config, device), "planned": Measured.load(args.planned, config, device)}
     prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans]
+    if len(prompts) < max(args.batch):
+        raise ValueError(f"--batch {max(args.batch)}: only {len(prompts)} test examples of {args.data} have a plan")
     print(f"\nSampling, steps_ratio {args.steps_ratio}: ms a batch, median and quartiles of {args.repeats}; tokens/s of")
     print("content; its passes; its time beside that of its bare matrix products; and how much faster than ar")
     for batch in args.batch:
