@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from data import read_split
+from methods import MethodConfig
 from model import ModelConfig
 from sample import SampleConfig, Sampler
 from settings import locate
-from train import MethodConfig, TrainConfig, Trainer, utilization
+from train import TrainConfig, Trainer, utilization
 
 MODELS = {"default": ModelConfig(), "gpu": ModelConfig(n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1536)}
 BATCH = {"default": 8, "gpu": 64}

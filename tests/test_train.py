@@ -1,4 +1,4 @@
-"""The joint loss against a naive loop, the batches, the optimizer, and runs that are interrupted, split or resumed."""
+"""The joint loss against a naive loop, and runs that are interrupted, split or resumed."""
 
 import copy
 import csv
@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from model import ModelConfig
 from optim import Optimizer
 from sample import SampleConfig, Sampler
 from tags import Round, Span, Tokenizer
-from train import Batches, JointLoss, Log, TrainConfig, Trainer, counts, validate
+from train import JointLoss, Log, TrainConfig, Trainer, counts, validate
 
 SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
 
@@ -154,56 +152,6 @@ def test_the_elbo_of_a_span_of_one_slot_is_its_likelihood_within_its_standard_er
         errors.append(error)
     assert errors[1] < 0.8 * errors[0] < 0.2 * np.mean(exact), "falls about as 1 / sqrt(draws)"
     assert math.isnan(validate(loss, sequences, tokenizer)[2]), "one draw tells no error"
-
-
-# ---------------------------------------------------------------- batches
-
-
-def stub(n, *targets):
-    """As much of a Sequence as Batches asks: its length and how many targets each round has."""
-    return SimpleNamespace(n_rounds=len(targets), targets_in=lambda r: targets[r], stop=lambda r: n)
-
-
-@pytest.mark.parametrize("n, size", [(12, 3), (13, 3), (32, 2), (5, 5)])
-def test_an_epoch_shows_each_example_once(n, size):
-    made = [stub(10 + i, 1) for i in range(n)]
-    batches, orders = Batches(made, size, seed=1), []
-    for epoch in range(3):
-        orders.append([made.index(s) for i in range(n // size) for s in batches[epoch * (n // size) + i][0]])
-        assert len(set(orders[-1])) == len(orders[-1]) == n // size * size
-    assert orders[0] != orders[1] or n == size
-
-
-def test_a_micro_batch_is_a_function_of_its_number(sequences):
-    def at(batches, number):
-        picked, rounds = batches[number]
-        return [id(s) for s in picked], rounds
-
-    one = Batches(sequences, 2, seed=3)
-    expected = [at(one, i) for i in range(20)]
-    assert [at(Batches(sequences, 2, seed=3), i) for i in range(20)] == expected
-    assert [at(one, i) for i in reversed(range(20))] == expected[::-1]
-    assert [at(Batches(sequences, 2, seed=4), i) for i in range(20)] != expected
-
-
-def test_rounds_are_picked_in_proportion_to_what_they_predict():
-    batches, n = Batches([stub(10, 2, 0, 30, 8)], 1, seed=0), 2000
-    picked = Counter(batches[i][1][0] for i in range(n))
-    assert picked[1] == 0
-    for round_, share in ((0, 0.05), (2, 0.75), (3, 0.2)):
-        assert abs(picked[round_] / n - share) < 4 * (share * (1 - share) / n) ** 0.5
-
-
-def test_little_of_a_batch_is_padding():
-    rng = np.random.default_rng(0)
-    batches = Batches([stub(n, 1) for n in rng.integers(10, 200, 512).tolist()], 8, seed=0)
-    lengths = np.array([[s.stop(0) for s in batches[i][0]] for i in range(64)])
-    assert 1 - lengths.mean() / lengths.max(axis=1).mean() < 0.1, "in random order it is 0.43"
-
-
-def test_too_few_examples_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="2 examples.*batch of 3"):
-        Batches([stub(5, 1)] * 2, 3, 0)
 
 
 # ---------------------------------------------------------------- runs
