@@ -49,7 +49,7 @@ def in_turns(calls, repeats):
 
 def spread(values, form):
     """Median and quartiles for a reader."""
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{form % median} ({form % low} to {form % high})"
 
 

@@ -1,6 +1,7 @@
 """The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
 
 import json
+import signal
 import sys
 import time
 from argparse import ArgumentParser
@@ -182,6 +183,7 @@ def scripts(root, monkeypatch):
     monkeypatch.setitem(frontier.PRESETS, "tasks", TOY)
     monkeypatch.setitem(frontier.GROUPS, "ablations", {f"seed {n}": Entry(f"--seed {n}") for n in range(2)})
     monkeypatch.setattr(sys, "argv", "frontier.py --group ablations --out some/where --workers 1".split())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs in the background
     return root
 
 
@@ -209,8 +211,8 @@ def test_a_script_that_fails_or_is_stopped_ends_all_with_a_message_that_names_it
 @pytest.mark.parametrize("when", ["'--init' not in sys.argv", "'--init' in sys.argv"])  # the warm-up; those after it
 def test_ctrl_c_lets_a_training_save_and_begins_no_other(scripts, when):
     """The terminal sends the signal to both; the script needs longer for it than Python would wait on its own."""
-    signal = f"import os, signal, sys, time\nif {when}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6)\n"
-    (scripts / "train.py").write_text(signal + SAVE)
+    send = f"import os, signal, sys, time\nif {when}: os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6)\n"
+    (scripts / "train.py").write_text(send + SAVE)
     with pytest.raises(SystemExit, match="frontier.py: stopped; the same command goes on from here"):
         frontier.main()
     logs = [path.read_text() for path in Path("some/where").glob("*/log.txt")]
