@@ -1,7 +1,7 @@
 """Time training and sampling of planned diffusion beside autoregression: same code, same sizes, one run.
 
     python bench.py                                          # the shipped models of data/tasks
-    python bench.py --preset gpu --compile                   # training of 30M parameters, on a GPU
+    python bench.py --preset gpu --compile                   # training of a larger model, on a GPU
     python bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64
 
 All that is compared is measured in turns; figures are medians, with quartiles. Warm-up is excluded and the device
@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from data import read_split
+from frontier import PRESETS
 from methods import MethodConfig
 from model import ModelConfig
 from sample import SampleConfig, Sampler
-from settings import locate
+from settings import add_settings, locate, pick
 from train import TrainConfig, Trainer, utilization
-
-MODELS = {"default": ModelConfig(), "gpu": ModelConfig(n_layer=8, n_head=8, n_kv_head=4, d_model=512, d_ff=1536)}
-BATCH = {"default": 8, "gpu": 64}
 
 
 def synchronized():
@@ -59,11 +57,14 @@ def spread(values, form):
 def bench_training(args):
     """Tokens/s of each method's training, and as a share of autoregressive training."""
     print(f"\nTraining on {args.data}, {args.updates} updates a turn: tokens/s, median and quartiles of {args.repeats}")
+    preset, parser = PRESETS[args.preset], argparse.ArgumentParser()
+    add_settings(parser, TrainConfig, ModelConfig)
+    shape = parser.parse_args(f"{preset.train} {preset.common} --data {args.data} --attention {args.attention}".split())
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {method: Trainer(TrainConfig(data=args.data, out=f"{folder}/{method}", batch=BATCH[args.preset],
-                                                attention=args.attention, compile=args.compile),
-                                    MODELS[args.preset], MethodConfig(method))
-                    for method in ("ar", "planned", "dense", "parallel-ar")}  # fmt: skip
+        trainers = {}
+        for method in ("ar", "planned", "dense", "parallel-ar"):
+            shape.out, shape.compile = f"{folder}/{method}", args.compile
+            trainers[method] = Trainer(pick(TrainConfig, shape), pick(ModelConfig, shape), MethodConfig(method))
         done = {method: [] for method in trainers}
 
         def train(method):
@@ -109,10 +110,10 @@ def bench_sampling(args):
     prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans]
     if len(prompts) < max(args.batch):
         raise ValueError(f"--batch {max(args.batch)}: only {len(prompts)} test examples of {args.data} have a plan")
-    print(f"\nSampling, steps_ratio {args.steps_ratio}: ms a batch, median and quartiles of {args.repeats}; tokens/s of")
-    print("content; its passes; its time beside that of its bare matrix products; and how much faster than ar")
+    print(f"\nSampling, steps_ratio {args.steps_ratio}: ms a batch, median and quartiles of {args.repeats}; tokens/s")
+    print("of content; its passes; its time beside that of its bare matrix products; and how much faster than ar")
     for batch in args.batch:
-        answers, calls = {}, {}
+        answers = {}
 
         def answer(name):
             samplers[name].widths = []
@@ -133,7 +134,7 @@ def bench_sampling(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("both", "training", "sampling"), default="both", help="(default: both)")
-    parser.add_argument("--preset", choices=MODELS, default="default", help="model that is trained (default: default)")
+    parser.add_argument("--preset", choices=PRESETS, default="tasks", help="model, of frontier.py (default: tasks)")
     parser.add_argument("--data", default="data/tasks", help="data set (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="what computes attention in training (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model that is trained")

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -170,16 +171,16 @@ class Answer:
             return self.sampler.slot_tokens
         return torch.from_numpy(self.grammar.allowed()) if self.config.constrained else self.sampler.all_tokens
 
-    def take(self, entries, reads, drawn):
-        """Go on with what was drawn for the columns of `reads`: a token each, and whether to keep it."""
+    def take(self, entries, drawn):
+        """Go on with what was drawn: for each column that was read a token, and whether to keep it."""
         self.positions += len(entries)
         self.cached = len(self.layout) if self.stage == "write" else self.drafts[-1].spans[0][0]
         if self.stage == "write":
             self.plan_passes += 1
-            self.write(drawn[0][0])
+            self.write(drawn[0][1])
         else:
             self.denoise_passes += 1
-            (self.extend if self.causal else self.unmask)(entries, reads, drawn)
+            (self.extend if self.causal else self.unmask)(entries, drawn)
             self.end_step()
         self.force()
 
@@ -234,15 +235,15 @@ class Answer:
         longest = max(slots for _, slots in spans)
         self.step, self.steps = 0, longest if self.causal else math.ceil(self.config.steps_ratio * longest)
 
-    def unmask(self, entries, reads, drawn):
+    def unmask(self, entries, drawn):
         """Stage 2: fill slots of the unfinished spans."""
-        for column, (token, kept) in zip((c for columns, _ in reads for c in columns), drawn):
+        for column, token, kept in drawn:
             if kept:
                 self.layout.token[entries[column]] = token
 
-    def extend(self, entries, reads, drawn):
+    def extend(self, entries, drawn):
         """Stage 2 of causal spans: write the next token of each unfinished span; [PAD] ends it."""
-        for (start, stop), (token, _) in zip(self.active, drawn):
+        for (start, stop), (_, token, _) in zip(self.active, drawn):
             slot = self.unread(start, stop).stop
             stop = stop - 1 if token == self.tokenizer.pad else slot + 1  # the last entry is </async>
             self.layout.token[slot:stop] = [token] * (stop - slot)
@@ -351,22 +352,23 @@ class Sampler:
         """One forward pass for some answers, whose rows of the cache are selected."""
         entries = [answer.entries() for answer in live]
         reads = [answer.reads(mine) for answer, mine in zip(live, entries)]
-        drawn = self.draw(live, self.forward(live, entries, cache), reads)
-        for answer, mine, groups in zip(live, entries, reads):
-            answer.take(mine, groups, [next(drawn) for columns, _ in groups for _ in columns])
+        drawn = self.predict(live, self.forward(live, entries, cache), reads)
+        for answer, mine, rows in zip(live, entries, drawn):
+            answer.take(mine, rows)
             answer.seconds = time.perf_counter() - start
             if watch:
                 watch(answer)
 
-    def draw(self, live, hidden, reads):
-        """An iterator over what all columns of `reads` predict: pairs of a token and whether to keep it."""
+    def predict(self, live, hidden, reads):
+        """What the columns of `reads` predict: for each answer rows of (column, token, whether to keep it)."""
         groups = [(row, columns, share) for row, mine in enumerate(reads) for columns, share in mine]
         table = [(row, c, number, share) for number, (row, columns, share) in enumerate(groups) for c in columns]
         row, column, group, share = torch.tensor(table, device=self.device).T.contiguous()
         allowed = torch.stack([answer.allowed() for answer in live]).to(self.device)
         logits = self.model.logits(hidden[row, column]).masked_fill_(~allowed[row], float("-inf"))
         probs = probabilities(logits, self.config)
-        generators = [(a.generator, sum(len(columns) for columns, _ in mine)) for a, mine in zip(live, reads)]
+        sizes = [sum(len(columns) for columns, _ in mine) for mine in reads]
+        generators = [(answer.generator, size) for answer, size in zip(live, sizes)]
         token = draw(probs, self.config, generators)
         kept = torch.ones_like(token)
         # random numbers are drawn for all, so that an answer does not depend on those beside it
@@ -375,7 +377,8 @@ class Sampler:
             kept = ranks(sure, group) < share
             if self.config.threshold:
                 kept |= sure >= self.config.threshold
-        return iter(torch.stack([token, kept], dim=1).tolist())  # where the host waits for the device, once a pass
+        drawn = iter(torch.stack([column, token, kept], dim=1).tolist())  # the host waits for the device, once a pass
+        return [list(islice(drawn, size)) for size in sizes]
 
     def forward(self, live, entries, cache):
         """Hidden states (B, T, D) of some layout entries of each answer; what is past an answer's own is padding."""

@@ -166,7 +166,8 @@ class Batches:
 class Trainer:
     """A run: what it trains, its place, its log. `config.out` holds all that is needed to go on.
 
-    Nothing in an update waits for the device: while that computes, the host makes the next batch.
+    On a GPU an update asks the device for no result, unless several processes share it: while that computes, the
+    host makes the next batch.
     """
 
     PLACE = ("step", "tokens", "seconds", "recent")  # updates, tokens, seconds so far; losses since the last log row
@@ -286,7 +287,7 @@ class Trainer:
         self.say(f"{size}, on {self.world} x {self.device}")
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         self.started = time.perf_counter() - self.seconds
-        self.base, self.work = (self.seconds, self.tokens, self.step), 0
+        self.base = self.seconds, self.tokens, self.step
         while self.step < c.steps and not self.stopping:
             self.recent.append(self.update())
             self.seconds = time.perf_counter() - self.started

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kernels
-from masks import ATTENTION, PLAN, PROMPT, Layout, visible
+from masks import ATTENTION, PLAN, PROMPT, Layout, sees, visible
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SAMPLING = [(64, 512), (128, 512), (64, 2048), (256, 2048), (64, 8192), (128, 8192), (512, 8192)]
@@ -82,7 +82,7 @@ def methods(q, k, v, see):
     prefix, begin, end = see.unbind(-1)
 
     def rule(b, h, i, j):
-        return (j < prefix[b, i]) | ((j >= begin[b, i]) & (j < end[b, i]))
+        return sees(j, prefix[b, i], begin[b, i], end[b, i])
 
     block_mask = create_block_mask(rule, B, None, T, S, device="cuda", _compile=True)
     flex = torch.compile(flex_attention, dynamic=False)

@@ -357,10 +357,10 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
     model.logits = lambda hidden, n=None: logits(hidden, n) + (only_slots if slots else only)[:n]
 
     class Staged(Sampler):
-        def draw(self, live, hidden, reads):
+        def predict(self, live, hidden, reads):
             nonlocal slots
             slots = live[0].stage == "denoise"
-            return super().draw(live, hidden, reads)
+            return super().predict(live, hidden, reads)
 
     config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
     drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
