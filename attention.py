@@ -21,10 +21,10 @@ def dense_mask(see, n_keys):
 
 
 def dense(q, k, v, mask):
-    if not q.is_cuda:  # bfloat16 takes three times as long there
-        q, k, v = q.float(), k.float(), v.float()
+    dtype = v.dtype if v.is_cuda else torch.float32  # on a CPU bfloat16 takes three times as long
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, enable_gqa=True)
+    return y.type_as(v)
 
 
 @torch.compiler.disable
@@ -66,12 +66,17 @@ BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it c
 }
 
 
-def choose(name, device, dtype, head_size):
-    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name."""
+def choose(name, device, dtype, head_size, many_shapes=False):
+    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name.
+
+    many_shapes: without FlexAttention, which takes long to begin with each new one.
+    """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
     if name != "auto":
         return name
     if torch.device(device).type != "cuda":
         return "dense"
-    return "kernel" if kernels.available(dtype, head_size) else "flex" if dtype != torch.float32 else "dense"
+    if kernels.available(dtype, head_size):
+        return "kernel"
+    return "dense" if dtype == torch.float32 or many_shapes else "flex"

@@ -88,9 +88,10 @@ def bench_training(args):
 class Measured(Sampler):
     """A sampler that notes how many positions each pass computes, padding included."""
 
-    def forward(self, live, entries, cache):
-        self.widths.append((len(live), max(map(len, entries))))
-        return super().forward(live, entries, cache)
+    def forward(self, live, entries, rows):
+        hidden = super().forward(live, entries, rows)
+        self.widths.append(hidden.shape[:2])
+        return hidden
 
 
 def matrix_products(model, widths):

@@ -49,23 +49,22 @@ class KVCache:
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (config.n_layer, 2, batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
-        self.junk = length
-        self.select(range(batch))
+        shape = (batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
+        zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
+        self.k, self.v = ([zeros() for _ in range(config.n_layer)] for _ in "kv")
+        self.batch, self.junk = batch, length
+        self.select(torch.arange(batch, device=device), first=True)
 
-    def select(self, rows):
-        """Which rows of the batch the next passes compute."""
-        self.rows = torch.tensor(list(rows), device=self.kv.device)
-        self.all = len(self.rows) == self.kv.shape[2]
+    def select(self, rows, first=False):
+        """Which rows of the batch the next passes compute, (B,); `first`: they are the first B, so not copied."""
+        self.rows, self.read = rows[:, None], slice(len(rows)) if first else rows
 
     def update(self, layer, index, k, v, n_keys):
         """Write k, v (B, Hkv, T, hd) of the selected rows at entries index (B, T); return theirs up to n_keys."""
-        kv = self.kv[layer]
-        kv[0][self.rows[:, None], :, index] = k.transpose(1, 2)
-        kv[1][self.rows[:, None], :, index] = v.transpose(1, 2)
-        seen = kv[:, :, :, :n_keys]  # (2, B, Hkv, n_keys, hd)
-        return seen if self.all else seen[:, self.rows]  # no copy while all rows take part
+        caches = self.k[layer], self.v[layer]
+        for cache, new in zip(caches, (k, v)):
+            cache[self.rows, :, index] = new.transpose(1, 2).to(cache.dtype)
+        return [cache[self.read, :, :n_keys] for cache in caches]  # (B, Hkv, n_keys, hd) each
 
 
 def rope(position, head_dim, theta):
@@ -97,7 +96,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.qk_norm:
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            dtype = self.q_norm.weight.dtype  # float32 also where autocast multiplies in bfloat16
+            q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = store(k, v)  # (B, Hkv, S, hd)
         y = attend(q, k, v, mask)
@@ -128,10 +128,10 @@ class Transformer(nn.Module):
         self.attend_by("dense")
         self.apply(self._init)
 
-    def attend_by(self, backend, dtype=torch.float32):
+    def attend_by(self, backend, dtype=torch.float32, many_shapes=False):
         """Choose what computes attention (attention.py) of queries in `dtype`."""
         head_size = self.config.d_model // self.config.n_head
-        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size)]
+        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, many_shapes)]
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

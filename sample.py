@@ -16,14 +16,14 @@ from itertools import islice
 
 import torch
 
+from graphs import Replayed, bucket
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from methods import MethodConfig, trained_by
 from model import KVCache, load_checkpoint
 from settings import add_settings, locate, pick, setting
 from show import Screen
 from tags import Grammar, Round, Span, format_answer, plain_text, span_slots
-
-ORDERS = ("entropy", "confidence", "margin", "random")
+from unmask import ORDERS, fill, probabilities
 
 
 @dataclass
@@ -48,48 +48,6 @@ class SampleConfig:
         if self.temperature < 0 or self.max_tokens < 1 or self.order not in ORDERS:
             raise ValueError(f"expected temperature >= 0, max_tokens >= 1 and an order of {', '.join(ORDERS)}, not "
                              f"{self.temperature}, {self.max_tokens}, {self.order}")  # fmt: skip
-
-
-# ---------------------------------------------------------------- drawing tokens
-
-
-def probabilities(logits, config):
-    """(N, V) probabilities that tokens are drawn from; at temperature 0 those of temperature 1."""
-    probs = torch.softmax(logits.float() / (config.temperature or 1.0), dim=-1)
-    if config.top_p < 1:  # nucleus (Holtzman et al. 2020): drop what the likelier tokens leave no room for
-        ranked, order = probs.sort(dim=-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= config.top_p] = 0
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-        probs /= probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw(probs, config, generators):
-    """Token ids (N,) from probabilities (N, V). `generators`: a pair of generator and number of rows an answer."""
-    if config.temperature == 0:
-        return probs.argmax(-1)
-    parts = probs.split([n for _, n in generators])
-    return torch.cat([torch.multinomial(p, 1, generator=g)[:, 0] for p, (g, _) in zip(parts, generators)])
-
-
-def certainty(probs, token, config, generators):
-    """(N,) how certain each slot's token is, by config.order; a threshold is one of confidence."""
-    if config.threshold or config.order == "confidence":
-        return probs.gather(-1, token[:, None])[:, 0]
-    if config.order == "entropy":
-        return (probs * probs.clamp_min(1e-30).log()).sum(-1)  # torch.special.entr takes five times as long on a CPU
-    if config.order == "margin":
-        top = probs.topk(2, dim=-1).values
-        return top[:, 0] - top[:, 1]
-    return torch.cat([torch.rand(n, generator=g, device=probs.device) for g, n in generators])
-
-
-def ranks(sure, group):
-    """(N,) the place of each slot among those of its group, the most certain first. group: (N,) rising numbers."""
-    order = sure.argsort(descending=True, stable=True)
-    order = order[group[order].argsort(stable=True)]
-    first = torch.searchsorted(group, group)  # where the group begins
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)
 
 
 # ---------------------------------------------------------------- one answer
@@ -322,13 +280,25 @@ class Sampler:
         self.all_tokens = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
         self.slot_tokens = torch.arange(tokenizer.vocab_size) <= tokenizer.pad
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
-        self.turns = (("write", "denoise"),) if self.device.type == "cuda" else (("write",), ("denoise",))
+        cuda = self.device.type == "cuda"
+        self.turns = (("write", "denoise"),) if cuda else (("write",), ("denoise",))
+        self.rounded, self.replayed = (bucket, Replayed) if cuda else (int, lambda function: function)  # graphs.py
+        self.cache = None
 
     @classmethod
     def load(cls, path, config, device="cpu"):
         """From a checkpoint, which says how it was trained."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
+        if torch.device(device).type == "cuda":
+            model.half().attend_by("auto", torch.float16, many_shapes=True)  # checkpoints of finished runs are float16
         return cls(model, tokenizer, config, trained_by(info, path))
+
+    def reserve(self, batch, length):
+        """Have a KV cache for so many answers and entries: the last one if it is large enough, for graphs know it."""
+        if self.cache is None or self.cache.batch < batch or self.cache.junk < length:
+            dtype = self.model.embedding.weight.dtype
+            self.cache = KVCache(self.model.config, self.rounded(batch), self.rounded(length), self.device, dtype)
+            self.compute = self.replayed(self.one_pass)
 
     @torch.inference_mode()
     def answer(self, prompts, watch=None):
@@ -339,20 +309,19 @@ class Sampler:
         start = time.perf_counter()
         answers = [Answer(prompt, self, self.config.seed + i) for i, prompt in enumerate(prompts)]
         longest = max((len(a.layout) for a in answers), default=0) + self.config.max_tokens
-        cache = KVCache(self.model.config, len(answers), longest, self.device)
+        self.reserve(len(answers), longest)
         while any(answer.stage != "done" for answer in answers):
             for stages in self.turns:
                 rows = [row for row, answer in enumerate(answers) if answer.stage in stages]
                 if rows:
-                    cache.select(rows)
-                    self.step([answers[row] for row in rows], cache, watch, start)
+                    self.step([answers[row] for row in rows], rows, watch, start)
         return answers
 
-    def step(self, live, cache, watch, start):
-        """One forward pass for some answers, whose rows of the cache are selected."""
+    def step(self, live, rows, watch, start):
+        """One forward pass for some answers, in these rows of the cache."""
         entries = [answer.entries() for answer in live]
         reads = [answer.reads(mine) for answer, mine in zip(live, entries)]
-        drawn = self.predict(live, self.forward(live, entries, cache), reads)
+        drawn = self.predict(live, self.forward(live, entries, rows), reads)
         for answer, mine, rows in zip(live, entries, drawn):
             answer.take(mine, rows)
             answer.seconds = time.perf_counter() - start
@@ -366,32 +335,36 @@ class Sampler:
         row, column, group, share = torch.tensor(table, device=self.device).T.contiguous()
         allowed = torch.stack([answer.allowed() for answer in live]).to(self.device)
         logits = self.model.logits(hidden[row, column]).masked_fill_(~allowed[row], float("-inf"))
-        probs = probabilities(logits, self.config)
         sizes = [sum(len(columns) for columns, _ in mine) for mine in reads]
         generators = [(answer.generator, size) for answer, size in zip(live, sizes)]
-        token = draw(probs, self.config, generators)
-        kept = torch.ones_like(token)
-        # random numbers are drawn for all, so that an answer does not depend on those beside it
-        if self.config.order == "random" or any(len(columns) > share for _, columns, share in groups):
-            sure = certainty(probs, token, self.config, generators)
-            kept = ranks(sure, group) < share
-            if self.config.threshold:
-                kept |= sure >= self.config.threshold
+        all_kept = all(len(columns) <= share for _, columns, share in groups)
+        token, kept = fill(probabilities(logits, self.config), group, share, all_kept, self.config, generators)
         drawn = iter(torch.stack([column, token, kept], dim=1).tolist())  # the host waits for the device, once a pass
         return [list(islice(drawn, size)) for size in sizes]
 
-    def forward(self, live, entries, cache):
-        """Hidden states (B, T, D) of some layout entries of each answer; what is past an answer's own is padding."""
-        columns = torch.zeros(len(live), max(map(len, entries)), 6, dtype=torch.long)
-        columns[:, :, 2], columns[:, :, 5] = 1, cache.junk  # padding sees one entry, writes where nobody looks
+    def forward(self, live, entries, rows):
+        """Hidden states (B, T, D) of some layout entries of each answer; the rest is padding.
+
+        rows: where the answers are in the cache.
+        """
+        size, width = self.rounded(len(rows)), self.rounded(max(map(len, entries)))
+        columns = torch.zeros(size, width, 6, dtype=torch.long)
+        columns[:, :, 2], columns[:, :, 5] = 1, self.cache.junk  # padding sees one entry, writes where nobody looks
         for row, (answer, mine) in enumerate(zip(live, entries)):
             y = answer.layout
             columns[row, : len(mine)] = torch.tensor(
                 [(y.token[i], y.position[i], y.prefix[i], y.begin[i], y.end[i], i) for i in mine]
             )
-        n_keys = int(columns[..., 2:5].max())  # here: later the host would have to wait for the device
-        columns = columns.to(self.device)
-        return self.model(columns[..., 0], columns[..., 1], columns[..., 2:5], cache, columns[..., 5], n_keys)
+        n_keys = self.rounded(int(columns[..., 2:5].max()))  # here: later the host would have to wait for the device
+        rows = [*rows, *[row for row in range(self.cache.batch) if row not in rows][: size - len(rows)]]
+        columns, picked = columns.to(self.device), torch.tensor(rows, device=self.device)
+        return self.compute(columns, picked, n_keys=n_keys, first=rows == list(range(size)))
+
+    def one_pass(self, columns, rows, n_keys, first):
+        """What a pass has the device do."""
+        self.cache.select(rows, first)
+        token, position, see, entry = columns[..., 0], columns[..., 1], columns[..., 2:5], columns[..., 5]
+        return self.model(token, position, see, self.cache, entry, n_keys)
 
 
 def main():

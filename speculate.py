@@ -20,7 +20,7 @@ class Reader:
 
     def __init__(self, model, length):
         self.model, self.device, self.read = model, model.embedding.weight.device, 0
-        self.cache = KVCache(model.config, 1, length, self.device)
+        self.cache = KVCache(model.config, 1, length, self.device, model.embedding.weight.dtype)
 
     def next(self, tokens, allowed):
         """The likeliest allowed token after each token not read before."""

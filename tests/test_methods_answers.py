@@ -170,9 +170,9 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
 @pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
 def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer, threshold, passes):
     class Counting(Sampler):
-        def forward(self, live, entries, cache):
+        def forward(self, live, entries, rows):
             masked[len(live[0].drafts)].append(live[0].layout.token.count(tokenizer.mask))
-            return super().forward(live, entries, cache)
+            return super().forward(live, entries, rows)
 
     masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
     config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots

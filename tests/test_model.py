@@ -324,7 +324,7 @@ def test_ragged_rows_of_a_cached_pass_are_what_they_are_alone_and_rows_can_leave
     first = [[i for i in range(len(y)) if y.kind[i] == PROMPT] for y in layouts]
     rest = [[i for i in range(len(y)) if y.kind[i] != PROMPT] for y in layouts]
     cached_pass(model, cache, layouts, first)
-    cache.select([3, 1])
+    cache.select(torch.tensor([3, 1]))
     hidden = cached_pass(model, cache, [layouts[3], layouts[1]], [rest[3], rest[1]])
     for n, h in zip((3, 1), hidden):
         torch.testing.assert_close(h, fresh(model, layouts[n])[rest[n]], atol=1e-5, rtol=1e-5)
@@ -334,9 +334,10 @@ def test_a_row_that_only_pads_a_pass_keeps_its_cache(model, tokenizer):
     layout = encode_example(OTTER, tokenizer)
     cache, every = KVCache(model.config, 2, len(layout)), list(range(len(layout)))  # full to its last entry
     cached_pass(model, cache, [layout, layout], [every, every])
-    before = cache.kv.clone()
+    before = [layer.clone() for layer in (*cache.k, *cache.v)]
     cached_pass(model, cache, [layout, layout], [every, []])
-    assert torch.equal(cache.kv[:, :, 1, :, :-1], before[:, :, 1, :, :-1])
+    for now, then in zip((*cache.k, *cache.v), before):
+        assert torch.equal(now[1, :, :-1], then[1, :, :-1])
 
 
 def test_junk_and_unwritten_entries_are_never_seen(model, tokenizer):
@@ -346,6 +347,7 @@ def test_junk_and_unwritten_entries_are_never_seen(model, tokenizer):
     outcomes = []
     for poison in (0.0, 1e4):
         cache = KVCache(model.config, 2, max(map(len, layouts)))
-        cache.kv.fill_(poison)
+        for layer in (*cache.k, *cache.v):
+            layer.fill_(poison)
         outcomes.append([*cached_pass(model, cache, layouts, first), *cached_pass(model, cache, layouts, rest)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes))

@@ -11,8 +11,9 @@ from naive_sampler import NaiveSampler, Token, hidden_states
 
 from masks import GIVEN, PLAN, PROMPT, SLOT, Layout, encode_prompt
 from methods import MethodConfig
-from sample import ORDERS, SampleConfig, Sampler, probabilities
+from sample import SampleConfig, Sampler
 from tags import EOS, TAGS, Grammar, Tokenizer, parse_answer
+from unmask import ORDERS, probabilities
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
 METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
@@ -50,16 +51,16 @@ class Recorder(Sampler):
         self.passes = []
         return super().answer(prompts, watch)
 
-    def forward(self, live, entries, cache):
+    def forward(self, live, entries, rows):
         self.passes.append((live[0].stage, entries[0], live[0]))
-        return super().forward(live, entries, cache)
+        return super().forward(live, entries, rows)
 
 
 class Exact(Recorder):
     """A sampler that compares each pass with a forward of the whole sequence without cache."""
 
-    def forward(self, live, entries, cache):
-        hidden = super().forward(live, entries, cache)
+    def forward(self, live, entries, rows):
+        hidden = super().forward(live, entries, rows)
         for answer, mine, h in zip(live, entries, hidden):
             y = answer.layout
             tokens = [Token(*t) for t in zip(y.token, y.round, (None if s < 0 else s for s in y.span))]
