@@ -103,22 +103,37 @@ def matrix_products(model, widths):
                 F.linear(weight.new_zeros(batch, positions, weight.shape[1]), weight)
 
 
+def bandwidth(device):
+    """Bytes/s that the device reads and writes in copying 256 MiB."""
+    source = torch.zeros(1 << 26, device=device)
+    copy = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(in_turns({"copy": lambda: copy.copy_(source)}, 5)["copy"])
+
+
 def bench_sampling(args):
-    """Seconds a batch of prompts of both models, and how far they are from their own matrix products."""
-    config = SampleConfig(steps_ratio=args.steps_ratio)
+    """Seconds a batch of prompts of both models, and how far they are from what the device could do."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    samplers = {"ar": Measured.load(args.ar, config, device), "planned": Measured.load(args.planned, config, device)}
-    prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans]
+    runs = {
+        "ar": (args.ar, SampleConfig()),
+        f"planned, steps_ratio {args.steps_ratio}": (args.planned, SampleConfig(steps_ratio=args.steps_ratio)),
+        f"planned, threshold {args.threshold}": (args.planned, SampleConfig(threshold=args.threshold)),
+    }
+    samplers = {name: Measured.load(path, config, device) for name, (path, config) in runs.items()}
+    if args.compile:
+        for sampler in samplers.values():
+            sampler.model.compile(dynamic=True)
+    prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans][: args.prompts]
     if len(prompts) < max(args.batch):
-        raise ValueError(f"--batch {max(args.batch)}: only {len(prompts)} test examples of {args.data} have a plan")
-    print(f"\nSampling, steps_ratio {args.steps_ratio}: ms a batch, median and quartiles of {args.repeats}; tokens/s")
-    print("of content; its passes; its time beside that of its bare matrix products; and how much faster than ar")
+        raise ValueError(f"--batch {max(args.batch)}: more than the {len(prompts)} test prompts of --data and --prompts")
+    rate = bandwidth(device)
+    print(f"\nSampling {len(prompts)} answers: ms an answer, median and quartiles of {args.repeats}; content tokens/s; passes;")
+    print(f"the time beside that of the bare matrix products, and of reading all weights once a pass at {rate / 1e9:.0f} GB/s")
     for batch in args.batch:
         answers = {}
 
         def answer(name):
-            samplers[name].widths = []
-            answers[name] = samplers[name].answer(prompts[:batch])
+            samplers[name].widths, parts = [], range(0, len(prompts), batch)
+            answers[name] = [a for i in parts for a in samplers[name].answer(prompts[i : i + batch])]
 
         calls = {name: lambda n=name: answer(n) for name in samplers}
         calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.widths) for n, s in samplers.items()}
@@ -127,9 +142,11 @@ def bench_sampling(args):
             median, bare = (statistics.median(seconds[key]) for key in (name, f"{name} products"))
             tokens = sum(a.result()["content_tokens"] for a in answers[name])
             passes, faster = len(sampler.widths), statistics.median(seconds["ar"]) / median
-            print(f"batch {batch:3} {name:>8}  {spread([1e3 * s for s in seconds[name]], '%.1f')} ms  "
+            floor = passes * sum(weight.nbytes for weight in sampler.model.parameters()) / rate
+            print(f"batch {batch:3}  {name:25}{spread([1e3 * s / len(prompts) for s in seconds[name]], '%.1f')} ms  "
                   f"{tokens / median:.0f} tokens/s  {passes} passes of {1e3 * median / passes:.2f} ms  "
-                  f"{median / bare:.2f} x products  {faster:.2f} x ar", flush=True)  # fmt: skip
+                  f"{median / bare:.1f} x products  {median / floor:.0f} x reading  {faster:.2f} x as fast as ar",
+                  flush=True)  # fmt: skip
 
 
 def main():
@@ -138,12 +155,14 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="tasks", help="model, of frontier.py (default: tasks)")
     parser.add_argument("--data", default="data/tasks", help="data set (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="what computes attention in training (default: auto)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model that is trained")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained and what samples")
     parser.add_argument("--updates", type=int, default=10, help="of each turn of training (default: %(default)s)")
     parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
     parser.add_argument("--ar", default="checkpoints/tasks/ar.safetensors", help="its baseline (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once (default: 1 8)")
-    parser.add_argument("--steps_ratio", type=float, default=0.5, help="of denoising (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="answered in a turn (default: %(default)s)")
+    parser.add_argument("--steps_ratio", type=float, default=0.5, help="one way to denoise (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.9, help="another way to (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of everything (default: %(default)s)")
     args = parser.parse_args()
     if args.repeats < 2:

@@ -27,10 +27,11 @@ import torch
 from data import write_whole
 from settings import ROOT
 
+CUDA = ["kernels/attention.cu", "kernels/gpu.h", "kernels/tiles.h"]
 CODE = {
     "train.py": ["train.py", "optim.py", "model.py", "attention.py", "methods.py", "masks.py", "tags.py",
-                 "data/__init__.py"],
-    "eval.py": ["eval.py", "sample.py", "speculate.py"],  # and what training depends on, by the checkpoint's key
+                 "data/__init__.py", "kernels/__init__.py", *CUDA],
+    "eval.py": ["eval.py", "sample.py", "unmask.py", "graphs.py", "speculate.py"],  # and what training depends on, by the checkpoint's key
 }
 
 
@@ -42,6 +43,7 @@ class Preset:
     train: str = ""  # the shape of every model but the smaller one
     common: str = ""  # options of every training
     small: str = ""  # the shape of the smaller autoregressive model, about half the parameters
+    judge: str = ""  # the shape of a larger one, under which free text has a perplexity
     limit: int = 0  # test prompts for quality (0: all)
     timed: int = 30  # test prompts for latency at batch 1
 
@@ -50,13 +52,14 @@ HALF_SIZE = "--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"
 PRESETS = {
     "tasks": Preset("data/tasks", 2000, 1000, small=HALF_SIZE, limit=140),
     "hours": Preset("data/tasks", 2000, 3000, small=HALF_SIZE, limit=140),
-    "recipes": Preset("data/recipes", 1200, 2400, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
-                      "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6", limit=100),
+    "recipes": Preset("data/recipes", 1000, 1000, "--d_model 192 --n_head 6 --n_kv_head 2 --d_ff 512",
+                      "", "--d_model 128 --n_head 4 --n_kv_head 2 --d_ff 384 --n_layer 6",
+                      "--d_model 256 --n_head 8 --n_kv_head 4 --d_ff 768 --n_layer 6", limit=100, timed=10),
     "gpu": Preset("data/tasks", 3000, 6000, "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8",
                   "--batch 32", "--d_model 384 --n_head 6 --n_kv_head 3 --d_ff 1024 --n_layer 8"),
 }  # fmt: skip
 
-WARM_UP = "warm-up"  # the autoregressive model that all others start from
+WARM_UP, JUDGE = "warm-up", "judge"  # the autoregressive models that all others start from, and are read by
 MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
 SWEEP = ("--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1", "--threshold 0.9")
 LENGTHS = ("--steps_ratio 0.5 --length_scale 0.5", "--steps_ratio 0.5 --length_scale 0.75",
@@ -171,10 +174,12 @@ class Frontier:
         return path
 
     def checkpoint(self, name):
-        """Checkpoint of an entry, or of the warm-up."""
+        """Checkpoint of an entry, of the warm-up, or of the judge."""
         p = self.preset
         if name == WARM_UP:
             return self.train(name, f"{p.train} {p.common} --method ar --steps {p.warmup}")
+        if name == JUDGE:
+            return self.train(name, f"{p.judge} {p.common} --method ar --steps {p.warmup + p.steps}")
         entry = self.entries[name]
         if entry.of:
             return self.checkpoint(entry.of)
@@ -183,29 +188,30 @@ class Frontier:
             return self.train(entry.train, f"{options} --steps {p.steps}", self.checkpoint(WARM_UP))
         return self.train(f"{entry.train} from scratch", f"{options} --steps {p.warmup + p.steps}")
 
-    def measure(self, name, sample, *how):
+    def measure(self, name, sample, *how, judge=""):
         """What eval.py says of a trained entry at one setting."""
-        p, checkpoint = self.preset, self.checkpoint(name)
-        options = ["--data", p.data, *sample.split(), *how, "--json"]
-        draft = self.entries[name].draft and self.checkpoint(self.entries[name].draft)
-        models = [hashes(path.parent, [path.name]) for path in (checkpoint, draft) if path]
-        key = digest(CODE_HASH["eval.py"], models, self.data, self.checker, options)
+        models = {"--checkpoint": name, "--draft": self.entries[name].draft, "--judge": judge}
+        paths = {flag: self.checkpoint(model) for flag, model in models.items() if model}
+        options = ["--data", self.preset.data, *sample.split(), *how, "--json"]
+        made_of = {flag: hashes(path.parent, [path.name]) for flag, path in paths.items()}
+        key = digest(CODE_HASH["eval.py"], made_of, self.data, self.checker, options)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
-            options += ["--checkpoint", str(checkpoint), *(["--draft", str(draft)] if draft else [])]
+            options += [text for pair in paths.items() for text in map(str, pair)]
             write_whole(path, self.call("eval.py", options, path.with_suffix(".log")))
         return json.loads(path.read_text())
 
     def quality(self, name, sample):
         """A row of the results: an entry at one setting."""
-        row = {"name": name, "sample": sample}
-        return row | self.measure(name, sample, "--draws", "4", "--limit", str(self.preset.limit))
+        judge = JUDGE if self.preset.judge else ""
+        of = self.measure(name, sample, "--draws", "4", "--limit", str(self.preset.limit), judge=judge)
+        return {"name": name, "sample": sample} | of
 
     def run(self):
         """All rows of the group, in its order. Up to `workers` scripts run at a time, but latency is measured alone."""
         trained = [name for name, entry in self.entries.items() if not entry.of]
-        cold = [name for name in trained if not self.entries[name].warm]
-        self.together(self.checkpoint, [(name,) for name in (WARM_UP, *cold)])  # then those that start from it
+        first = [WARM_UP, *(name for name in trained if not self.entries[name].warm)]
+        self.together(self.checkpoint, [(name,) for name in [*first, *[JUDGE] * bool(self.preset.judge)]])
         self.together(self.checkpoint, [(name,) for name in trained])
         rows = self.together(self.quality, [(name, s) for name, entry in self.entries.items() for s in entry.sample])
         for row in rows:
@@ -246,13 +252,15 @@ def headline(row):
 def table(rows):
     """Markdown lines: a row a method and setting."""
     families = [name for name in rows[0]["scores"] if name != "all"] if rows[0]["chrf"] is None else []
-    columns = ["method", "setting", "quality", *families, "passes", "critical path", "positions", "tokens a pass",
-               "ms (p50)", "ms (p95)"]  # fmt: skip
+    of_text = [name for name in ("perplexity", "distinct_1", "distinct_3") if not families and rows[0][name]]
+    columns = ["method", "setting", "quality", *families, *of_text, "passes", "critical path", "positions",
+               "tokens a pass", "ms (p50)", "ms (p95)"]  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for row in rows:
         cells = [row["name"], row["sample"].replace("--", ""), f"{quality(row):.1%}"]
         cells += [f"{row['scores'][family]['exact']:.0%}" for family in families]
+        cells += [f"{row[name]:.3g}" for name in of_text]
         cells += [f"{mean(row, cost):.1f}" for cost in ("passes", "critical_path", "positions")]
         cells += [f"{mean(row, 'content_tokens') / mean(row, 'passes'):.2f}"]
         cells += [f"{1e3 * row[name]:.0f}" for name in ("seconds_p50", "seconds_p95")]

@@ -1,6 +1,7 @@
 """The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
 
 import json
+import re
 import signal
 import sys
 import time
@@ -13,11 +14,11 @@ import pytest
 
 import frontier
 from eval import EvalConfig
-from frontier import GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
+from frontier import CODE, CUDA, GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
 from methods import MethodConfig
 from model import ModelConfig
 from sample import SampleConfig
-from settings import add_settings, pick
+from settings import ROOT, add_settings, pick
 from train import TrainConfig
 
 TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
@@ -39,7 +40,8 @@ def report_of(exact=0.5, seconds=1):
     """A made-up report of eval.py."""
     whole = {"exact": exact, "passes": 4, "critical_path": 3, "positions": 50, "content_tokens": 20}
     times = {"seconds_p50": seconds, "seconds_p95": 2 * seconds, "peak_memory_mb": 1}
-    return {"scores": dict.fromkeys(("facts", "lookups", "transforms", "stories", "all"), whole), "chrf": None, **times}
+    text = {"chrf": None, "perplexity": None, "distinct_1": 0.25, "distinct_3": 0.75}
+    return {"scores": dict.fromkeys(("facts", "lookups", "transforms", "stories", "all"), whole), **text, **times}
 
 
 ROWS = [{"name": name, "sample": sample, **report_of()}
@@ -108,10 +110,12 @@ def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_st
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run, preset, group):
     rows, trained, measured = run(PRESETS[preset], GROUPS[group])
-    assert len(trained) == 1 + sum(not e.of for e in GROUPS[group].values()), "entries `of` another train nothing"
+    of_none = sum(not e.of for e in GROUPS[group].values())
+    assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), "entries `of` another train nothing"
     assert 2 * len(rows) == len(measured) == 2 * sum(len(e.sample) for e in GROUPS[group].values())
     made = {f"{args.out}/model.safetensors": args for args in trained}
-    updates = {a.steps + (made[a.init].steps if a.init else 0) for a in (made[m.checkpoint] for m in measured)}
+    used = [made[path] for m in measured for path in (m.checkpoint, m.draft, m.judge) if path]
+    updates = {args.steps + (made[args.init].steps if args.init else 0) for args in used}
     assert updates == {PRESETS[preset].warmup + PRESETS[preset].steps}
 
 
@@ -124,6 +128,12 @@ def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
     assert found == sorted((*point, *how) for point in points for how in ((9, EvalConfig.batch), (3, 1)))
     assert {(quality(row), row["seconds_p95"] / row["seconds_p50"]) for row in rows} == {(0.5, 2)}
     assert len({row["seconds_p50"] for row in rows}) == MEASURED and min(row["seconds_p50"] for row in rows) > 1000
+
+
+def test_a_larger_judge_reads_the_answers_but_has_no_part_in_their_time(run):
+    _, trained, measured = run(replace(TOY, judge="--d_model 64"))
+    (judge,) = (f"{args.out}/model.safetensors" for args in trained if (args.method, args.d_model) == ("ar", 64))
+    assert {(m.batch, m.judge) for m in measured} == {(EvalConfig.batch, judge), (1, "")}
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 10, 15])
@@ -150,6 +160,7 @@ CHANGES = {  # what changes: trainings, measurements of quality and of latency t
     "common": ALL, "families.py": (0, MEASURED, MEASURED), "eval.py": (0, MEASURED, MEASURED),
     "limit": (0, MEASURED, 0), "timed": (0, 0, MEASURED), "steps": (TRAINED - 1, MEASURED, MEASURED),
     "train": (TRAINED - 1, MEASURED - 1, MEASURED - 1), "small": (1, 2, 2),
+    "judge": (1, MEASURED, 0),
 }  # fmt: skip
 
 
@@ -250,7 +261,25 @@ def test_quality_is_the_mean_of_three_families_or_chrf_and_the_table_has_a_row_a
     assert len(head) == len(rule) and {len(cells) for cells in rows} == {len(head)}
     assert [cells[:3] for cells in rows] == [[r["name"], r["sample"].removeprefix("--"), "50.0%"] for r in ROWS]
     assert "stories" in head and rows[0][head.index("ms (p95)")] == "2000"
-    assert "stories" not in next(table([{**row, "chrf": 50} for row in ROWS]))
+    head, _, first, *_ = table([{**row, "chrf": 50, "perplexity": 7.123} for row in ROWS])
+    assert "stories" not in head and "| perplexity | distinct_1 | distinct_3 |" in head
+    assert "| 7.12 | 0.25 | 0.75 |" in first
+
+
+def imported(script, known):
+    """Files of the project that a script imports, and so on, itself included."""
+    if script not in known:
+        known.add(script)
+        names = re.findall(r"^(?:from|import) ([a-z]+)", (ROOT / script).read_text(), re.MULTILINE)
+        for name in (path for n in names for path in (f"{n}.py", f"{n}/__init__.py") if (ROOT / path).exists()):
+            imported(name, known)
+    return known
+
+
+@pytest.mark.parametrize("script", CODE)
+def test_the_key_of_a_result_is_made_of_all_code_that_it_comes_from(script):
+    """But for what reads options and what shows answers."""
+    assert imported(script, set()) - {"settings.py", "show.py"} == {*CODE["train.py"], *CODE[script]} - set(CUDA)
 
 
 def test_the_plot_is_a_png_if_there_is_matplotlib(tmp_path, monkeypatch, capsys):
