@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kernels
+from graphs import record
 from masks import ATTENTION, PLAN, PROMPT, Layout, sees, visible
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -141,19 +142,6 @@ def compared(calls):
     return prepare(calls, compare)
 
 
-def captured(call, calls=10):
-    """The call `calls` times as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    return graph.replay
-
-
 def measure(calls, repeats, divide=1):
     """name -> (quartile, median, quartile) in microseconds of each call, all taken in turns."""
     times = {name: [] for name in calls}
@@ -202,7 +190,8 @@ def bench_sampling(args):
         for T, S in SAMPLING:
             see = sampling_see(T, S)[None].repeat(B, 1, 1).cuda()
             q, k, v = inputs(B, T, S, args)
-            graphs = prepare(compared(methods(q, k, v, see)), lambda name, call: captured(call))
+            ten_times = lambda name, call: record(lambda: [call() for _ in range(10)])[0]
+            graphs = prepare(compared(methods(q, k, v, see)), ten_times)
             flops = 4 * int(visible(see, S).sum()) * args.heads * args.head_size
             report(f"{B} x {T} on {S}", measure(graphs, args.repeats, divide=10), flops)
 
