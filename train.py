@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class TrainConfig:
     warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0")
     attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient")
-    compile: bool = setting(False, "torch.compile the model: faster after a minute, needs a C++ compiler")
+    compile: bool = setting(False, "torch.compile the model: faster after a minute, in which Ctrl-C waits; needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise")
     validate_every: int = setting(1000, "updates between validations and checkpoints")
     validate_on: int = setting(128, "validation examples used during training")
@@ -252,6 +253,7 @@ class Trainer:
             sequences, rounds = self.batches[self.step * c.accumulate + i]
             rng = np.random.default_rng([c.seed, self.step, i])
             made.append(make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min, c.history))
+        self.interrupted |= signal.SIGINT in signal.sigpending()
         sizes = [sum(b.n_tokens for b in made), sum(b.token.numel() for b in made), self.interrupted]
         total = torch.cat([sum(counts(b, c.weight) for b in made), torch.tensor(sizes).double()])
         total = self.sum_over_processes(total)
@@ -285,28 +287,39 @@ class Trainer:
         c, log = self.config, Log(self.out / "log.csv", self.step) if self.rank == 0 else None
         size = f"{self.model.n_params() / 1e6:.2f}M parameters, {len(self.train_set)} examples"
         self.say(f"{size}, on {self.world} x {self.device}")
-        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         self.started = time.perf_counter() - self.seconds
         self.base = self.seconds, self.tokens, self.step
-        while self.step < c.steps and not self.stopping:
-            self.recent.append(self.update())
-            self.seconds = time.perf_counter() - self.started
-            done = self.step == c.steps
-            validating = self.step % c.validate_every == 0 or done
-            if self.step % c.log_every == 0 or done:
-                row = self.report()
-                if validating:
-                    row["val_plan"], row["val_span"] = self.validate()
-                if log:
-                    log.write(row)
-                self.recent = []
-            if validating or self.stopping:
-                self.save()
-        if self.stopping and not done:
-            self.say(f"stopped after {self.step} updates; the same command goes on from here")
-        signal.signal(signal.SIGINT, before)
+        with self.ctrl_c_waits():
+            while self.step < c.steps and not self.stopping:
+                self.recent.append(self.update())
+                self.seconds = time.perf_counter() - self.started
+                done = self.step == c.steps
+                validating = self.step % c.validate_every == 0 or done
+                if self.step % c.log_every == 0 or done:
+                    row = self.report()
+                    if validating:
+                        row["val_plan"], row["val_span"] = self.validate()
+                    if log:
+                        log.write(row)
+                    self.recent = []
+                if validating or self.stopping:
+                    self.save()
+            if self.stopping and not done:
+                self.say(f"stopped after {self.step} updates; the same command goes on from here")
         if self.world > 1:
             dist.destroy_process_group()
+
+    @contextmanager
+    def ctrl_c_waits(self):
+        """Ctrl-C is held back till an update looks for it. What the run starts inherits that: a compiler that is
+        stopped would leave half a file, on which later runs fail."""
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, before)
 
     def report(self):
         """Say how the run goes. Returns its row of the log: means since the last one."""

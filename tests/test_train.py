@@ -214,6 +214,21 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(whole, folder, tm
     assert losses(tmp_path) == expected
 
 
+def test_ctrl_c_stops_no_compiler_that_a_run_has_called(folder, tmp_path):
+    """It would leave half a file. The terminal sends the signal to all of its processes."""
+    called = []
+
+    def press():
+        compiler = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('done')"]
+        called.append(subprocess.run(compiler, capture_output=True, text=True).stdout)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupt(make(folder, tmp_path), 2, press)
+    assert called == ["done\n"] and len(losses(tmp_path)) == 3
+    with pytest.raises(KeyboardInterrupt):  # now it does again what it did
+        signal.raise_signal(signal.SIGINT)
+
+
 class Crash(BaseException):
     """Ends a run on the spot, as a power cut would."""
 
