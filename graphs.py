@@ -5,6 +5,8 @@ records them once and launches them together. It is of fixed shapes and addresse
 shapes are rounded up (`bucket`) to have few, and what goes in and comes out lies in tensors that stay.
 """
 
+from functools import cache
+
 import torch
 
 
@@ -12,6 +14,12 @@ def bucket(n):
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is n or more: at most a third of it is wasted."""
     power = 1 << max(n - 1, 0).bit_length()  # the first power of two that is large enough
     return power * 3 // 4 if power * 3 // 4 >= n else power
+
+
+@cache
+def memory():
+    """All graphs share it: none is repeated before what another left was used."""
+    return torch.cuda.graph_pool_handle()
 
 
 def record(function):
@@ -22,7 +30,7 @@ def record(function):
         function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory()):
         output = function()
     return graph.replay, output
 
@@ -30,7 +38,7 @@ def record(function):
 class Replayed:
     """A function of tensors and constants that returns a tensor, recorded once for each shape and constants.
 
-    Its output is overwritten by its next call. All else that the function reads has to stay where it is.
+    Its output lasts until the next call of this or another one. All else that the function reads has to stay where it is.
     """
 
     def __init__(self, function):
