@@ -124,10 +124,11 @@ def bench_sampling(args):
             sampler.model.compile(dynamic=True)
     prompts = [e.prompt for e in read_split(locate(args.data) / "test.jsonl") if e.rounds[0].spans][: args.prompts]
     if len(prompts) < max(args.batch):
-        raise ValueError(f"--batch {max(args.batch)}: more than the {len(prompts)} test prompts of --data and --prompts")
+        raise ValueError(f"--batch {max(args.batch)}: more than the {len(prompts)} prompts of --data and --prompts")
     rate = bandwidth(device)
-    print(f"\nSampling {len(prompts)} answers: ms an answer, median and quartiles of {args.repeats}; content tokens/s; passes;")
-    print(f"the time beside that of the bare matrix products, and of reading all weights once a pass at {rate / 1e9:.0f} GB/s")
+    print(f"\nSampling {len(prompts)} answers: ms an answer, median and quartiles of {args.repeats}; tokens/s of content;")
+    print("passes; the time beside that of the bare matrix products, and beside that of reading all weights once a pass")
+    print(f"at {rate / 1e9:.0f} GB/s, as fast as the device copies")
     for batch in args.batch:
         answers = {}
 

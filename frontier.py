@@ -31,7 +31,8 @@ CUDA = ["kernels/attention.cu", "kernels/gpu.h", "kernels/tiles.h"]
 CODE = {
     "train.py": ["train.py", "optim.py", "model.py", "attention.py", "methods.py", "masks.py", "tags.py",
                  "data/__init__.py", "kernels/__init__.py", *CUDA],
-    "eval.py": ["eval.py", "sample.py", "unmask.py", "graphs.py", "speculate.py"],  # and what training depends on, by the checkpoint's key
+    # and what training depends on, by the checkpoint's key
+    "eval.py": ["eval.py", "sample.py", "unmask.py", "graphs.py", "speculate.py"],
 }
 
 

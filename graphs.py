@@ -23,7 +23,7 @@ def memory():
 
 
 def record(function):
-    """Run a function of no arguments on the GPU. Returns (a function that repeats it on the same memory, its output)."""
+    """Run a function of no arguments on the GPU. Returns a function that repeats it in place, and its output."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # what is done only once, such as building a kernel, is not to be recorded
@@ -38,7 +38,7 @@ def record(function):
 class Replayed:
     """A function of tensors and constants that returns a tensor, recorded once for each shape and constants.
 
-    Its output lasts until the next call of this or another one. All else that the function reads has to stay where it is.
+    Its output lasts until the next call of this or another one. All else that the function reads has to stay in place.
     """
 
     def __init__(self, function):

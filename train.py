@@ -52,7 +52,7 @@ class TrainConfig:
     warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0")
     attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient")
-    compile: bool = setting(False, "torch.compile the model: faster after a minute, in which Ctrl-C waits; needs a C++ compiler")
+    compile: bool = setting(False, "torch.compile: faster after a minute, in which Ctrl-C waits; needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise")
     validate_every: int = setting(1000, "updates between validations and checkpoints")
     validate_on: int = setting(128, "validation examples used during training")
