@@ -126,7 +126,7 @@ def bench_sampling(args):
     if len(prompts) < max(args.batch):
         raise ValueError(f"--batch {max(args.batch)}: more than the {len(prompts)} prompts of --data and --prompts")
     rate = bandwidth(device)
-    print(f"\nSampling {len(prompts)} answers: ms an answer, median and quartiles of {args.repeats}; tokens of content/s;")
+    print(f"\nSampling {len(prompts)} answers: ms an answer, median and quartiles of {args.repeats}; tokens/s;")
     print("passes; the time beside that of the bare matrix products, and beside that of reading all weights once a")
     print(f"pass, at {rate / 1e9:.0f} GB/s, as fast as the device copies")
     for batch in args.batch:
