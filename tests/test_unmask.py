@@ -1,0 +1,130 @@
+"""Which tokens are drawn and which slots keep theirs: against a loop over groups, and against exact probabilities."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from naive_sampler import Token, certainty, hidden_states
+from test_sample import PROMPTS, ids, steered
+
+from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
+from sample import SampleConfig, Sampler
+from tags import Tokenizer
+from unmask import ORDERS, fill, probabilities
+
+
+@pytest.fixture(scope="module")
+def planner(tokenizer):
+    return steered(tokenizer)
+
+
+GROUPS = [[5, 1, 3], [4], [2, 2, 6, 0, 7]]  # sizes of groups: a batch has several, of one answer or of more
+
+
+@pytest.mark.parametrize("sizes", GROUPS)
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize("order", ORDERS[:3])
+def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order):
+    torch.manual_seed(sum(sizes))
+    probs, config = (torch.randn(sum(sizes), 9) * 2).softmax(-1), SampleConfig(order=order, threshold=threshold)
+    group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
+    for share in range(4):
+        token, kept = fill(probs, group, torch.full_like(group, share), False, config, [])
+        assert torch.equal(token, probs.argmax(-1))
+        expected = set()
+        for mine in ([i for i in range(sum(sizes)) if group[i] == n] for n in range(len(sizes))):
+            kind = "confidence" if threshold else order
+            expected |= {*sorted(mine, key=lambda i: -certainty(probs[i], int(token[i]), kind))[:share]}
+            expected |= {i for i in mine if threshold and probs[i].max() >= threshold}
+        assert {*kept.nonzero()[:, 0].tolist()} == expected
+
+
+def test_of_equally_certain_slots_the_first_are_kept():
+    group, share = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 1, 1])
+    assert fill(torch.full((5, 4), 0.25), group, share, False, SampleConfig(), [])[1].tolist() == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_seed_is_an_answer_and_answer_i_of_a_batch_has_seed_plus_i(planner, tokenizer, order):
+    def answers(n, seed):
+        config = SampleConfig(temperature=1.0, seed=seed, max_tokens=40, order=order)
+        return [ids(a) for a in Sampler(planner, tokenizer, config).answer(["the otter"] * n)]
+
+    batch = answers(4, seed=3)
+    assert [answers(1, seed=3 + i)[0] for i in range(4)] == batch
+    assert answers(4, seed=3) == batch
+    assert all(a != b for a, b in itertools.combinations(batch, 2))
+
+
+def test_temperature_flattens_and_the_nucleus_keeps_the_likeliest_that_hold_top_p():
+    logits = torch.tensor([[0.1, 0.25, 0.5, 0.15]]).log()
+    for given, expected in [
+        (dict(temperature=0.0), [0.1, 0.25, 0.5, 0.15]),
+        (dict(temperature=1.0, top_p=0.6), [0, 1 / 3, 2 / 3, 0]),
+        (dict(temperature=0.5), [0.01 / 0.345, 0.0625 / 0.345, 0.25 / 0.345, 0.0225 / 0.345]),
+    ]:
+        torch.testing.assert_close(probabilities(logits, SampleConfig(**given)), torch.tensor([expected], dtype=torch.float))
+
+
+def test_a_tiny_nucleus_is_greedy(planner, tokenizer):
+    greedy = SampleConfig(max_tokens=60, steps_ratio=0.01)  # one step a round, as the nucleus hides who is more certain
+    nucleus = SampleConfig(max_tokens=60, steps_ratio=0.01, temperature=1.0, top_p=1e-6)
+    for a, b in zip(*(Sampler(planner, tokenizer, config).answer(PROMPTS) for config in (greedy, nucleus))):
+        assert ids(a) == ids(b)
+
+
+@torch.no_grad()
+def order_probabilities(model, tokenizer, prompt, name, slots, tokens, orders):
+    """Exact probability of each content of a span, the only one of its plan, if slots are drawn one by one in one of `orders`."""
+    layout = Layout()
+    layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
+    layout.write([tokenizer.topic, *name, tokenizer.length_id(1), tokenizer.topic_end], PLAN, 0)
+    layout.scaffold([(name, [tokenizer.mask] * slots)], tokenizer, 0)
+    places = [n for n, kind in enumerate(layout.kind) if kind == SLOT]
+
+    def given(content):  # probabilities of each slot given those already filled
+        sequence = [Token(i, r, None if s < 0 else s) for i, r, s in zip(layout.token, layout.round, layout.span)]
+        for place, token in zip(places, content):
+            sequence[place].id = token
+        return model.logits(hidden_states(model, sequence, "sparse")[places], tokenizer.pad + 1).softmax(-1).tolist()
+
+    table = {c: given(c) for c in itertools.product((*tokens, tokenizer.mask), repeat=slots)}
+    exact = dict.fromkeys(itertools.product(tokens, repeat=slots), 0.0)
+    for content, order in itertools.product(exact, orders):
+        p, state = 1 / len(orders), [tokenizer.mask] * slots
+        for slot in order:
+            p *= table[tuple(state)][slot][content[slot]]
+            state[slot] = content[slot]
+        exact[content] += p
+    return exact
+
+
+def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(tokenizer):
+    tokenizer, n, slots = Tokenizer(tokenizer.tokens, unit=3), 3000, False
+    (name,), tokens = tokenizer.encode("a")[-1:], (*tokenizer.encode("the")[-1:], *tokenizer.encode("of")[-1:], tokenizer.pad)
+    model = steered(tokenizer, 1, 0.25, topic=999.0, length=999.0, lengths=1)
+    logits, only = model.logits, torch.full((tokenizer.vocab_size,), -999.0)
+    only[list(tokens)] = 0
+    only[[name, tokenizer.topic, tokenizer.length_id(1), tokenizer.eos]] = torch.tensor([300.0, 0, 0, 0])
+    only_slots = only.index_fill(0, torch.tensor([name]), -999.0)
+    model.logits = lambda hidden, n=None: logits(hidden, n) + (only_slots if slots else only)[:n]
+
+    class Staged(Sampler):
+        def predict(self, live, hidden, reads):
+            nonlocal slots
+            slots = live[0].stage == "denoise"
+            return super().predict(live, hidden, reads)
+
+    config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
+    drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
+    slots = True
+
+    def chi_square(orders):
+        exact = order_probabilities(model, tokenizer, "", [name], 3, tokens, orders)
+        assert sum(exact.values()) == pytest.approx(1) and drawn.keys() <= exact.keys()
+        return sum((drawn[content] - n * p) ** 2 / (n * p) for content, p in exact.items())
+
+    orders = list(itertools.permutations(range(3)))
+    assert chi_square(orders) < 55, "26 degrees of freedom exceed 55 once in 1000 cases"
+    assert min(chi_square([order]) for order in orders) > 110, "and this tells all orders from any single one"
