@@ -2,7 +2,7 @@
 
     python bench.py                                          # the shipped models of data/tasks
     python bench.py --preset gpu --compile                   # training of a larger model, on a GPU
-    python bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64
+    python bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64 --prompts 64
 
 All that is compared is measured in turns; figures are medians, with quartiles. Warm-up is excluded and the device
 synchronised. (kernels/bench.py times attention alone.)
