@@ -18,7 +18,7 @@ data: $(VENV)/ready
 
 frontier: $(VENV)/ready
 	$(RUN) -m pip install --quiet matplotlib sacrebleu
-	$(RUN) frontier.py
+	$(RUN) measure/frontier.py
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

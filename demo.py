@@ -10,7 +10,7 @@ import sys
 import torch
 
 from sample import SampleConfig, Sampler
-from show import Screen
+from show.terminal import Screen
 
 PROMPTS = {  # checkpoints that ship: a prompt of the test split
     "tasks": "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",

@@ -17,7 +17,7 @@ from torch import nn
 
 from attention import BACKENDS, choose
 from settings import setting
-from tags import Tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass

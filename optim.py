@@ -2,6 +2,8 @@
 
 import torch
 
+from device import fast_dtype
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
@@ -32,13 +34,6 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([updates[i] for i in same]).to(fast_dtype(updates[0].device))
                 for i, u in zip(same, orthogonalize(stack)):
                     matrices[i].add_(u, alpha=step)
-
-
-def fast_dtype(device):
-    """bfloat16 where the device multiplies matrices in it (tensor cores, AMX), else float32."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # there since torch 2.6
-    fast = torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else amx()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def orthogonalize(g):

@@ -16,13 +16,15 @@ from itertools import islice
 
 import torch
 
-from graphs import Replayed, bucket
+from grammar import Grammar
+from kernels.graphs import Replayed, bucket
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from methods import MethodConfig, trained_by
 from model import KVCache, load_checkpoint
 from settings import add_settings, locate, pick, setting
-from show import Screen
-from tags import Grammar, Round, Span, format_answer, plain_text, span_slots
+from show.terminal import Screen
+from tags import Round, Span, format_answer, plain_text
+from tokenizer import span_slots
 from unmask import ORDERS, fill, probabilities
 
 

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import read_split, write_whole
-from masks import IGNORE, Sequence, make_batch
+from device import fast_dtype
 from methods import MethodConfig, encode
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
-from optim import Optimizer, fast_dtype
+from noise import IGNORE, Sequence, make_batch
+from optim import Optimizer
 from settings import add_settings, locate, pick, setting
-from tags import Tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass

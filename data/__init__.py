@@ -9,7 +9,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tags import Round, TagError, Tokenizer, format_answer, parse_answer, pieces
+from tags import Round, TagError, format_answer, parse_answer, pieces
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

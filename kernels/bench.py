@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kernels
-from graphs import record
+from kernels.graphs import record
 from masks import ATTENTION, PLAN, PROMPT, Layout, sees, visible
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

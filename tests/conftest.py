@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import Example
 from model import ModelConfig, Transformer
-from tags import EOS, MAX_LENGTH, TAGS, TOPIC, Round, Span, Tokenizer
+from tags import EOS, TAGS, TOPIC, Round, Span
+from tokenizer import MAX_LENGTH, Tokenizer
 
 SENTENCES = (
     "Tell me about the otter: its habitat, its food and its play.",

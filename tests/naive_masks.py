@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from masks import (
-    IGNORE,
-    encode_example,
-    visible,
-)
+from masks import encode_example, visible
+from noise import IGNORE
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from attention import dense
+from grammar import Grammar
 from model import rope
-from tags import Grammar
 
 
 @dataclass

@@ -9,7 +9,8 @@ from conftest import random_example, small_model
 
 import attention
 from attention import BACKENDS, choose
-from masks import ATTENTION, Sequence, encode_example, make_batch
+from masks import ATTENTION, encode_example
+from noise import Sequence, make_batch
 
 
 @pytest.fixture

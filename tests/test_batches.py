@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import random_example
 
-from masks import IGNORE, Sequence, encode_example, make_batch, visible
+from masks import encode_example, visible
+from noise import IGNORE, Sequence, make_batch
 from train import PEAKS, Batches, utilization
 
 

@@ -13,16 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from masks import (
-    Sequence,
-    encode_example,
-    make_batch,
-)
+from masks import encode_example
 from model import (
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
 )
+from noise import Sequence, make_batch
 from optim import Optimizer
 from train import JointLoss, TrainConfig
 

@@ -14,11 +14,11 @@ from conftest import SENTENCES, random_example, small_model
 from safetensors.torch import save_file
 
 from data import write_dataset
-from eval import EvalConfig
+from measure.eval import EvalConfig
 from methods import MethodConfig
 from model import ModelConfig, save_checkpoint
 from sample import SampleConfig, Sampler
-from show import Screen
+from show.terminal import Screen
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def cli(monkeypatch, capsys, files):
 
 @pytest.mark.parametrize(
     "script, classes",
-    [("train.py", (TrainConfig, MethodConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("eval.py", (EvalConfig, SampleConfig))],
+    [("train.py", (TrainConfig, MethodConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("measure/eval.py", (EvalConfig, SampleConfig))],
 )
 def test_help_shows_every_setting_with_its_default(cli, script, classes):
     code, out, _ = cli(script, "--help")
@@ -76,7 +76,7 @@ def test_help_shows_every_setting_with_its_default(cli, script, classes):
         assert f" --{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
 
 
-@pytest.mark.parametrize("script, options", [("demo.py", ("prompt", "data", "delay")), ("masks.py", ("attention",))])
+@pytest.mark.parametrize("script, options", [("demo.py", ("prompt", "data", "delay")), ("show/mask.py", ("attention",))])
 def test_help_of_the_small_scripts(cli, script, options):
     code, out, _ = cli(script, "--help")
     assert code == 0 and all(f"--{option}" in out for option in options)
@@ -119,10 +119,10 @@ WRONG = [
     ("sample.py", ("--prompt", "x", *MODEL, "--max_tokens", "many"), ("--max_tokens", "many")),
     ("sample.py", ("--prompt", "x", *MODEL, "--device", "abacus"), ("abacus",)),
     ("sample.py", (*MODEL,), ("--prompt",)),
-    ("eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
-    ("eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
-    ("eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
-    ("eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("top_p is 2",)),
+    ("measure/eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
+    ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
+    ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
+    ("measure/eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("top_p is 2",)),
     ("train.py", ("--data", "FILES/none", "--out", "FILES/out"), ("none", "prepare.py")),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("8 examples", "batch of 9")),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 0), ("batch",)),
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, script, args, said
     assert code not in (0, None) and out == ""
     *usage, line = err.splitlines()
     assert all(u.startswith(("usage:", " ")) for u in usage)
-    assert line.startswith(f"{script}: ")
+    assert line.startswith(f"{Path(script).name}: ")
     for words in said:
         assert words in line
 
@@ -216,7 +216,7 @@ def test_piped_frames_are_few_and_plain(drawn):
 
 # ---------------------------------------------------------------- bench.py
 
-BENCH = ("bench.py", "--data", "FILES", "--planned", "FILES/model.safetensors", "--ar", "FILES/model.safetensors")
+BENCH = ("measure/bench.py", "--data", "FILES", "--planned", "FILES/model.safetensors", "--ar", "FILES/model.safetensors")
 
 
 def test_bench_times_training_and_sampling_beside_autoregression(cli):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data import Example, read_split, write_dataset, write_whole
-from tags import Round, Span, Tokenizer, format_answer
+from tags import Round, Span, format_answer
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = 3

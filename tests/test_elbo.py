@@ -12,8 +12,10 @@ import torch
 from conftest import small_model
 
 from data import Example
-from masks import IGNORE, PLAN, SLOT, Sequence, encode_example, make_batch
-from tags import Round, Span, Tokenizer
+from masks import PLAN, SLOT, encode_example
+from noise import IGNORE, Sequence, make_batch
+from tags import Round, Span
+from tokenizer import Tokenizer
 from train import JointLoss, validate
 
 FOUR = Tokenizer([b" ", b"a", b":"], unit=1)  # ids 0 to 3 fill slots: three texts and [PAD]

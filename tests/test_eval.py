@@ -12,26 +12,17 @@ import torch
 from conftest import random_example, small_model
 from naive_sampler import Token, hidden_states
 
-import eval as evaluation
 from data import Example, read_split, write_dataset
 from data.tasks import families
-from eval import (
-    EvalConfig,
-    checker,
-    chrf,
-    distinct,
-    evaluate,
-    lines,
-    perplexity,
-    row_of,
-    score,
-)
 from masks import encode_prompt
+from measure import eval as evaluation
+from measure.eval import EvalConfig, checker, chrf, distinct, evaluate, lines, perplexity, row_of, score
 from methods import MethodConfig
 from model import load_checkpoint, save_checkpoint
 from sample import SampleConfig, Sampler
 from settings import ROOT
-from tags import Round, Span, Tokenizer, format_answer, plain_text
+from tags import Round, Span, format_answer, plain_text
+from tokenizer import Tokenizer
 
 SHORT, HOT = SampleConfig(max_tokens=24), SampleConfig(max_tokens=24, temperature=1.0)
 TIMED = ("seconds_p50", "seconds_p95", "peak_memory_mb")
@@ -264,7 +255,7 @@ def test_without_sacrebleu_there_is_all_but_chrf(config, monkeypatch, capsys):
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):
     (files / "none.jsonl").write_text("")
-    options = ["eval.py", "--data", str(files), "--max_tokens", "24", "--device", "cpu", "--json", "--show", "2"]
+    options = ["measure/eval.py", "--data", str(files), "--max_tokens", "24", "--device", "cpu", "--json", "--show", "2"]
     judged = ["--checkpoint", config().checkpoint, "--judge", config("ar").checkpoint]
     monkeypatch.setattr(sys, "argv", [*options, *judged])
     evaluation.main()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import frontier
-from eval import EvalConfig
-from frontier import CODE, CUDA, GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
+from measure import frontier
+from measure.eval import EvalConfig
+from measure.frontier import CODE, CUDA, GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
 from methods import MethodConfig
 from model import ModelConfig
 from sample import SampleConfig
@@ -33,7 +33,7 @@ FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json", "families.p
 SAVE = "import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')"
 TRAINED, MEASURED = 4, 6  # trainings, the warm-up included, and points
 ALL = TRAINED, MEASURED, MEASURED
-SETTINGS = {"train.py": (TrainConfig, MethodConfig, ModelConfig), "eval.py": (EvalConfig, SampleConfig)}
+SETTINGS = {"train.py": (TrainConfig, MethodConfig, ModelConfig), "measure/eval.py": (EvalConfig, SampleConfig)}
 
 
 def report_of(exact=0.5, seconds=1):
@@ -77,7 +77,7 @@ def calls(root, monkeypatch):
     def call(self, script, options, log):
         made.append((script, options))
         log.parent.mkdir(parents=True, exist_ok=True)
-        if script == "eval.py":
+        if script == "measure/eval.py":
             return json.dumps(report_of(0, 1000 + next(number)) if "--batch" in options else report_of())
         (Path(options[-1]) / "model.safetensors").write_bytes(repr(options).encode())
 
@@ -159,7 +159,7 @@ def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(r
 
 CHANGES = {  # what changes: trainings, measurements of quality and of latency that have to be made again
     "train.jsonl": ALL, "val.jsonl": ALL, "test.jsonl": ALL, "tokenizer.json": ALL, "train.py": ALL, "warmup": ALL,
-    "common": ALL, "families.py": (0, MEASURED, MEASURED), "eval.py": (0, MEASURED, MEASURED),
+    "common": ALL, "families.py": (0, MEASURED, MEASURED), "measure/eval.py": (0, MEASURED, MEASURED),
     "limit": (0, MEASURED, 0), "timed": (0, 0, MEASURED), "steps": (TRAINED - 1, MEASURED, MEASURED),
     "train": (TRAINED - 1, MEASURED - 1, MEASURED - 1), "small": (1, 2, 2),
     "judge": (1, MEASURED, 0),
@@ -191,11 +191,11 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
 def scripts(root, monkeypatch):
     """Real scripts, if short, and frontier.py for them, called from another folder."""
     (root / "train.py").write_text(SAVE)
-    (root / "eval.py").write_text(f"print({json.dumps(report_of())!r})")
+    (root / "measure/eval.py").write_text(f"print({json.dumps(report_of())!r})")
     monkeypatch.chdir(root / "data")
     monkeypatch.setitem(frontier.PRESETS, "tasks", TOY)
     monkeypatch.setitem(frontier.GROUPS, "ablations", {f"seed {n}": Entry(f"--seed {n}") for n in range(2)})
-    monkeypatch.setattr(sys, "argv", "frontier.py --group ablations --out some/where --workers 1".split())
+    monkeypatch.setattr(sys, "argv", ["measure/frontier.py", "--group", "ablations", "--out", "some/where", "--workers", "1"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs in the background
     return root
 
@@ -211,7 +211,7 @@ def test_a_relative_out_is_in_the_folder_that_one_is_in(scripts):
 
 @pytest.mark.parametrize("script, code, said", [
     ("train.py", "exit('out of memory')", "train.py .* failed: see the end of .*log.txt"),
-    ("eval.py", "exit('out of memory')", "eval.py .* failed: see the end of .*results"),
+    ("measure/eval.py", "exit('out of memory')", "eval.py .* failed: see the end of .*results"),
     ("train.py", "print('out of memory, so to say')", "the training of warm-up was stopped: see the end of .*log.txt"),
 ])  # fmt: skip
 def test_a_script_that_fails_or_is_stopped_ends_all_with_a_message_that_names_its_log(scripts, script, code, said):

@@ -16,17 +16,9 @@ import pytest
 import regex
 from conftest import CORPUS, OVERHEAD, hostile
 
-from tags import (
-    MAX_LENGTH,
-    MAX_NAME,
-    Grammar,
-    Round,
-    Span,
-    Tokenizer,
-    format_answer,
-    parse_answer,
-    span_slots,
-)
+from grammar import MAX_NAME, Grammar
+from tags import Round, Span, format_answer, parse_answer
+from tokenizer import MAX_LENGTH, Tokenizer, span_slots
 
 SCALES = [0.5, 0.75, 1.0, 1.25, 2.0]
 KINDS = ["text", "topic", "length", "topic_end", "sync", "eos"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_sample import METHOD, PROMPTS, costs, ids, steered
 
-import graphs
-from graphs import Replayed, bucket
+from kernels import graphs
+from kernels.graphs import Replayed, bucket
 from sample import SampleConfig, Sampler
 from settings import ROOT
 

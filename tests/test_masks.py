@@ -6,17 +6,8 @@ from conftest import OTTER, random_example
 from naive_masks import laid_out, oracle_mask, oracle_target, pairs
 
 from data import Example
-from masks import (
-    ATTENTION,
-    GIVEN,
-    IGNORE,
-    PLAN,
-    PROMPT,
-    SLOT,
-    Layout,
-    Sequence,
-    encode_example,
-)
+from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, Layout, encode_example
+from noise import IGNORE, Sequence
 from tags import Round, Span
 
 # ---------------------------------------------------------------- layout

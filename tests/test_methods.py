@@ -11,17 +11,9 @@ from naive_masks import oracle_target, read_tags
 from naive_sampler import Token, hidden_states
 
 from data import Example
-from masks import (
-    GIVEN,
-    IGNORE,
-    PLAN,
-    PROMPT,
-    SLOT,
-    Sequence,
-    encode_example,
-    make_batch,
-)
+from masks import GIVEN, PLAN, PROMPT, SLOT, encode_example
 from methods import MethodConfig, encode
+from noise import IGNORE, Sequence, make_batch
 from tags import Round, Span, plain_text
 from train import JointLoss, TrainConfig, counts
 

@@ -12,18 +12,14 @@ from naive_sampler import NaiveSampler
 from test_methods import ALL, BLOCKS, CAUSAL, GIVEN_PLANS, examples
 from test_sample import costs, ids, steered
 
-from masks import (
-    IGNORE,
-    PLAN,
-    PROMPT,
-    SLOT,
-    Layout,
-    Sequence,
-)
+from grammar import Grammar
+from masks import PLAN, PROMPT, SLOT, Layout
 from methods import METHODS, MethodConfig, encode
 from model import ModelConfig, Transformer
+from noise import IGNORE, Sequence
 from sample import SampleConfig, Sampler
-from tags import Grammar, Tokenizer, parse_answer
+from tags import parse_answer
+from tokenizer import Tokenizer
 
 COLUMNS = ("token", "kind", "round", "span", "position", "prefix", "begin", "end")
 PROMPTS = ("the otter swims", SENTENCES[3], "", "play")

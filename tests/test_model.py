@@ -8,20 +8,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Example
-from masks import (
-    ATTENTION,
-    PROMPT,
-    SLOT,
-    Layout,
-    Sequence,
-    encode_example,
-    make_batch,
-    visible,
-)
+from masks import ATTENTION, PROMPT, SLOT, Layout, encode_example, visible
 from model import (
     KVCache,
     ModelConfig,
 )
+from noise import Sequence, make_batch
 from tags import Round, Span
 from train import JointLoss
 

@@ -9,14 +9,8 @@ from conftest import OTTER, random_example
 from naive_masks import laid_out, oracle_target, read_tags
 
 from data import Example
-from masks import (
-    ATTENTION,
-    IGNORE,
-    Sequence,
-    encode_example,
-    make_batch,
-    visible,
-)
+from masks import ATTENTION, encode_example, visible
+from noise import IGNORE, Sequence, make_batch
 from tags import Round, Span
 
 # ---------------------------------------------------------------- noise

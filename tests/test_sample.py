@@ -7,10 +7,11 @@ import torch
 from conftest import SENTENCES, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
+from grammar import Grammar
 from masks import GIVEN, PLAN, PROMPT, SLOT
 from methods import MethodConfig
 from sample import SampleConfig, Sampler
-from tags import EOS, TAGS, Grammar, parse_answer
+from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
 METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}

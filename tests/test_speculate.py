@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import SENTENCES, small_model
 
+from measure.speculate import Speculator
 from methods import MethodConfig
 from model import save_checkpoint
 from sample import SampleConfig, Sampler
-from speculate import Speculator
-from tags import Tokenizer
+from tokenizer import Tokenizer
 
 AR = MethodConfig("ar")
 

@@ -11,7 +11,6 @@ from tags import (
     ASYNC,
     ASYNC_END,
     EOS,
-    MAX_LENGTH,
     SYNC,
     TOPIC,
     TOPIC_END,
@@ -22,7 +21,8 @@ from tags import (
     parse_answer,
     pieces,
     plain_text,
-)  # fmt: skip
+)
+from tokenizer import MAX_LENGTH
 
 OTTER = (
     Round("", (Span("habitat", "Rivers and coasts.", 1), Span("food", "Fish, crabs and frogs.", 2))),

@@ -201,5 +201,5 @@ def test_prepare_runs_from_any_directory_and_its_files_check_as_exact(tmp_path):
 
 def test_help_shows_every_setting_with_its_default():
     shown = subprocess.run([sys.executable, PREPARE, "--help"], capture_output=True, text=True, check=True).stdout
-    for setting in "out seed train val test vocab_size unit".split():
+    for setting in ["out", "seed", "train", "val", "test", "vocab_size", "unit"]:
         assert re.search(rf"  --{setting} [^(]*\(default: ", shown)

@@ -8,21 +8,8 @@ import pytest
 import regex
 from conftest import BYTES, CORPUS, NASTY, OVERHEAD, hostile
 
-from tags import (
-    ASSISTANT,
-    ASYNC,
-    ASYNC_END,
-    EOS,
-    MASK,
-    MAX_LENGTH,
-    PAD,
-    SYNC,
-    TAGS,
-    TOPIC,
-    TOPIC_END,
-    USER,
-    Tokenizer,
-)  # fmt: skip
+from tags import ASSISTANT, ASYNC, ASYNC_END, EOS, MASK, PAD, SYNC, TAGS, TOPIC, TOPIC_END, USER
+from tokenizer import MAX_LENGTH, Tokenizer
 
 
 def naive_merge(word, left, right):

@@ -16,12 +16,14 @@ from conftest import WORDS, random_example
 
 import train
 from data import Example, write_dataset
-from masks import IGNORE, SLOT, Batch, Sequence, encode_example, make_batch
+from masks import SLOT, encode_example
 from methods import MethodConfig
 from model import ModelConfig
+from noise import IGNORE, Batch, Sequence, make_batch
 from optim import Optimizer
 from sample import SampleConfig, Sampler
-from tags import Round, Span, Tokenizer
+from tags import Round, Span
+from tokenizer import Tokenizer
 from train import JointLoss, Log, TrainConfig, Trainer, counts, validate
 
 SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)

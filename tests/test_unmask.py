@@ -10,7 +10,7 @@ from test_sample import PROMPTS, ids, steered
 
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from sample import SampleConfig, Sampler
-from tags import Tokenizer
+from tokenizer import Tokenizer
 from unmask import ORDERS, fill, probabilities
 
 

@@ -33,9 +33,8 @@ SHA256 = "ca2fd0f921fe00581e1e349cdcaa8692dde5f58e0b0d424a5decda1f58cd0f55"
 PROMPTS = ("How do I make {}?", "Give me a recipe for {}.", "What is the recipe for {}?")
 UNITS = {"g": "g of ", "ml": "ml of ", "tsp": "tsp of ", "pcs": "", "pc": "", "piece": ""}
 PLAIN = str.maketrans({**dict(zip("‐‑–—−‘’“”", "-----''\"\"")), "&": "and", "…": "..."})
-PROPER = """Adyghe Afghan Alfredo Arborio Belgian Brazil Brussels Buffalo Caesar Celsius Chinese Coca French
-    Granny Greek Hawaiian Italian Kinder Korean Maggi Nutella Oreo Parmesan Smith Tabasco Thai Tom Yum""".split()
-HEAT = re.compile(r"\b(heat|oven|boil|bake|fry|cook|simmer|saut|roast|steam|grill|toast|microwave)", re.I)
+PROPER = ["Adyghe", "Afghan", "Alfredo", "Arborio", "Belgian", "Brazil", "Brussels", "Buffalo", "Caesar", "Celsius", "Chinese", "Coca", "French", "Granny", "Greek", "Hawaiian", "Italian", "Kinder", "Korean", "Maggi", "Nutella", "Oreo", "Parmesan", "Smith", "Tabasco", "Thai", "Tom", "Yum"]
+HEAT = re.compile(r"\b(heat|oven|boil|bake|fry|cook|simmer|saut|roast|steam|grill|toast|microwave)", re.IGNORECASE)
 
 
 class Unusable(ValueError):
@@ -122,7 +121,7 @@ def read_steps(text):
         raise Unusable("steps not numbered 1, 2, 3")
     if not all(re.search(r"[^.][.!]$", step) for step in steps):
         raise Unusable("text cut off inside a step")
-    if any(re.search(r"\bsteps?\b", step, re.I) for step in steps):
+    if any(re.search(r"\bsteps?\b", step, re.IGNORECASE) for step in steps):
         raise Unusable("a step refers to another by number")
     return [lower(step) for step in steps]
 

@@ -38,40 +38,26 @@ GARMENTS = {"shirt": "shirts", "coat": "coats", "scarf": "scarves", "hat": "hats
 PLURALS = {**ANIMALS, **FOODS, **TOOLS, **GARMENTS}
 KINDS = {noun: kind for kind, nouns in [("animal", ANIMALS), ("food", FOODS), ("tool", TOOLS),
                                         ("garment", GARMENTS)] for noun in nouns}
-JOBS = """baker painter pilot nurse teacher sailor farmer doctor singer dancer writer tailor lawyer
-    gardener plumber carpenter barber miller hunter porter""".split()
-ROOMS = """attic cellar kitchen garage library tower studio barn workshop chapel greenhouse hall
-    pantry balcony lobby stable""".split()
-CITIES = """Lisbon Vienna Dublin Oslo Madrid Prague Athens Warsaw Geneva Naples Seville Bergen
-    Munich Porto Turin Lyon""".split()
-PLACES = """harbour village castle forest island mountain market valley desert lake monastery
-    farm mill lighthouse quarry orchard""".split()
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen""".split()
-COLOURS = "red blue green yellow white black orange purple".split()
-TEAMS = """Falcons Tigers Rockets Pirates Comets Giants Sharks Lions Eagles Panthers Dragons Rangers
-    Ravens Bulls Hornets Saints Vikings Wizards Knights Cobras Storms Royals Pioneers Arrows""".split()
+JOBS = ["baker", "painter", "pilot", "nurse", "teacher", "sailor", "farmer", "doctor", "singer", "dancer", "writer", "tailor", "lawyer", "gardener", "plumber", "carpenter", "barber", "miller", "hunter", "porter"]
+ROOMS = ["attic", "cellar", "kitchen", "garage", "library", "tower", "studio", "barn", "workshop", "chapel", "greenhouse", "hall", "pantry", "balcony", "lobby", "stable"]
+CITIES = ["Lisbon", "Vienna", "Dublin", "Oslo", "Madrid", "Prague", "Athens", "Warsaw", "Geneva", "Naples", "Seville", "Bergen", "Munich", "Porto", "Turin", "Lyon"]
+PLACES = ["harbour", "village", "castle", "forest", "island", "mountain", "market", "valley", "desert", "lake", "monastery", "farm", "mill", "lighthouse", "quarry", "orchard"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "orange", "purple"]
+TEAMS = ["Falcons", "Tigers", "Rockets", "Pirates", "Comets", "Giants", "Sharks", "Lions", "Eagles", "Panthers", "Dragons", "Rangers", "Ravens", "Bulls", "Hornets", "Saints", "Vikings", "Wizards", "Knights", "Cobras", "Storms", "Royals", "Pioneers", "Arrows"]
 
 TOWNS = [start + end for start, end in
-         product("Briv Dorn Kel Mar Ost Tav Ul Zan".split(), "ok eth ira um ast oly".split())]
+         product(["Briv", "Dorn", "Kel", "Mar", "Ost", "Tav", "Ul", "Zan"], ["ok", "eth", "ira", "um", "ast", "oly"])]
 ATTRIBUTES = {
-    "river": """amber silver willow thunder winter morning shadow honey copper marble crystal summer
-        mirror ribbon feather maple velvet saffron juniper echo""".split(),
-    "ruler": """queen king duke duchess mayor abbot admiral captain judge general baron countess
-        bishop prince princess sultan regent marshal chancellor governor""".split(),
+    "river": ["amber", "silver", "willow", "thunder", "winter", "morning", "shadow", "honey", "copper", "marble", "crystal", "summer", "mirror", "ribbon", "feather", "maple", "velvet", "saffron", "juniper", "echo"],
+    "ruler": ["queen", "king", "duke", "duchess", "mayor", "abbot", "admiral", "captain", "judge", "general", "baron", "countess", "bishop", "prince", "princess", "sultan", "regent", "marshal", "chancellor", "governor"],
     "food": list(FOODS),
     "animal": list(ANIMALS),
-    "craft": """weaving pottery carving painting baking brewing printing sewing knitting quilting
-        tanning casting engraving spinning dyeing gilding thatching welding bookbinding smithing""".split(),
-    "festival": """lantern harvest kite bonfire dance mask flower candle snow rain drum puppet poetry
-        barrel song moon wagon bubble pumpkin whistle""".split(),
+    "craft": ["weaving", "pottery", "carving", "painting", "baking", "brewing", "printing", "sewing", "knitting", "quilting", "tanning", "casting", "engraving", "spinning", "dyeing", "gilding", "thatching", "welding", "bookbinding", "smithing"],
+    "festival": ["lantern", "harvest", "kite", "bonfire", "dance", "mask", "flower", "candle", "snow", "rain", "drum", "puppet", "poetry", "barrel", "song", "moon", "wagon", "bubble", "pumpkin", "whistle"],
 }
-FIRST_NAMES = """Ada Boris Clara David Emma Felix Greta Henry Irma Jonas Karla Leo Martha Nora Oscar Paula Quentin
-    Rosa Simon Tilda Ursula Victor Wanda Xaver Yvonne Zeno Agnes Bruno Cora Dario Elsa Franz Gloria Hugo Ivan
-    Judith Klaus Lydia Milo Nadja""".split()
-LAST_NAMES = """Abbott Burton Carver Dalton Ellis Foster Gibson Hardy Irving Jensen Keller Lambert Moreno Nolan Osborn
-    Parker Quinn Russell Sawyer Turner Underhill Vance Watson Yates Zimmer Archer Bishop Conrad Draper Emerson
-    Fletcher Graham Holloway Ingram Jordan Kramer Lindgren Mercer Norton Olsen""".split()
+FIRST_NAMES = ["Ada", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Henry", "Irma", "Jonas", "Karla", "Leo", "Martha", "Nora", "Oscar", "Paula", "Quentin", "Rosa", "Simon", "Tilda", "Ursula", "Victor", "Wanda", "Xaver", "Yvonne", "Zeno", "Agnes", "Bruno", "Cora", "Dario", "Elsa", "Franz", "Gloria", "Hugo", "Ivan", "Judith", "Klaus", "Lydia", "Milo", "Nadja"]
+LAST_NAMES = ["Abbott", "Burton", "Carver", "Dalton", "Ellis", "Foster", "Gibson", "Hardy", "Irving", "Jensen", "Keller", "Lambert", "Moreno", "Nolan", "Osborn", "Parker", "Quinn", "Russell", "Sawyer", "Turner", "Underhill", "Vance", "Watson", "Yates", "Zimmer", "Archer", "Bishop", "Conrad", "Draper", "Emerson", "Fletcher", "Graham", "Holloway", "Ingram", "Jordan", "Kramer", "Lindgren", "Mercer", "Norton", "Olsen"]
 
 # --- Templates: one a topic, so that a span needs its topic and the prompt, not the other spans. ---
 

@@ -1,8 +1,8 @@
 """Time training and sampling of planned diffusion beside autoregression: same code, same sizes, one run.
 
-    python bench.py                                          # the shipped models of data/tasks
-    python bench.py --preset gpu --compile                   # training of a larger model, on a GPU
-    python bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64 --prompts 64
+    python measure/bench.py                                          # the shipped models of data/tasks
+    python measure/bench.py --preset gpu --compile                   # training of a larger model, on a GPU
+    python measure/bench.py --planned runs/a/model.safetensors --ar runs/b/model.safetensors --batch 1 64 --prompts 64
 
 All that is compared is measured in turns; figures are medians, with quartiles. Warm-up is excluded and the device
 synchronised. (kernels/bench.py times attention alone.)
@@ -14,12 +14,15 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
 import torch
 import torch.nn.functional as F
 
 from data import read_split
-from frontier import PRESETS
+from measure.frontier import PRESETS
 from methods import MethodConfig
 from model import ModelConfig
 from sample import SampleConfig, Sampler

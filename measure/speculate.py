@@ -1,6 +1,6 @@
 """Speculative decoding: a smaller autoregressive model drafts, the larger one checks the draft in one pass.
 
-    python eval.py --checkpoint runs/tasks-ar/model.safetensors --draft runs/tasks-small/model.safetensors
+    python measure/eval.py --checkpoint runs/tasks-ar/model.safetensors --draft runs/tasks-small/model.safetensors
 
 Greedy and exact: the text is what the larger model alone would write (Leviathan et al. 2023, arXiv 2211.17192,
 at temperature 0). A baseline for planned diffusion, which has something to compute in parallel without a second model.

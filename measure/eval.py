@@ -1,7 +1,7 @@
 """Measure a checkpoint on a test split: quality, likelihoods, what an answer costs.
 
-    python eval.py --checkpoint checkpoints/tasks/planned.safetensors --data data/tasks
-    python eval.py --checkpoint checkpoints/recipes/planned.safetensors --data data/recipes --batch 1
+    python measure/eval.py --checkpoint checkpoints/tasks/planned.safetensors --data data/tasks
+    python measure/eval.py --checkpoint checkpoints/recipes/planned.safetensors --data data/recipes --batch 1
 
 An answer is exact if every span and text of it is right; data sets with a checker (data/tasks/families.py) are
 scored by it, others by chrF. A broken or cut answer counts as it is: mostly wrong, and in the time. Likelihoods
@@ -20,16 +20,18 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
+
 import numpy as np
 import torch
 
 from data import Example, read_split
-from masks import Sequence
+from measure.speculate import Speculator
 from methods import encode, rewrite, trained_by
 from model import load_checkpoint
+from noise import Sequence
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting
-from speculate import Speculator
 from tags import Round, plain_text
 from train import JointLoss, validate
 

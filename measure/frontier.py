@@ -1,9 +1,9 @@
 """The frontier: quality against latency of every method, trained and measured on equal terms.
 
-    python frontier.py                       # tasks on two cores; --preset hours: three times the updates
-    python frontier.py --preset recipes      # real text; --preset gpu: larger models
-    python frontier.py --group sensitivity   # the models of that, sampled in other ways
-    python frontier.py --group ablations     # planned diffusion trained with one part changed at a time
+    python measure/frontier.py                       # tasks on two cores; --preset hours: three times the updates
+    python measure/frontier.py --preset recipes      # real text; --preset gpu: larger models
+    python measure/frontier.py --group sensitivity   # the models of that, sampled in other ways
+    python measure/frontier.py --group ablations     # planned diffusion trained with one part changed at a time
 
 All methods start from one autoregressive warm-up and get the same number of updates on the same data. Whatever is
 done is kept in --out under a key made of code, data and settings: an interrupted call goes on, and nothing
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
+
 import torch
 
 from data import write_whole
@@ -29,10 +31,11 @@ from settings import ROOT
 
 CUDA = ["kernels/attention.cu", "kernels/gpu.h", "kernels/tiles.h"]
 CODE = {
-    "train.py": ["train.py", "optim.py", "model.py", "attention.py", "methods.py", "masks.py", "tags.py",
-                 "data/__init__.py", "kernels/__init__.py", *CUDA],
+    "train.py": ["train.py", "optim.py", "model.py", "attention.py", "methods.py", "noise.py", "masks.py",
+                 "tokenizer.py", "tags.py", "data/__init__.py", "kernels/__init__.py", *CUDA],
     # and what training depends on, by the checkpoint's key
-    "eval.py": ["eval.py", "sample.py", "unmask.py", "graphs.py", "speculate.py"],
+    "measure/eval.py": ["measure/eval.py", "sample.py", "grammar.py", "unmask.py", "kernels/graphs.py",
+                        "measure/speculate.py"],
 }
 
 
@@ -147,7 +150,7 @@ class Frontier:
         with log.open("a") as file:
             file.write(f"{script} {' '.join(options)}\n")
             file.flush()
-            out = subprocess.PIPE if script == "eval.py" else file
+            out = subprocess.PIPE if script == "measure/eval.py" else file
             process = subprocess.Popen([sys.executable, ROOT / script, *options], stdout=out, stderr=file, text=True,
                                        env=self.environment)  # fmt: skip
             try:
@@ -195,11 +198,11 @@ class Frontier:
         paths = {flag: self.checkpoint(model) for flag, model in models.items() if model}
         options = ["--data", self.preset.data, *sample.split(), *how, "--json"]
         made_of = {flag: hashes(path.parent, [path.name]) for flag, path in paths.items()}
-        key = digest(CODE_HASH["eval.py"], made_of, self.data, self.checker, options)
+        key = digest(CODE_HASH["measure/eval.py"], made_of, self.data, self.checker, options)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
             options += [text for pair in paths.items() for text in map(str, pair)]
-            write_whole(path, self.call("eval.py", options, path.with_suffix(".log")))
+            write_whole(path, self.call("measure/eval.py", options, path.with_suffix(".log")))
         return json.loads(path.read_text())
 
     def quality(self, name, sample):
