@@ -3,6 +3,7 @@
 | backend  | what computes it                                               | where                       |
 |----------|----------------------------------------------------------------|-----------------------------|
 | `dense`  | torch's scaled_dot_product_attention with the mask as a matrix | everywhere: the reference   |
+| `spans`  | the same for each run of queries that see the same keys        | sampling on a CPU           |
 | `flex`   | FlexAttention with a BlockMask, which skips what nobody sees   | a GPU, with torch.compile   |
 | `kernel` | our fused CUDA kernel (kernels/README.md)                      | a GPU, bfloat16 and float16 |
 """
@@ -59,24 +60,49 @@ def fused(q, k, v, see):
     return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, see)
 
 
+def spans_of_queries(ranges, n_keys):
+    """Consecutive queries that see the same keys, as (row, first, last + 1, prefix, begin, end); or the dense mask
+    where these are so short that a product for each would take longer."""
+    changes = (ranges[:, 1:] != ranges[:, :-1]).any(-1)  # (B, T - 1)
+    if 16 * int(changes.sum() + len(ranges)) > ranges[..., 0].numel():
+        return dense_mask(ranges, n_keys)
+    runs = []
+    for row, (line, change) in enumerate(zip(ranges.tolist(), changes)):
+        borders = [0, *(change.nonzero()[:, 0] + 1).tolist(), len(line)]
+        runs += [(row, first, last, *line[first]) for first, last in zip(borders, borders[1:])]
+    return runs
+
+
+def by_span(q, k, v, runs):
+    """Each run of queries with just the keys that it sees, so without a mask: spans do not pay for their siblings."""
+    if torch.is_tensor(runs):
+        return dense(q, k, v, runs)
+    y = torch.empty_like(q)
+    for row, first, last, prefix, begin, end in runs:
+        seen = [torch.cat([x[row, :, :prefix], x[row, :, max(begin, prefix) : end]], dim=1)[None] for x in (k, v)]
+        y[row, :, first:last] = F.scaled_dot_product_attention(q[row, None, :, first:last], *seen, enable_gqa=True)[0]
+    return y
+
+
 BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it computes with that in each layer
     "dense": (dense_mask, dense),
+    "spans": (spans_of_queries, by_span),
     "flex": (block_mask, flex),
     "kernel": (three_integers, fused),
 }
 
 
-def choose(name, device, dtype, head_size, many_shapes=False):
+def choose(name, device, dtype, head_size, sampling=False):
     """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name.
 
-    many_shapes: without FlexAttention, which takes long to begin with each new one.
+    sampling: without FlexAttention, which takes long to begin with each new shape.
     """
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
     if name != "auto":
         return name
     if torch.device(device).type != "cuda":
-        return "dense"
+        return "spans" if sampling and torch.device(device).type == "cpu" else "dense"
     if kernels.available(dtype, head_size):
         return "kernel"
-    return "dense" if dtype == torch.float32 or many_shapes else "flex"
+    return "dense" if dtype == torch.float32 or sampling else "flex"

@@ -1,5 +1,7 @@
 """The grammar of plans as an automaton: which tokens may come next in a plan or text."""
 
+import copy
+
 import numpy as np
 
 from tokenizer import MAX_LENGTH, span_slots
@@ -19,6 +21,14 @@ class Grammar:
         """`plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone."""
         self.tokenizer, self.room, self.scale, self.plans = tokenizer, max(room, 1), length_scale, plans
         self.state, self.name, self.length = "text", 0, 0
+
+    def copy(self):
+        """Another automaton in the same state."""
+        return copy.copy(self)
+
+    @property
+    def done(self):
+        return self.state == "done"
 
     def allowed(self):
         """Boolean array (vocab_size,): the tokens that may come next."""

@@ -75,6 +75,11 @@ class Layout:
             self.end[first:] = [len(self)] * (len(self) - first)
         return places
 
+    def cut(self, length):
+        """Drop all entries from `length` on."""
+        for column in (self.token, self.kind, self.round, self.span, self.position, self.prefix, self.begin, self.end):
+            del column[length:]
+
     def _columns(self, tokens, kinds, round_, span, position):
         n = len(tokens)
         self.token += tokens

@@ -80,6 +80,14 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
+def pick_columns(columns, *tensors):
+    """Columns (B, R) of tensors (B, ..., T, D); all of them if `columns` is None."""
+    if columns is None:
+        return tensors
+    index = [columns.view(len(columns), *[1] * (x.ndim - 3), -1, 1) for x in tensors]
+    return [x.take_along_dim(i, dim=-2) for x, i in zip(tensors, index)]
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -91,17 +99,24 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
 
-    def forward(self, x, cos, sin, attend, mask, store):
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+    def forward(self, x, rotation, attend, mask, store, columns=None):
+        """Attention of x (B, T, D), or only of its `columns` (B, R) to keys and values of all: (B, T or R, D)."""
+        (q, k, v), cos_sin = self.project(x, columns), pick_columns(columns, *rotation)
         if self.qk_norm:
             dtype = self.q_norm.weight.dtype  # float32 also where autocast multiplies in bfloat16
             q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = store(k, v)  # (B, Hkv, S, hd)
-        y = attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        k, v = store(rotate(k, *rotation), v)  # (B, Hkv, S, hd)
+        y = attend(rotate(q, *cos_sin), k, v, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def project(self, x, columns):
+        """Queries (B, H, T or R, hd), keys and values (B, Hkv, T, hd)."""
+        heads = lambda y, *n: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(n, dim=1)
+        if columns is None:
+            return heads(self.qkv(x), self.n_head, self.n_kv_head, self.n_kv_head)
+        weight = self.qkv.weight.split([self.n_head * self.head_dim, 2 * self.n_kv_head * self.head_dim])
+        (q,) = heads(F.linear(*pick_columns(columns, x), weight[0]), self.n_head)
+        return q, *heads(F.linear(x, weight[1]), self.n_kv_head, self.n_kv_head)
 
 
 class Block(nn.Module):
@@ -112,8 +127,10 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x, *attention_inputs):
-        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+    def forward(self, x, rotation, attend, mask, store, columns=None):
+        """x (B, T, D) after this block, or only its `columns` (B, R): (B, R, D)."""
+        (kept,) = pick_columns(columns, x)
+        x = kept + self.attention(self.attention_norm(x), rotation, attend, mask, store, columns)
         gate, up = self.gate_up(self.ff_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -128,10 +145,10 @@ class Transformer(nn.Module):
         self.attend_by("dense")
         self.apply(self._init)
 
-    def attend_by(self, backend, dtype=torch.float32, many_shapes=False):
+    def attend_by(self, backend, dtype=torch.float32, sampling=False):
         """Choose what computes attention (attention.py) of queries in `dtype`."""
         head_size = self.config.d_model // self.config.n_head
-        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, many_shapes)]
+        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, sampling)]
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -140,23 +157,26 @@ class Transformer(nn.Module):
             for layer in (module.attention.out, module.down):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.n_layer) ** 0.5)
 
-    def forward(self, token, position, see, cache=None, index=None, n_keys=None):
-        """Hidden states (B, T, D) of tokens (B, T) at RoPE positions (B, T) that see keys by see (B, T, 3).
+    def forward(self, token, position, ranges, cache=None, index=None, n_keys=None, columns=None):
+        """Hidden states (B, T, D) of tokens (B, T) at RoPE positions (B, T) that see the keys of ranges (B, T, 3).
 
-        Without a cache the keys are the tokens themselves. With one, token (b, t) is entry
-        index[b, t] of it, `see` speaks of entries, and only the first `n_keys` are seen (default: as many as see says).
+        Without a cache the keys are the tokens themselves. With one, token (b, t) is entry index[b, t] of it,
+        `ranges` speaks of entries, and only the first `n_keys` are seen (default: as many as `ranges` says).
+        With `columns` (B, R) the result is (B, R, D): the last block computes only what is asked for.
         """
-        n_keys = n_keys or (token.shape[1] if cache is None else int(see.max()))
+        n_keys = n_keys or (token.shape[1] if cache is None else int(ranges.max()))
         prepare, attend = self.backend
-        mask = prepare(see, n_keys)
-        cos, sin = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)
-        x = self.embedding(token)
+        mask, x = prepare(ranges, n_keys), self.embedding(token)
+        rotation = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             if cache is None:
                 store = lambda k, v: (k, v)
             else:
                 store = lambda k, v, layer=layer: cache.update(layer, index, k, v, n_keys)
-            x = block(x, cos, sin, attend, mask, store)
+            if columns is not None and layer == self.config.n_layer - 1:
+                x = block(x, rotation, attend, prepare(*pick_columns(columns, ranges), n_keys), store, columns)
+            else:
+                x = block(x, rotation, attend, mask, store)
         return self.norm(x)
 
     def logits(self, hidden, n_tokens=None):

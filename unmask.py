@@ -1,14 +1,16 @@
 """Which tokens are drawn, and which slots of a denoising pass keep theirs (Planned Diffusion, section 4)."""
 
 import torch
+from torch import Tensor
 
 ORDERS = ("entropy", "confidence", "margin", "random")
+Generators = list[tuple[torch.Generator, int]]  # of each answer: its random numbers, and how many rows are its own
 
 
-def probabilities(logits, config):
-    """(N, V) probabilities that tokens are drawn from; at temperature 0 those of temperature 1."""
-    probs = torch.softmax(logits.float() / (config.temperature or 1.0), dim=-1)
-    if config.top_p < 1:  # nucleus (Holtzman et al. 2020): drop what the likelier tokens leave no room for
+def probabilities(logits: Tensor, config) -> Tensor:
+    """(N, V) probabilities that tokens are drawn from, above temperature 0."""
+    probs = torch.softmax(logits / config.temperature, dim=-1)
+    if config.top_p < 1:  # nucleus (Holtzman et al. 2020): drop what the likelier tokens leave no probability for
         ranked, order = probs.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= config.top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
@@ -16,43 +18,74 @@ def probabilities(logits, config):
     return probs
 
 
-def draw(probs, config, generators):
-    """Token ids (N,) from probabilities (N, V). `generators`: a pair of generator and number of rows an answer."""
-    if config.temperature == 0:
-        return probs.argmax(-1)
-    parts = probs.split([n for _, n in generators])
+def draw(probs: Tensor, generators: Generators) -> Tensor:
+    """Token ids (N,) drawn from probabilities (N, V), each answer's with its own generator."""
+    parts = probs.split([rows for _, rows in generators])
     return torch.cat([torch.multinomial(p, 1, generator=g)[:, 0] for p, (g, _) in zip(parts, generators)])
 
 
-def certainty(probs, token, config, generators):
-    """(N,) how certain each slot's token is, by config.order; a threshold is one of confidence."""
+def uniform(generators: Generators, device: torch.device) -> Tensor:
+    """(N,) random numbers from [0, 1), each answer's from its own generator."""
+    return torch.cat([torch.rand(rows, generator=g, device=device) for g, rows in generators])
+
+
+def certainty(logits: Tensor, token: Tensor, config, generators: Generators) -> Tensor:
+    """(N,) how certain each slot's token is, by `config.order`; a threshold is one of confidence.
+
+    A property of the model: its probabilities at temperature 1 without top-p, whatever tokens are drawn with. Else
+    a low temperature would make every token certain.
+    """
+    if config.order == "random" and not config.threshold:
+        return uniform(generators, logits.device)
+    log_probs = torch.log_softmax(logits, dim=-1)
     if config.threshold or config.order == "confidence":
-        return probs.gather(-1, token[:, None])[:, 0]
-    if config.order == "entropy":
-        return (probs * probs.clamp_min(1e-30).log()).sum(-1)  # torch.special.entr takes five times as long on a CPU
+        return log_probs.gather(-1, token[:, None])[:, 0].exp()
     if config.order == "margin":
-        top = probs.topk(2, dim=-1).values
-        return top[:, 0] - top[:, 1]
-    return torch.cat([torch.rand(n, generator=g, device=probs.device) for g, n in generators])
+        likeliest, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+        return likeliest - second
+    return torch.linalg.vecdot(log_probs.exp(), log_probs)  # negative entropy; slots exclude no token, so no 0 * -inf
 
 
-def ranks(sure, group):
-    """(N,) the place of each slot among those of its group, the most certain first. group: (N,) rising numbers."""
+def ranks(sure: Tensor, group: Tensor) -> Tensor:
+    """(N,) the rank of each slot in its group, the most certain first. group: (N,) rising numbers."""
     order = sure.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]
     first = torch.searchsorted(group, group)  # where the group begins
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)
 
 
-def fill(probs, group, share, all_kept, config, generators):
-    """Tokens (N,) for slots of probabilities (N, V), and which of them are kept.
+def fill(logits: Tensor, group: Tensor, quota: Tensor, all_kept: bool, config, generators: Generators) -> tuple:
+    """Tokens (N,) for slots with logits (N, V), and which of them are kept.
 
-    Of each group the `share` (N,) most certain, and with a threshold all that reach it. `all_kept`: the host
-    knows that all are, and asks the device for no order.
+    Of each group the `quota` (N,) most certain are, and with a threshold all that reach it. `all_kept`: the host
+    knows that every token is, so nothing has to be ranked.
     """
-    token = draw(probs, config, generators)
+    token = draw(probabilities(logits, config), generators) if config.temperature else logits.argmax(-1)
     if all_kept and config.order != "random":  # random numbers are drawn anyway: an answer must not depend on others
         return token, torch.ones_like(token, dtype=torch.bool)
-    sure = certainty(probs, token, config, generators)
-    kept = ranks(sure, group) < share
+    sure = certainty(logits, token, config, generators)
+    kept = ranks(sure, group) < quota
     return token, kept | (sure >= config.threshold) if config.threshold else kept
+
+
+def check_drafts(logits: Tensor, draft: Tensor, draft_probs: Tensor, config, generators: Generators) -> tuple:
+    """The next token after each of N tokens, where a draft (N,) for it may exist (-1: none).
+
+    A draft is accepted with probability min(1, p / q); a rejected one is replaced by a draw from max(0, p - q),
+    normalised: tokens are distributed as if drawn from p (Leviathan et al. 2023, arXiv 2211.17192). `draft_probs`
+    (N, V) is q, the distribution that the draft was drawn from, 0 where there is none.
+    Returns tokens (N,), accepted (N,), and p (N, V) (None at temperature 0).
+    """
+    if not config.temperature:
+        token = logits.argmax(-1)
+        return token, token == draft, None
+    p = probabilities(logits, config)
+    if not config.ahead:
+        return draw(p, generators), draft >= 0, p
+    q = draft_probs.where(logits > -torch.inf, 0)  # drafts that the grammar forbids were dropped before
+    q /= q.sum(-1, keepdim=True).clamp_min(1e-30)
+    at = draft.clamp_min(0)[:, None]
+    accepted = (draft >= 0) & (uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])
+    residual = (p - q).clamp_min(0)
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)  # p = q up to rounding: never rejected
+    return torch.where(accepted, draft, draw(residual, generators)), accepted, p

@@ -91,10 +91,9 @@ def bench_training(args):
 class Measured(Sampler):
     """A sampler that notes how many positions each pass computes, padding included."""
 
-    def forward(self, live, entries, rows):
-        hidden = super().forward(live, entries, rows)
-        self.widths.append(hidden.shape[:2])
-        return hidden
+    def forward(self, live, entries, readings, rows):
+        self.widths.append((len(live), max(map(len, entries))))
+        return super().forward(live, entries, readings, rows)
 
 
 def matrix_products(model, widths):

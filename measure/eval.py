@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from data import Example, read_split
-from measure.speculate import Speculator
+from measure.speculate import Drafter
 from methods import encode, rewrite, trained_by
 from model import load_checkpoint
 from noise import Sequence
@@ -48,7 +48,7 @@ class EvalConfig:
     limit: int = setting(0, "only so many of its examples (0: all)")
     batch: int = setting(16, "prompts answered together; 1 for the latency of a single user")
     draws: int = setting(8, "noisings a round for the ELBO")
-    draft: str = setting("", "smaller autoregressive checkpoint: speculative decoding with its drafts, at batch 1")
+    draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens that are checked: speculative decoding")
     judge: str = setting("", "larger autoregressive checkpoint: perplexity of the answers under it")
     answers: str = setting("", "file (.jsonl) that keeps the answers; an interrupted evaluation goes on with it")
     show: int = setting(0, "print the first so many answers, as Markdown, before the figures")
@@ -175,10 +175,9 @@ def spans_an_answer(results):
 
 def evaluate(config, sample_config):
     """All figures as a dict for JSON. Raises ValueError on bad files or settings."""
+    sampler = Sampler.load(config.checkpoint, sample_config, config.device)
     if config.draft:
-        sampler = Speculator.load(config.checkpoint, config.draft, sample_config, config.device)
-    else:
-        sampler = Sampler.load(config.checkpoint, sample_config, config.device)
+        sampler.drafter = Drafter.load(config.draft, sampler.tokenizer, config.device)
     path = locate(config.data) / f"{config.split}.jsonl"
     examples = read_split(path)[: config.limit or None]
     if not examples:
@@ -187,7 +186,7 @@ def evaluate(config, sample_config):
     sequences = [Sequence(encode(example, tokenizer, method)) for example in examples]
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-    batch = 1 if config.draft else config.batch
+    batch = config.batch
     made_by = {"files": hashes, "limit": config.limit, "batch": batch, "device": config.device}
     answers = Answers(config.answers, made_by | asdict(sample_config))
     results = answer_all(sampler, examples, batch, answers)

@@ -1,91 +1,73 @@
-"""Speculative decoding: a smaller autoregressive model drafts, the larger one checks the draft in one pass.
+"""Speculative decoding: a second, smaller model drafts plan and text, and the sampler's own checks them.
 
-    python measure/eval.py --checkpoint runs/tasks-ar/model.safetensors --draft runs/tasks-small/model.safetensors
+    python measure/eval.py --checkpoint runs/tasks-ar/model.safetensors --draft runs/tasks-small/model.safetensors --ahead 8
 
-Greedy and exact: the text is what the larger model alone would write (Leviathan et al. 2023, arXiv 2211.17192,
-at temperature 0). A baseline for planned diffusion, which has something to compute in parallel without a second model.
+The text is what the larger model alone would write (Leviathan et al. 2023, arXiv 2211.17192). A baseline for
+planned diffusion, which finds work to do in parallel without a second model.
 """
 
-import time
+from weakref import WeakKeyDictionary
 
 import torch
 
+from answer import Answer
+from masks import PLAN
 from model import KVCache, load_checkpoint
-from sample import Answer, Sampler
 from settings import locate
+from tokenizer import Tokenizer
+from unmask import draw, probabilities
 
 
-class Reader:
-    """A model that reads a growing list of tokens; what it has read stays in its KV cache."""
+class Drafter:
+    """A source of drafts (decode.WrittenPlan asks it): a model with a KV cache of its own for each answer."""
 
-    def __init__(self, model, length):
-        self.model, self.device, self.read = model, model.embedding.weight.device, 0
-        self.cache = KVCache(model.config, 1, length, self.device, model.embedding.weight.dtype)
-
-    def next(self, tokens, allowed):
-        """The likeliest allowed token after each token not read before."""
-        entry = torch.arange(self.read, len(tokens), device=self.device)[None]
-        see = torch.stack([entry + 1, 0 * entry, 0 * entry], dim=-1)
-        hidden = self.model(torch.tensor([tokens[self.read :]], device=self.device), entry, see, self.cache, entry)
-        self.read = len(tokens)
-        return self.model.logits(hidden[0]).masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
-
-
-class Drafted(Answer):
-    """An answer of which a part of the passes were the smaller model's."""
-
-    draft_passes = 0
-
-    def result(self):
-        return super().result() | {"draft_passes": self.draft_passes}
-
-
-class Speculator(Sampler):
-    """A greedy autoregressive `Sampler` that checks `ahead` tokens of the `draft` model a pass."""
-
-    def __init__(self, sampler, draft, ahead=4):
-        super().__init__(sampler.model, sampler.tokenizer, sampler.config, sampler.method)
-        self.draft, self.ahead = draft.eval(), ahead
-        if self.method.plan != "none" or self.config.temperature:
-            raise ValueError("speculative decoding needs an autoregressive model and temperature 0")
+    def __init__(self, model):
+        self.model, self.caches = model.eval(), WeakKeyDictionary()  # answer -> its cache, and entries read into it
 
     @classmethod
-    def load(cls, path, draft, config, device="cpu"):
-        """From two checkpoints of the same tokenizer."""
-        sampler, (model, tokenizer, *_) = Sampler.load(path, config, device), load_checkpoint(locate(draft), device)
-        if tokenizer.tokens != sampler.tokenizer.tokens:
-            raise ValueError(f"{draft} has another tokenizer than {path}")
-        return cls(sampler, model)
+    def load(cls, path: str, tokenizer: Tokenizer, device) -> "Drafter":
+        """From a checkpoint. Raises ValueError if its tokenizer is not that of the model that checks."""
+        model, own, *_ = load_checkpoint(locate(path), device)
+        if own.tokens != tokenizer.tokens:
+            raise ValueError(f"{path} has another tokenizer than the model that it is to draft for")
+        return cls(model)
 
-    @torch.inference_mode()
-    def answer(self, prompts, watch=None):
-        """Answer prompts, one after the other. Returns a list of finished answers."""
-        return [self.one(prompt, watch) for prompt in prompts]
+    def draft(self, answer: Answer) -> tuple[list[int], list]:
+        """The next `--ahead` tokens of an answer's plan or text, and what each was drawn from (None if greedy)."""
+        layout, known, grammar = answer.layout, len(answer.layout), answer.grammar.copy()
+        cache, read = self.caches.get(answer) or (self.new_cache(answer), 0)
+        tokens, probs = [], []
+        while len(tokens) < answer.config.ahead and not grammar.done and answer.tokenizer.sync not in tokens:
+            forced = grammar.forced()
+            if forced is None:
+                logits, read = self.next_logits(layout, cache, read), len(layout)
+                logits[~torch.from_numpy(grammar.allowed()).to(logits.device)] = -torch.inf
+                answer.draft_passes += 1
+                answer.critical_path += 1
+            token, p = (forced, None) if forced is not None else self.choose(logits, answer)
+            tokens.append(token)
+            probs.append(p)
+            grammar.advance(token)
+            layout.write([token], PLAN, layout.round[-1])
+        layout.cut(known)
+        self.caches[answer] = cache, min(read, known)  # what is drafted may be wrong
+        return tokens, probs
 
-    def one(self, prompt, watch):
-        start, answer = time.perf_counter(), Drafted(prompt, self, self.config.seed)
-        large, small = (Reader(model, answer.room) for model in (self.model, self.draft))
-        while answer.stage != "done":
-            self.step(answer, large, small)
-            answer.seconds = time.perf_counter() - start
-            if watch:
-                watch(answer)
-        return answer
+    def new_cache(self, answer):
+        weight = self.model.embedding.weight
+        return KVCache(self.model.config, 1, answer.max_length, weight.device, weight.dtype)
 
-    def step(self, answer, large, small):
-        """Draft a few tokens, keep those that the larger model would have written, and its next one."""
-        allowed = torch.from_numpy(answer.grammar.allowed()).to(self.device)
-        tokens, known = list(answer.layout.token), len(answer.layout)
-        while len(tokens) < min(known + self.ahead, answer.room - 2) and tokens[-1] != self.tokenizer.eos:
-            tokens.append(small.next(tokens, allowed)[-1])
-            answer.draft_passes += 1
-        answer.positions += len(tokens) - large.read
-        right = large.next(tokens, allowed)[known - len(tokens) - 1 :]  # after the last known token and each draft
-        agreed = next((i for i, token in enumerate(tokens[known:]) if token != right[i]), len(tokens) - known)
-        answer.plan_passes += 1
-        for token in right[: agreed + 1]:
-            if answer.stage != "done":
-                answer.append(token)
-        answer.force()
-        answer.critical_path = answer.plan_passes + answer.draft_passes
-        large.read, small.read = (min(reader.read, known + agreed) for reader in (large, small))
+    def next_logits(self, layout, cache, read):
+        """(V,) logits of the token after the layout's last, of which the cache holds the entries before `read`."""
+        columns = (layout.token, layout.position, layout.prefix, layout.begin, layout.end)
+        table = torch.tensor([column[read:] for column in columns], device=self.model.embedding.weight.device)
+        entry = torch.arange(read, len(layout), device=table.device)[None]
+        hidden = self.model(table[:1], table[1:2], table[2:].T[None], cache, entry)
+        return self.model.logits(hidden[0, -1]).float()
+
+    def choose(self, logits, answer):
+        """A token, and (V,) what it was drawn from; None if it is the likeliest."""
+        if not answer.config.temperature:
+            return int(logits.argmax()), None
+        p = probabilities(logits[None], answer.config)
+        return int(draw(p, [(answer.generator, 1)])), p[0]

@@ -27,7 +27,7 @@ class Screen:
             up = f"\x1b[{self.height}A\x1b[J" if self.height else ""
             self.stream.write(up + "\n".join(lines) + "\n")
             self.stream.flush()
-            self.height = 0 if answer.stage == "done" else len(lines)
+            self.height = len(lines) if answer.phase else 0
             time.sleep(self.delay)
         elif self.key_frame(answer):
             passes = f"-- after {answer.plan_passes} plan and {answer.denoise_passes} denoising passes\n"
@@ -35,9 +35,14 @@ class Screen:
 
     def key_frame(self, answer):
         """Whether to print a frame if nothing can be overwritten: at a new stage, and halfway through the spans."""
-        state = (len(answer.drafts), answer.stage, 2 * answer.step >= answer.steps)
+        state = (len(answer.rounds), type(answer.phase), self.halfway(answer))
         self.shown, before = state, self.shown
-        return state != before and not (before is None and answer.stage == "write")
+        return not answer.phase or (state != before and not (before is None and not answer.rounds[-1].spans))
+
+    def halfway(self, answer):
+        """Whether half of the newest spans' slots are filled."""
+        slots = [i for round_ in answer.rounds[-1:] for span in round_.spans for i in answer.contents(span)]
+        return 2 * slots.count(answer.tokenizer.mask) <= len(slots)
 
     def frame(self, answer, width):
         """The lines of an answer as it stands."""
@@ -56,13 +61,13 @@ class Screen:
         """(label, style, [(key, text, style) of a token]) of the prompt and of each plan, text and span."""
         tok, layout = answer.tokenizer, answer.layout
         yield "prompt", BOLD, [(None, answer.prompt, BOLD)]
-        for number, draft in enumerate(answer.drafts):
-            if draft.text:
-                yield "text", None, [((number, n), tok.name(i), None) for n, i in enumerate(draft.text)]
-            if draft.topics:
-                plan = [f"{tok.decode(name)} {length or ''} " for name, length in draft.topics]
+        for number, round_ in enumerate(answer.rounds):
+            if round_.text:
+                yield "text", None, [((number, n), tok.name(i), None) for n, i in enumerate(round_.text)]
+            if round_.topics:
+                plan = [f"{tok.decode(name)} {length or ''} " for name, length in round_.topics]
                 yield "plan", PLAN_COLOUR, [(None, text + " ", PLAN_COLOUR) for text in plan]
-            for (name, _), (start, stop) in zip(draft.topics, draft.spans):
+            for (name, _), (start, stop) in zip(round_.topics, round_.spans):
                 slots = [(i, layout.token[i]) for i in range(start, stop) if layout.kind[i] == SLOT]
                 yield tok.decode(name), None, [(i, *self.slot(tok, token)) for i, token in slots if token != tok.pad]
 

@@ -47,7 +47,7 @@ def hidden_states(model, tokens, attention):
     cos, sin = rope(torch.arange(n)[None], config.d_model // config.n_head, config.rope_theta)
     x = model.embedding(torch.tensor([[t.id for t in tokens]]))
     for block in model.blocks:
-        x = block(x, cos, sin, dense, mask[None, None], lambda k, v: (k, v))
+        x = block(x, (cos, sin), dense, mask[None, None], lambda k, v: (k, v))
     return model.norm(x)[0]
 
 
@@ -182,10 +182,8 @@ class NaiveSampler:
                 self.fill(group, step, steps, hidden)
 
     def slot_logits(self, hidden):
-        """Slots hold text or [PAD], never a tag; over the whole vocabulary, as random numbers are drawn for all of it."""
-        logits = self.model.logits(hidden)
-        logits[:, self.tok.pad + 1 :] = -torch.inf
-        return logits
+        """Slots hold text or [PAD], never a tag."""
+        return self.model.logits(hidden)[:, : self.tok.pad + 1]
 
     def masked(self, slots):
         return [i for i in slots if self.tokens[i].id == self.tok.mask]
@@ -194,7 +192,7 @@ class NaiveSampler:
         """Fill the most certain slots of a span, or of all spans of a dense round."""
         left, guess = self.masked(slots), {}
         logits = self.slot_logits(hidden[left])
-        for i, p, token in zip(left, (logits / (self.config.temperature or 1)).softmax(-1), self.draw(logits)):
+        for i, p, token in zip(left, logits.softmax(-1), self.draw(logits)):
             sure = float(p[token])
             guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
         left.sort(key=lambda i: -guess[i][1])

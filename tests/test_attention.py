@@ -51,7 +51,7 @@ def test_the_kernel_gives_what_the_dense_mask_gives(tokenizer):
 def test_auto_is_the_dense_mask_without_a_gpu_and_other_names_are_refused():
     assert choose("auto", "cpu", torch.float32, 32) == "dense"
     assert choose("flex", "cpu", torch.float32, 32) == "flex"
-    with pytest.raises(ValueError, match="--attention fast: expected one of auto, dense, flex, kernel"):
+    with pytest.raises(ValueError, match="--attention fast: expected one of auto, dense, spans, flex, kernel"):
         choose("fast", "cpu", torch.float32, 32)
 
 

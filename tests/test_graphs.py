@@ -35,7 +35,7 @@ def recordings(monkeypatch):
 
 def as_on_a_gpu(sampler):
     """The sampler, with the sizes and the graphs that it has on a GPU."""
-    sampler.rounded, sampler.replayed, sampler.turns = bucket, Replayed, (("write", "denoise"),)
+    sampler.rounded, sampler.replayed, sampler.turns = bucket, Replayed, ((False, True),)
     return sampler
 
 

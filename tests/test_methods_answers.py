@@ -41,8 +41,11 @@ class Perfect:
     def eval(self):
         return self
 
-    def __call__(self, token, position, see, cache, index, n_keys):
-        return position[..., None]
+    def attend_by(self, backend, dtype, sampling):
+        pass
+
+    def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
+        return (position if columns is None else position.gather(1, columns))[..., None]
 
     def logits(self, hidden, n_tokens=None):
         return 30.0 * F.one_hot(self.table[hidden[..., 0]], len(self.embedding.weight))[..., :n_tokens]
@@ -84,7 +87,7 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
             answer = Sampler(model, fluent, config, method).answer([example.prompt])[0]
             assert answer.layout == layout and not answer.broken and not answer.cut
             if method == MethodConfig():
-                assert answer.rounds() == list(example.rounds)
+                assert answer.decoded() == list(example.rounds)
         if method.plan != "given":
             assert answer.plan_passes == layout.kind.count(PLAN) + 1, "without grammar nothing is forced"
 
@@ -119,12 +122,12 @@ def test_answers_and_costs_equal_the_naive_ones(planner, writer, tokenizer, meth
         naive = NaiveSampler(model, tokenizer, config, method.attention, method.repeat_topic)
         expected = naive.answer_blocks(prompt, method.block) if given else naive.answer(prompt)
         if given:
-            blocks = [answer.contents(span) for draft in answer.drafts for span in draft.spans]
+            blocks = [answer.contents(span) for draft in answer.rounds for span in draft.spans]
             assert (blocks, answer.cut) == (expected.pop("blocks"), expected.pop("cut")) and not answer.broken
         else:
             assert ids(answer) == expected.pop("rounds")
         assert costs(answer) == expected
-        spans += sum(len(d.spans) for d in answer.drafts)
+        spans += sum(len(d.spans) for d in answer.rounds)
     assert spans >= 2
 
 
@@ -132,7 +135,7 @@ def test_a_causal_span_ends_at_its_first_pad_and_the_round_with_its_longest_span
     early, config = 0, SampleConfig(max_tokens=90, temperature=0.8)
     for answer in Sampler(planner, tokenizer, config, CAUSAL).answer(PROMPTS):
         passes = 0
-        for draft in answer.drafts:
+        for draft in answer.rounds:
             lengths = [0]
             for slots in map(answer.contents, draft.spans):
                 end = slots.index(tokenizer.pad) if tokenizer.pad in slots else len(slots)
@@ -150,7 +153,7 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
     for room in (1, 2, 3, 9, 17, 60):
         config = SampleConfig(max_tokens=room, temperature=1.0)
         for answer in Sampler(writer, tokenizer, config, method).answer(PROMPTS):
-            blocks, result = [answer.contents(s) for d in answer.drafts for s in d.spans], answer.result()
+            blocks, result = [answer.contents(s) for d in answer.rounds for s in d.spans], answer.result()
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
             assert all(len(b) == method.block and tokenizer.pad not in b for b in blocks[:-1])
             assert result["cut"] == (not blocks or tokenizer.pad not in blocks[-1])
@@ -166,9 +169,9 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
 @pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
 def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer, threshold, passes):
     class Counting(Sampler):
-        def forward(self, live, entries, rows):
-            masked[len(live[0].drafts)].append(live[0].layout.token.count(tokenizer.mask))
-            return super().forward(live, entries, rows)
+        def forward(self, live, entries, readings, rows):
+            masked[len(live[0].rounds)].append(live[0].layout.token.count(tokenizer.mask))
+            return super().forward(live, entries, readings, rows)
 
     masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
     config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots
@@ -195,7 +198,7 @@ def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag
     sampler = Sampler(steered(tokenizer, **{tag: 99.0}), tokenizer, SampleConfig(constrained=False), method)
     for answer in sampler.answer(PROMPTS):
         result = answer.result()
-        assert answer.stage == "done" and result["broken"] and not result["cut"]
+        assert answer.phase is None and result["broken"] and not result["cut"]
         assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
 
 
@@ -213,8 +216,8 @@ def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, me
                 grammar.advance(token)
             assert answer.plan_passes == answer.layout.kind.count(PLAN) + 1
             assert answer.broken or grammar.allowed()[fluent.eos]
-            assert answer.stage == "done" and fluent.mask not in answer.layout.token and not answer.cut
-            assert len(parse_answer(answer.result()["tagged"])) == len(answer.drafts)
+            assert answer.phase is None and fluent.mask not in answer.layout.token and not answer.cut
+            assert len(parse_answer(answer.result()["tagged"])) == len(answer.rounds)
             seen.add((answer.broken, SLOT in answer.layout.kind))
     assert seen == set(itertools.product((True, False), (False,) if method.plan == "none" else (True, False)))
 
@@ -230,5 +233,5 @@ def test_untrained_models_answer_within_any_limit(tokenizer, method):
         for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
             ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
-            assert answer.stage == "done" and tokenizer.mask not in answer.layout.token
+            assert answer.phase is None and tokenizer.mask not in answer.layout.token
             assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)

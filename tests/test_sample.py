@@ -7,6 +7,7 @@ import torch
 from conftest import SENTENCES, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
+from decode import DECODERS, Decoder, Denoise, WrittenPlan
 from grammar import Grammar
 from masks import GIVEN, PLAN, PROMPT, SLOT
 from methods import MethodConfig
@@ -43,23 +44,24 @@ def one_span(tokenizer):
 
 
 class Recorder(Sampler):
-    """A sampler that notes what each pass computes: (stage, entries, the answer's layout length)."""
+    """A sampler that notes what each pass computes: (whether it is over spans, entries, the answer)."""
 
     def answer(self, prompts, watch=None):
         self.passes = []
         return super().answer(prompts, watch)
 
-    def forward(self, live, entries, rows):
-        self.passes.append((live[0].stage, entries[0], live[0]))
-        return super().forward(live, entries, rows)
+    def forward(self, live, entries, readings, rows):
+        self.passes.append((live[0].phase.in_spans, entries[0], live[0]))
+        return super().forward(live, entries, readings, rows)
 
 
 class Exact(Recorder):
     """A sampler that compares each pass with a forward of the whole sequence without cache."""
 
-    def forward(self, live, entries, rows):
-        hidden = super().forward(live, entries, rows)
-        for answer, mine, h in zip(live, entries, hidden):
+    def forward(self, live, entries, readings, rows):
+        hidden = super().forward(live, entries, readings, rows)
+        for answer, asked, h in zip(live, readings, hidden):
+            mine = [entry for reading in asked for entry in reading.entries]
             y = answer.layout
             tokens = [Token(*t) for t in zip(y.token, y.round, (None if s < 0 else s for s in y.span))]
             fresh = hidden_states(self.model, tokens, self.method.attention)[mine]
@@ -70,7 +72,7 @@ class Exact(Recorder):
 def ids(answer):
     """An answer in token ids, as NaiveSampler gives it."""
     return [(d.text, [(name, length, answer.contents(s)) for (name, length), s in zip(d.topics, d.spans)])
-            for d in answer.drafts]  # fmt: skip
+            for d in answer.rounds]  # fmt: skip
 
 
 def costs(answer):
@@ -84,7 +86,7 @@ def denoising(sampler, prompt):
 
     def watch(answer):
         if answer.denoise_passes > seen[0]:
-            number, draft = max((n, d) for n, d in enumerate(answer.drafts) if d.spans)
+            number, draft = max((n, d) for n, d in enumerate(answer.rounds) if d.spans)
             rounds.setdefault(number, []).append([answer.contents(span) for span in draft.spans])
             seen[0] = answer.denoise_passes
 
@@ -117,19 +119,19 @@ def test_answers_and_costs_equal_the_naive_ones(planner, tokenizer, attention, s
 
 def test_the_steered_answers_are_worth_comparing(planner, tokenizer):
     answers = Sampler(planner, tokenizer, SampleConfig(max_tokens=90)).answer(PROMPTS[:3])
-    spans = [[len(d.spans) for d in a.drafts] for a in answers]
+    spans = [[len(d.spans) for d in a.rounds] for a in answers]
     assert max(map(len, spans)) >= 3, "several rounds"
     assert len({n for s in spans for n in s} & {1, 2, 3, 4}) >= 2, "one to four spans"
     assert any(sum(n > 0 for n in s) > 1 for s in spans), "spans again after a <sync/>"
-    assert any(d.text for a in answers for d in a.drafts), "text"
-    slots = [i for a in answers for d in a.drafts for s in d.spans for i in a.contents(s)]
+    assert any(d.text for a in answers for d in a.rounds), "text"
+    slots = [i for a in answers for d in a.rounds for s in d.spans for i in a.contents(s)]
     assert tokenizer.pad in slots and len(set(slots)) > 5, "[PAD] and text"
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
 def test_the_cache_is_exact_also_after_sync(planner, tokenizer, attention):
     sampler = Exact(planner, tokenizer, SampleConfig(max_tokens=90), METHOD[attention])
-    after = [len(sampler.answer([prompt])[0].drafts) for prompt in PROMPTS[:2]]
+    after = [len(sampler.answer([prompt])[0].rounds) for prompt in PROMPTS[:2]]
     assert max(after) > 1
 
 
@@ -141,7 +143,7 @@ def test_a_batch_answers_each_prompt_as_if_alone(planner, tokenizer, attention, 
         alone = sampler.answer([prompt])[0]
         assert ids(batched) == ids(alone)
         assert costs(batched) == costs(alone)
-    sampler.turns = (("write", "denoise"),)  # as on a GPU: prompts of both stages in one pass
+    sampler.turns = ((False, True),)  # as on a GPU: prompts of both stages in one pass
     assert [(ids(a), costs(a)) for a in sampler.answer(PROMPTS)] == [(ids(a), costs(a)) for a in answers]
 
 
@@ -164,7 +166,7 @@ def test_a_thousand_plans_of_an_untrained_model_all_parse(tokenizer, bias):
 
 def test_an_autoregressive_model_never_plans(planner, tokenizer):
     for answer in Sampler(planner, tokenizer, SampleConfig(max_tokens=30), MethodConfig("ar")).answer(PROMPTS):
-        assert [draft.topics for draft in answer.drafts] == [[]]
+        assert [draft.topics for draft in answer.rounds] == [[]]
         assert answer.denoise_passes == 0
         assert answer.plan_passes == answer.critical_path - answer.cut  # the <eos> of a full answer is forced
 
@@ -219,7 +221,7 @@ def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_s
     answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
     y = answer.layout
     tokens = [Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s) for i, k, s in zip(y.token, y.kind, y.span)]
-    slots = [n for n in range(*answer.drafts[0].spans[0]) if y.kind[n] == SLOT]
+    slots = [n for n in range(*answer.rounds[0].spans[0]) if y.kind[n] == SLOT]
     best = one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
     filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
     assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()
@@ -229,8 +231,8 @@ def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_s
 def test_only_unfinished_spans_are_computed_but_dense_ones_until_the_round_ends(planner, tokenizer, attention):
     sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90, threshold=1.0), METHOD[attention])
     answer, rounds = denoising(sampler, PROMPTS[0])
-    drafts = [d for d in answer.drafts if d.spans]
-    computed = [set(entries) for stage, entries, _ in sampler.passes if stage == "denoise"]
+    drafts = [d for d in answer.rounds if d.spans]
+    computed = [set(entries) for stage, entries, _ in sampler.passes if stage]
     for draft, passes in zip(drafts, rounds):
         masked = [[True] * len(draft.spans)] + [[tokenizer.mask in slots for slots in spans] for spans in passes]
         for unfinished in masked[:-1]:
@@ -252,10 +254,10 @@ def test_nothing_outside_spans_is_computed_twice(planner, tokenizer):
 def test_finished_spans_are_computed_once_more_by_the_pass_that_reads_sync(planner, tokenizer):
     sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90))
     answer = sampler.answer([PROMPTS[0]])[0]
-    assert any(draft.spans for draft in answer.drafts[:-1])
+    assert any(draft.spans for draft in answer.rounds[:-1])
     after = [entries for (before, *_), (stage, entries, _) in zip(sampler.passes, sampler.passes[1:])
-             if (before, stage) == ("denoise", "write")]  # fmt: skip
-    for draft in (d for d in answer.drafts[:-1] if d.spans):
+             if (before, stage) == (True, False)]  # fmt: skip
+    for draft in (d for d in answer.rounds[:-1] if d.spans):
         begin, sync = draft.spans[0][0], draft.spans[-1][1]
         assert answer.layout.token[sync] == tokenizer.sync
         assert list(range(begin, sync + 1)) in after
@@ -283,7 +285,7 @@ def test_the_critical_path_is_plan_tokens_and_the_steps_of_the_longest_spans(pla
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.5])
 def test_length_scale_scales_slots_but_no_plan(planner, tokenizer, scale):
     answer = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, length_scale=scale)).answer([PROMPTS[0]])[0]
-    lengths = [(length, len(answer.contents(s))) for d in answer.drafts for (_, length), s in zip(d.topics, d.spans)]
+    lengths = [(length, len(answer.contents(s))) for d in answer.rounds for (_, length), s in zip(d.topics, d.spans)]
     assert lengths and all(slots == max(1, math.ceil(length * 4 * scale)) for length, slots in lengths)
 
 
@@ -310,8 +312,54 @@ def test_tags_typed_in_a_prompt_are_text(planner, tokenizer):
     assert GIVEN not in layout.kind
 
 
+class Stuck(Denoise):
+    """A way to denoise that asks for no slot."""
+
+    def quota(self, slots, left):
+        return 0
+
+
+def test_a_pass_that_fills_nothing_ends_the_answer_with_an_error(planner, tokenizer, monkeypatch):
+    monkeypatch.setitem(DECODERS, "planned", Decoder(WrittenPlan, Stuck))
+    with pytest.raises(RuntimeError, match="filled no slot of the answer to 'Tell me"):
+        Sampler(planner, tokenizer, SampleConfig(max_tokens=60)).answer([PROMPTS[1]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0)])
+def test_predictions_that_are_not_finite_are_refused(planner, tokenizer, value, settings):
+    broken = steered(tokenizer)
+    broken.logits = lambda hidden, n=None: planner.logits(hidden, n) + value
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(broken, tokenizer, SampleConfig(max_tokens=60, **settings)).answer([PROMPTS[1]])
+
+
+def test_a_prompt_too_long_is_refused_before_anything_is_computed(planner, tokenizer):
+    with pytest.raises(ValueError, match=r"the prompt 'otter otter.*tokens.*--max_tokens 10.*more than 4096"):
+        Sampler(planner, tokenizer, SampleConfig(max_tokens=10)).answer(["short", "otter " * 20_000])
+
+
+@pytest.mark.parametrize("attention", METHOD)
+def test_the_last_layer_computes_what_is_read_as_if_it_computed_all(planner, tokenizer, attention):
+    """Hidden states of some columns, against those of a pass that returns all."""
+
+    class Both(Sampler):
+        def one_pass(self, table, rows, columns=None, *, n_keys, first):
+            some = super().one_pass(table, rows, columns, n_keys=n_keys, first=first)
+            if columns is not None:
+                every = super().one_pass(table, rows, n_keys=n_keys, first=first)
+                torch.testing.assert_close(some, every.take_along_dim(columns[..., None], dim=1))
+                compared.append(columns.shape)
+            return some
+
+    compared = []
+    Both(planner, tokenizer, SampleConfig(max_tokens=60), METHOD[attention]).answer(PROMPTS)
+    assert len(compared) > 5
+
+
 BAD = [("steps_ratio", 0), ("steps_ratio", 1.1), ("threshold", -0.1), ("threshold", 1.1), ("length_scale", 0), ("top_p", 0),
-       ("top_p", 1.5), ("temperature", -1), ("max_tokens", 0), ("order", "surest"), ("steps_ratio", math.nan)]  # fmt: skip
+       ("top_p", 1.5), ("temperature", -1), ("temperature", math.nan), ("temperature", 1e-300), ("seed", -1), ("seed", 2**64),
+       ("max_tokens", 5000), ("ahead", -1), ("max_tokens", 0), ("order", "surest"), ("steps_ratio", math.nan)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value", BAD)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SENTENCES, small_model
 
-from measure.speculate import Speculator
+from measure.speculate import Drafter
 from methods import MethodConfig
 from model import save_checkpoint
 from sample import SampleConfig, Sampler
@@ -25,44 +25,46 @@ def related(tokenizer, seed, noise):
     return large, small
 
 
+def both(tokenizer, large, small, prompts, ahead=4, method=AR, **settings):
+    """The answers of the large model alone, and with the small one's drafts."""
+    alone = Sampler(large, tokenizer, SampleConfig(**settings), method).answer(prompts)
+    drafter = Drafter(small)
+    return alone, Sampler(large, tokenizer, SampleConfig(ahead=ahead, **settings), method, drafter).answer(prompts)
+
+
 @pytest.mark.parametrize("noise", [0, 0.02, 1])
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 40])
-def test_the_text_is_what_the_larger_model_writes_alone(tokenizer, noise, max_tokens):
+@pytest.mark.parametrize("method", ["ar", "planned"])
+def test_the_text_is_what_the_larger_model_writes_alone(tokenizer, noise, max_tokens, method):
     for seed in range(3):
         large, small = related(tokenizer, seed, noise)
-        sampler = Sampler(large, tokenizer, SampleConfig(max_tokens=max_tokens), AR)
-        for alone, drafted in zip(sampler.answer(SENTENCES), Speculator(sampler, small).answer(SENTENCES)):
+        answers = both(tokenizer, large, small, SENTENCES, method=MethodConfig(method), max_tokens=max_tokens)
+        for alone, drafted in zip(*answers):
             assert drafted.layout.token == alone.layout.token
-            assert (drafted.stage, drafted.cut) == (alone.stage, alone.cut)
+            assert (drafted.phase, drafted.cut) == (alone.phase, alone.cut) == (None, alone.cut)
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 4])
+@pytest.mark.parametrize("ahead", [1, 3, 4, 16])
 def test_a_perfect_draft_costs_one_pass_of_the_larger_model_for_all_its_tokens_and_one_more(tokenizer, ahead):
+    """So with 4 tokens ahead no draft can make more than 5 tokens of a pass: a ceiling of the setting."""
     large, small = related(tokenizer, 0, 0)
-    sampler = Sampler(large, tokenizer, SampleConfig(max_tokens=1 + 40 * (ahead + 1)), AR)
-    (answer,) = Speculator(sampler, small, ahead).answer([SENTENCES[0]])
-    assert len(answer.drafts[0].text) == 40 * (ahead + 1), "the model is to write until the limit"
-    assert answer.plan_passes == 40 and answer.result()["draft_passes"] == 40 * ahead
+    _, (answer,) = both(tokenizer, large, small, SENTENCES[:1], ahead, max_tokens=1 + 20 * (ahead + 1))
+    assert len(answer.rounds[0].text) == 20 * (ahead + 1), "the model is to write until the limit"
+    assert answer.plan_passes == 20 and answer.draft_passes == 20 * ahead
+    assert answer.accepted == answer.drafted == 20 * ahead
+    assert answer.critical_path == answer.plan_passes + answer.draft_passes + 1, "the forced <eos>"
 
 
-def test_a_hopeless_draft_costs_a_pass_a_token_and_positions_count_what_the_larger_model_computed(tokenizer):
+def test_a_hopeless_draft_costs_a_pass_per_token_and_positions_count_what_the_larger_model_computed(tokenizer):
     large, small = related(tokenizer, 0, 0)
     small.logits = lambda hidden, n=None: -large.logits(hidden, n)
-    sampler = Sampler(large, tokenizer, SampleConfig(max_tokens=30), AR)
-    (alone,), (drafted,) = sampler.answer([SENTENCES[0]]), Speculator(sampler, small, 2).answer([SENTENCES[0]])
+    (alone,), (drafted,) = both(tokenizer, large, small, SENTENCES[:1], 2, max_tokens=30)
     assert drafted.plan_passes == alone.plan_passes
-    assert drafted.positions == alone.positions + drafted.draft_passes
+    assert drafted.accepted == 0 and drafted.positions == alone.positions + drafted.drafted
 
 
-def test_models_that_cannot_draft_are_refused(tokenizer, tmp_path):
-    model = small_model(tokenizer.vocab_size)
-    with pytest.raises(ValueError, match="autoregressive"):
-        Speculator(Sampler(model, tokenizer, SampleConfig()), model)
-    with pytest.raises(ValueError, match="temperature 0"):
-        Speculator(Sampler(model, tokenizer, SampleConfig(temperature=1.0), AR), model)
-    other = Tokenizer(tokenizer.tokens[:-1], tokenizer.unit)
-    for name, saved in (("large", tokenizer), ("small", other)):
-        path = tmp_path / f"{name}.safetensors"
-        save_checkpoint(path, small_model(saved.vocab_size), saved, {"method": vars(AR)})
+def test_a_drafter_with_another_tokenizer_is_refused(tokenizer, tmp_path):
+    other, path = Tokenizer(tokenizer.tokens[:-1], tokenizer.unit), tmp_path / "small.safetensors"
+    save_checkpoint(path, small_model(other.vocab_size), other, {"method": vars(AR)})
     with pytest.raises(ValueError, match="small.safetensors has another tokenizer"):
-        Speculator.load(tmp_path / "large.safetensors", tmp_path / "small.safetensors", SampleConfig())
+        Drafter.load(path, tokenizer, "cpu")

@@ -30,7 +30,7 @@ def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes
     probs, config = (torch.randn(sum(sizes), 9) * 2).softmax(-1), SampleConfig(order=order, threshold=threshold)
     group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
     for share in range(4):
-        token, kept = fill(probs, group, torch.full_like(group, share), False, config, [])
+        token, kept = fill(probs.log(), group, torch.full_like(group, share), False, config, [])
         assert torch.equal(token, probs.argmax(-1))
         expected = set()
         for mine in ([i for i in range(sum(sizes)) if group[i] == n] for n in range(len(sizes))):
@@ -42,7 +42,7 @@ def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes
 
 def test_of_equally_certain_slots_the_first_are_kept():
     group, share = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 1, 1])
-    assert fill(torch.full((5, 4), 0.25), group, share, False, SampleConfig(), [])[1].tolist() == [1, 1, 0, 1, 0]
+    assert fill(torch.zeros(5, 4), group, share, False, SampleConfig(), [])[1].tolist() == [1, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -60,7 +60,6 @@ def test_a_seed_is_an_answer_and_answer_i_of_a_batch_has_seed_plus_i(planner, to
 def test_temperature_flattens_and_the_nucleus_keeps_the_likeliest_that_hold_top_p():
     logits = torch.tensor([[0.1, 0.25, 0.5, 0.15]]).log()
     for given, expected in [
-        (dict(temperature=0.0), [0.1, 0.25, 0.5, 0.15]),
         (dict(temperature=1.0, top_p=0.6), [0, 1 / 3, 2 / 3, 0]),
         (dict(temperature=0.5), [0.01 / 0.345, 0.0625 / 0.345, 0.25 / 0.345, 0.0225 / 0.345]),
     ]:
@@ -113,11 +112,11 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
     class Staged(Sampler):
         def predict(self, live, hidden, reads):
             nonlocal slots
-            slots = live[0].stage == "denoise"
+            slots = live[0].phase.in_spans
             return super().predict(live, hidden, reads)
 
     config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
-    drawn = Counter(tuple(a.contents(a.drafts[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
+    drawn = Counter(tuple(a.contents(a.rounds[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
     slots = True
 
     def chi_square(orders):
@@ -128,3 +127,23 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
     orders = list(itertools.permutations(range(3)))
     assert chi_square(orders) < 55, "26 degrees of freedom exceed 55 once in 1000 cases"
     assert min(chi_square([order]) for order in orders) > 110, "and this tells all orders from any single one"
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
+def test_certainty_does_not_depend_on_how_tokens_are_drawn(order, threshold):
+    """It is the model's at temperature 1: a low temperature or a small nucleus would make every token certain."""
+    torch.manual_seed(0)
+    logits, group, quota = torch.randn(12, 9), torch.arange(12) // 6, torch.full((12,), 2)
+    greedy = fill(logits, group, quota, False, SampleConfig(order=order, threshold=threshold), [])
+    for given in (dict(temperature=0.01), dict(temperature=1.0, top_p=1e-6), dict(temperature=0.0, top_p=0.1)):
+        config = SampleConfig(order=order, threshold=threshold, **given)
+        token, kept = fill(logits, group, quota, False, config, [(torch.Generator().manual_seed(0), 12)])
+        assert torch.equal(token, greedy[0]) and torch.equal(kept, greedy[1])
+
+
+def test_a_low_temperature_takes_the_passes_of_temperature_0(planner, tokenizer):
+    """Before, a threshold of 0.9 filled everything at once at temperature 0.05."""
+    passes = [[a.denoise_passes for a in Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=0.6,
+               temperature=t)).answer(PROMPTS)] for t in (0.0, 0.01)]  # fmt: skip
+    assert passes[0] == passes[1] and max(passes[0]) > 2

@@ -1,0 +1,111 @@
+"""Drafting ahead: what is written is what one token per pass would have written, in fewer passes."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import SENTENCES, random_example
+from test_methods_answers import Perfect, fluent, sampled  # noqa: F401  (a fixture)
+from test_sample import ids, steered
+
+import unmask
+from methods import MethodConfig, encode
+from sample import SampleConfig, Sampler
+
+WRITERS = [MethodConfig(name) for name in ("ar", "planned", "dense", "parallel-ar")]
+PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "")
+
+
+class Forgetful(Perfect):
+    """Predicts an example's tokens, but at a third of the draft slots a wrong one."""
+
+    def __init__(self, layout, tokenizer, wrong=3):
+        super().__init__(layout, tokenizer)
+        self.mask, self.wrong, self.causal = tokenizer.mask, wrong, layout.attention == "causal"
+        self.table = torch.cat([self.table, (self.table + 1) % 256])
+
+    def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
+        draft_slot = (token == self.mask) & (self.causal | (ranges[..., 2] == 0))  # not a slot that is denoised
+        astray = draft_slot & (position % self.wrong == 0)
+        position = position + len(self.table) // 2 * astray
+        return super().__call__(token, position, ranges, cache, index, n_keys, columns)
+
+
+@pytest.mark.parametrize("method", WRITERS, ids=lambda m: m.method)
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_greedy_drafted_text_is_the_undrafted_text(tokenizer, method, ahead):
+    """With a random model, most of whose drafts are wrong, and at any limit."""
+    model = steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
+    for limit in (1, 2, 7, 33, 90):
+        plain = Sampler(model, tokenizer, SampleConfig(max_tokens=limit), method).answer(PROMPTS)
+        drafted = Sampler(model, tokenizer, SampleConfig(max_tokens=limit, ahead=ahead), method).answer(PROMPTS)
+        assert [(ids(a), a.cut, a.layout) for a in drafted] == [(ids(a), a.cut, a.layout) for a in plain]
+        assert all(a.accepted <= a.drafted for a in drafted)
+        assert all(a.plan_passes <= b.plan_passes for a, b in zip(drafted, plain))
+
+
+@pytest.mark.parametrize("method", WRITERS, ids=lambda m: m.method)
+@pytest.mark.parametrize("constrained", [True, False])
+def test_right_drafts_save_passes_and_wrong_ones_only_themselves(fluent, method, constrained):  # noqa: F811
+    example = random_example(4, fluent, rounds=3, spans=3)
+    layout = encode(example, fluent, method)
+    config = dict(max_tokens=1500, constrained=constrained, steps_ratio=0.1)
+    passes = {}
+    for name, model in {"perfect": Perfect(layout, fluent), "forgetful": Forgetful(layout, fluent)}.items():
+        for ahead in (0, 4):
+            (answer,) = Sampler(model, fluent, SampleConfig(ahead=ahead, **config), method).answer([example.prompt])
+            assert answer.layout == sampled(encode(example, fluent, method)) and not answer.broken and not answer.cut
+            passes[name, ahead] = answer.plan_passes
+            if name == "perfect":
+                assert answer.accepted == answer.drafted
+            elif ahead:
+                assert 0 < answer.accepted < answer.drafted
+    assert passes["perfect", 0] == passes["forgetful", 0] > passes["forgetful", 4] > passes["perfect", 4]
+
+
+def test_a_perfect_draft_of_k_tokens_takes_one_pass_for_k_plus_1(fluent):  # noqa: F811
+    """The first pass has nothing to check yet; then each pass checks k drafts and gains one token more."""
+    method, example = MethodConfig("ar"), random_example(2, fluent, rounds=3, spans=3)
+    layout = encode(example, fluent, method)
+    written = layout.kind.count(1) + 1
+    for ahead in (1, 4, 8):
+        config = SampleConfig(max_tokens=1500, ahead=ahead, constrained=False)
+        (answer,) = Sampler(Perfect(layout, fluent), fluent, config, method).answer([example.prompt])
+        assert answer.plan_passes - 1 == -(-(written - 2) // (ahead + 1))
+
+
+def test_a_batch_with_drafts_answers_each_prompt_as_if_alone(tokenizer):
+    for method, temperature in itertools.product(WRITERS, (0.0, 0.8)):
+        model = steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
+        settings = dict(max_tokens=60, ahead=3, temperature=temperature)
+        batch = Sampler(model, tokenizer, SampleConfig(seed=5, **settings), method).answer(PROMPTS)
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, batch)):
+            (alone,) = Sampler(model, tokenizer, SampleConfig(seed=5 + i, **settings), method).answer([prompt])
+            assert (answer.layout, answer.drafted, answer.accepted) == (alone.layout, alone.drafted, alone.accepted)
+
+
+# ---------------------------------------------------------------- at temperature 1, by enumeration
+
+
+def distribution(n, p, q, vocabulary):
+    """Frequencies of the token that follows, where a draft from q is checked against p."""
+    config = SampleConfig(temperature=1.0, ahead=1)
+    generator = torch.Generator().manual_seed(1)
+    draft = torch.multinomial(q, n, replacement=True, generator=generator)
+    logits, draft_probs = p.log().expand(n, -1), q.expand(n, -1)
+    token, accepted, _ = unmask.check_drafts(logits, draft, draft_probs, config, [(generator, n)])
+    return torch.bincount(token, minlength=vocabulary) / n, accepted.float().mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_checked_drafts_are_distributed_as_if_drawn_from_the_model(seed):
+    torch.manual_seed(seed)
+    p, q = (torch.randn(6) * 1.5).softmax(-1), (torch.randn(6) * 1.5).softmax(-1)
+    p[0] = 0  # the grammar forbids a token that the draft may hold
+    p /= p.sum()
+    allowed = q.clone()
+    allowed[0] = 0
+    allowed /= allowed.sum()
+    frequency, accepted = distribution(40_000, p, allowed, 6)
+    torch.testing.assert_close(frequency, p, atol=0.012, rtol=0)
+    assert accepted == pytest.approx(float(torch.minimum(p, allowed).sum()), abs=0.012)
