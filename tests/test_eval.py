@@ -209,11 +209,12 @@ def test_broken_answers_count_as_not_valid_and_stop_nothing(config):
 
 def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are_told(config, files):
     small = str(files / "small.safetensors")
-    alone, drafted = (evaluate(config("ar", draft=draft, limit=2), SHORT) for draft in ("", small))
+    settings = (SHORT, replace(SHORT, ahead=4))
+    alone, drafted = (evaluate(config("ar", draft=draft, limit=2), s) for draft, s in zip(("", small), settings))
     assert all(drafted[name] == alone[name] for name in ("plan_nll", "chrf", "distinct_1", "distinct_3"))
     before, after = alone["scores"]["all"], drafted["scores"]["all"]
     assert before["content_tokens"] == after["content_tokens"] and before["draft_passes"] == 0
-    assert after["draft_passes"] > 0 and after["passes"] <= before["passes"] and drafted["batch"] == 1
+    assert after["draft_passes"] > 0 and after["passes"] <= before["passes"]
     assert any("drafting model" in line for line in lines(drafted))
 
 
