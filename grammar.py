@@ -1,77 +1,127 @@
 """The grammar of plans as an automaton: which tokens may come next in a plan or text."""
 
+import codecs
 import copy
+from bisect import bisect_right
+from functools import lru_cache
 
 import numpy as np
 
-from tokenizer import MAX_LENGTH, span_slots
+from tokenizer import MAX_LENGTH, MAX_NAME, Tokenizer, span_slots
 
-MAX_NAME = 16  # longest topic name a constrained plan can have, in tokens
+WHITE_SPACE = [chr(code).encode() for code in range(0x3001) if chr(code).isspace()]  # Unicode has none above
 
 
 class Grammar:
     """The automaton of constrained decoding: which tokens may come next in a plan or text.
 
-    `room` is how many positions the answer may still take. The automaton never opens what it has
-    no room to close, and pays for a span's scaffold when its topic closes, so every plan parses
-    and fits. Where `allowed` leaves one token, that token needs no forward pass of its own.
+    It never opens what it cannot close in the positions that are left, and pays for a span's scaffold
+    when its topic closes, so every plan parses and fits. It allows all that training accepts
+    (`Tokenizer.encode_span`): a name is any text of up to MAX_NAME tokens that is not blank. Where
+    `allowed` leaves one token, that token needs no forward pass of its own.
     """
 
-    def __init__(self, tokenizer, room, length_scale=1.0, plans=True):
-        """`plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone."""
-        self.tokenizer, self.room, self.scale, self.plans = tokenizer, max(room, 1), length_scale, plans
-        self.state, self.name, self.length = "text", 0, 0
+    def __init__(self, tokenizer: Tokenizer, positions_left: int, length_scale: float = 1.0, plans: bool = True):
+        """`positions_left`: of the whole answer, spans and their tags included. `length_scale`: as in `span_slots`.
 
-    def copy(self):
-        """Another automaton in the same state."""
-        return copy.copy(self)
+        `plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone.
+        """
+        self.tokenizer, self.positions_left, self.plans = tokenizer, max(positions_left, 1), plans
+        self.slots = _slots(tokenizer.unit, length_scale)
+        self.state = "text"
+        self.name = self.length = 0  # of the open topic: tokens of its name, and its length in units
+        self.blank: bytes | None = b""  # bytes of its name as long as all may be white space, then None
+        self._allowed: np.ndarray | None = None
 
     @property
-    def done(self):
+    def done(self) -> bool:
+        """Whether `<eos>` was taken."""
         return self.state == "done"
 
-    def allowed(self):
-        """Boolean array (vocab_size,): the tokens that may come next."""
-        tok, mask = self.tokenizer, np.zeros(self.tokenizer.vocab_size, dtype=bool)
-        if self.state == "close":
-            mask[tok.topic_end] = True
-        elif self.state == "name":
-            if self.name < MAX_NAME and self._fits(1 + 1, self.name + 1, 1):
-                mask[: tok.pad] = True if self.name else tok.wordy
-            for length in range(1, MAX_LENGTH + 1) if self.name else ():
-                mask[tok.length_id(length)] = self._fits(1, self.name, length)
-        elif self.state != "done":
-            mask[tok.eos] = True
-            mask[tok.sync] = self.plans and self.room >= 2
-            mask[tok.topic] = self.plans and self._fits(1 + 1 + 1, 1, 1)
-            mask[: tok.pad] = self.state == "text" and self.room >= 2
-        return mask
+    def copy(self) -> "Grammar":
+        """An independent copy, to try a draft on."""
+        return copy.copy(self)  # shallow: nothing that it refers to is ever changed
 
-    def forced(self):
+    def allowed(self) -> np.ndarray:
+        """Boolean array (vocab_size,): the tokens that may come next. Do not write to it."""
+        if self._allowed is None:
+            self._allowed = self._mask()
+        return self._allowed
+
+    def forced(self) -> int | None:
         """The only token that may come next, or None."""
         tokens = np.flatnonzero(self.allowed())
         return int(tokens[0]) if len(tokens) == 1 else None
 
-    def _fits(self, before_close, name, length):
-        """Room for that many tokens, `</topic>`, the scaffold of such a topic, and `<eos>`."""
-        return before_close + 1 + self._scaffold(name, length) + 1 <= self.room
-
-    def _scaffold(self, name, length):
-        return 1 + name + 1 + span_slots(length, self.tokenizer.unit, self.scale) + 1  # <async> name : slots </async>
-
-    def advance(self, token):
-        """Take a token that `allowed` allows."""
+    def advance(self, token: int) -> None:
+        """Take a token. Raises ValueError if `allowed` does not allow it."""
         tok = self.tokenizer
-        self.room -= 1
+        if not self.allowed()[token]:
+            raise ValueError(f"the grammar does not allow {tok.name(token)!r} here ({self.state})")
+        self.positions_left, self._allowed = self.positions_left - 1, None
         if self.state == "name" and token < tok.pad:
-            self.name += 1
+            self.name, self.blank = self.name + 1, _still_blank(self.blank, tok.tokens[token])
         elif self.state == "name":
             self.state, self.length = "close", tok.length_of(token)
         elif self.state == "close":
-            self.state, self.room = "planned", self.room - self._scaffold(self.name, self.length)
+            self.positions_left -= _scaffold(self.name) + self.slots[self.length - 1]
+            self.state, self.name, self.blank = "planned", 0, b""
         elif token == tok.topic:
-            self.state, self.name = "name", 0
+            self.state = "name"
         elif token == tok.sync:
             self.state = "text"
         elif token == tok.eos:
             self.state = "done"
+
+    def _mask(self) -> np.ndarray:
+        tok, mask = self.tokenizer, np.zeros(self.tokenizer.vocab_size, dtype=bool)
+        if self.state == "close":
+            mask[tok.topic_end] = True
+        elif self.state == "name":
+            mask[: tok.pad] = self._fits(self.name + 1)
+            if self.blank is not None:
+                mask[: tok.pad] &= ~_blank_after(tok, self.blank) | self._fits(self.name + 2)
+            if self.blank is None or self.blank.decode(errors="replace").strip():
+                longest = bisect_right(self.slots, self._slots_left(self.name))
+                mask[tok.eos + 1 : tok.eos + 1 + longest] = True
+        elif self.state != "done":
+            mask[tok.eos] = True
+            mask[tok.sync] = self.plans and self.positions_left >= 2
+            mask[tok.topic] = self.plans and self._fits(1, before=1)
+            mask[: tok.pad] = self.state == "text" and self.positions_left >= 2
+        return mask
+
+    def _fits(self, name: int, before: int = 0) -> bool:
+        """Whether the topic that is open, or opens after `before` tokens, may have a name of that many tokens."""
+        return name <= MAX_NAME and self._slots_left(name, before) >= self.slots[0]
+
+    def _slots_left(self, name: int, before: int = 0) -> int:
+        """Positions left for the slots of a topic whose name comes to have that many tokens."""
+        plan = before + (name - self.name) + 2  # 2: its length and </topic>
+        return self.positions_left - plan - _scaffold(name) - 1  # 1: <eos>
+
+
+def _scaffold(name: int) -> int:
+    """Positions of a span besides its slots: `<async>`, the name, the colon and `</async>`."""
+    return 1 + name + 1 + 1
+
+
+@lru_cache(maxsize=64)
+def _slots(unit: int, length_scale: float) -> list[int]:
+    """Slots of each length from 1 to MAX_LENGTH."""
+    return [span_slots(length, unit, length_scale) for length in range(1, MAX_LENGTH + 1)]
+
+
+@lru_cache(maxsize=64)
+def _blank_after(tokenizer: Tokenizer, start: bytes) -> np.ndarray:
+    """(pad,) which text tokens leave a name blank that began with these bytes."""
+    return np.array([not (start + token).decode(errors="replace").strip() for token in tokenizer.tokens])
+
+
+def _still_blank(start: bytes | None, token: bytes) -> bytes | None:
+    """The bytes of a name, less its white space, as long as all of it may still be white space; then None."""
+    if start is None:
+        return None
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, (piece, _) = decoder.decode(start + token), decoder.getstate()  # piece: of a character, not yet complete
+    return None if text.strip() or not any(white.startswith(piece) for white in WHITE_SPACE) else piece

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tokenizer import span_slots
-
 PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic
 ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
 
@@ -96,7 +94,8 @@ def encode_prompt(prompt, tokenizer):
 def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
     """Layout of a whole example (`prompt`, `rounds`), its last token `<eos>`.
 
-    `repeat_topic`: whether a span begins with its topic. Raises ValueError if a span's text is longer than planned.
+    `repeat_topic`: whether a span begins with its topic. Raises ValueError, naming prompt and topic, if no plan could
+    ask for one of the spans.
     """
     layout, number = Layout(attention), 0
     layout.write(encode_prompt(example.prompt, tokenizer), PROMPT, 0)
@@ -106,13 +105,12 @@ def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
         layout.write(tokenizer.encode(round_.text), PLAN, number)
         spans = []
         for span in round_.spans:
-            topic, slots = tokenizer.encode(span.topic), tokenizer.encode(span.text)
-            planned = span_slots(span.length, tokenizer.unit)
-            if len(slots) > planned:
-                raise ValueError(f"the span {span.topic!r} of the prompt {example.prompt[:60]!r} has {len(slots)} "
-                                 f"tokens, its plan only {planned} ({span.length} x {tokenizer.unit})")  # fmt: skip
+            try:
+                topic, slots = tokenizer.encode_span(span)
+            except ValueError as error:
+                raise ValueError(f"prompt {example.prompt[:60]!r}, {error}") from None
             layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
-            spans.append((topic if repeat_topic else [], slots + [tokenizer.pad] * (planned - len(slots))))
+            spans.append((topic if repeat_topic else [], slots))
         layout.scaffold(spans, tokenizer, number)
     layout.write([tokenizer.eos], PLAN, number)
     return layout

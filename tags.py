@@ -3,7 +3,7 @@
 An answer is a list of rounds. A round is text, a plan of topics, or both; each topic has one span:
 
     <topic> habitat 1</topic><topic> food 2</topic>                        the plan
-    <async> habitat: Rivers and coasts.</async><async> food: ...</async>   one span a topic
+    <async> habitat: Rivers and coasts.</async><async> food: ...</async>   one span per topic
     <sync/> In short: a playful river animal.<eos>                         the next round
 
 The last integer of a topic is its span's length in units of `Tokenizer.unit` tokens
@@ -11,17 +11,15 @@ The last integer of a topic is its span's length in units of `Tokenizer.unit` to
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 PAD, MASK = "[PAD]", "[MASK]"
 USER, ASSISTANT = "<user>", "<assistant>"
 TOPIC, TOPIC_END, ASYNC, ASYNC_END = "<topic>", "</topic>", "<async>", "</async>"
 SYNC, EOS = "<sync/>", "<eos>"
 TAGS = (PAD, MASK, USER, ASSISTANT, TOPIC, TOPIC_END, ASYNC, ASYNC_END, SYNC, EOS)
-
-
-
-# ---------------------------------------------------------------- answers as tagged text
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,18 @@ class TagError(ValueError):
     """Tagged text that breaks the grammar: says where, what was found and what was expected."""
 
 
-_ANY_TAG = re.compile(r"(\\*)(" + "|".join(re.escape(tag) for tag in TAGS) + ")")
+_TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+_TOPIC = re.compile(r"(.*\S)\s+([0-9]{1,9})", re.DOTALL)  # a name and a length in units
 
 
-def _escape(text):
+def _escape(text: str) -> str:
     """A tag typed in a text gets a backslash, so that parsing finds text again: `\\<eos>`."""
-    text = _ANY_TAG.sub(r"\\\1\2", text.strip())
+    text = _TAG.sub(r"\\\1", text.strip())
     return text + " " if text.endswith("\\") else text
 
 
-def format_answer(rounds):
-    """Write an answer (list of `Round`) as tagged text; `parse_answer` reads it back exactly.
+def format_answer(rounds: Iterable[Round]) -> str:
+    """Write an answer as tagged text; `parse_answer` reads it back exactly.
 
     Texts are stored without the white space at their ends.
     """
@@ -69,42 +68,50 @@ def format_answer(rounds):
 
 
 class _Reader:
-    """Tagged text cut into (tag or None, text, place) pieces, read from left to right."""
+    """Tagged text as a list of pieces, text and tag in turn, read from left to right; the last tag is "", the end."""
 
-    def __init__(self, tagged):
-        self.tagged, self.pieces, start, text_start, text = tagged, [], 0, 0, ""
-        for match in _ANY_TAG.finditer(tagged):
-            text += tagged[start : match.start()]
-            start = match.end()
-            if match[1]:  # escaped: one backslash off, and it is text
-                text += match[1][1:] + match[2]
-                continue
-            self.pieces += [(None, text.strip(), text_start), (match[2], match[2], match.start())]
-            text, text_start = "", start
-        self.pieces += [(None, (text + tagged[start:]).strip(), text_start), (None, "", len(tagged))]
-        self.next = 0
+    def __init__(self, tagged: str):
+        self.tagged, self.pieces, self.places, self.next = tagged, [], [], 0
+        parts, held, place, start = [*_TAG.split(tagged), ""], [], 0, 0  # text, tag, text, ..., text, ""
+        for words, tag in zip(parts[::2], parts[1::2]):
+            place += len(words)
+            if tag and words.endswith("\\"):  # escaped: one backslash off, and it is text
+                held += words[:-1], tag
+            else:
+                self.pieces += "".join([*held, words]).strip(), tag
+                self.places += start, place
+                held, start = [], place + len(tag)
+            place += len(tag)
 
-    def text(self):
+    def text(self) -> str:
         """The text up to the next tag (may be empty)."""
         self.next += 1
-        return self.pieces[self.next - 1][1]
+        return self.pieces[self.next - 1]
 
-    def tag(self, *expected):
+    def tag(self, *expected: str) -> str:
         """The next tag, which has to be one of `expected`."""
-        found, text, place = self.pieces[self.next]
+        found = self.pieces[self.next]
         if found not in expected:
-            self.fail(f"expected {' or '.join(expected)}, found {found or text or 'the end'!r}", place)
+            self.fail(f"expected {' or '.join(expected)}, found {found or 'the end'!r}", self.next)
         self.next += 1
         return found
 
-    def fail(self, message, place):
+    def tag_alone(self, *expected: str) -> str:
+        """The next tag, with nothing but white space before it."""
+        if text := self.text():
+            self.fail(f"expected {' or '.join(expected)}, found text {text[:20]!r}", self.next - 1)
+        return self.tag(*expected)
+
+    def fail(self, message: str, piece: int) -> NoReturn:
+        """Raise TagError for the piece of this number."""
+        place = self.places[piece]
         line = self.tagged.count("\n", 0, place) + 1
         column = place - self.tagged.rfind("\n", 0, place)
-        raise TagError(f"line {line}, column {column}: {message}: ...{self.tagged[max(0, place - 20):place + 20]!r}")
+        raise TagError(f"line {line}, column {column}: {message}: ...{self.tagged[max(0, place - 20) : place + 20]!r}")
 
 
-def parse_answer(tagged):
-    """Read tagged text (the answer alone, up to `<eos>`) into a list of `Round`.
+def parse_answer(tagged: str) -> list[Round]:
+    """Read tagged text (the answer alone, up to `<eos>`) into a list of rounds.
 
     Raises TagError with line, column and what was expected.
     """
@@ -113,41 +120,32 @@ def parse_answer(tagged):
         text, topics, spans = reader.text(), [], []
         tag = reader.tag(TOPIC, SYNC, EOS)
         while tag == TOPIC:
-            place = reader.pieces[reader.next][2]
-            match = re.fullmatch(r"(.*\S)\s+([0-9]{1,9})", reader.text(), re.DOTALL)
+            match = _TOPIC.fullmatch(reader.text())
             if not match or int(match[2]) == 0:
-                reader.fail("expected a topic's name and its length in units, such as ' food 2'", place)
+                reader.fail("expected a topic's name and its length in units, such as ' food 2'", reader.next - 1)
             topics.append((match[1], int(match[2])))
             reader.tag(TOPIC_END)
-            tag = _between(reader, TOPIC, ASYNC)
-        for topic, length in topics:
-            place, content = reader.pieces[reader.next][2], reader.text()
+            tag = reader.tag_alone(TOPIC, ASYNC)
+        for number, (topic, length) in enumerate(topics, 1):
+            content = reader.text()
             if not content.startswith(topic + ":"):
-                reader.fail(f"expected the span of topic {topic!r} to begin with '{topic}:'", place)
+                reader.fail(f"expected the span of topic {topic!r} to begin with '{topic}:'", reader.next - 1)
             spans.append(Span(topic, content[len(topic) + 1 :].strip(), length))
             reader.tag(ASYNC_END)
-            tag = _between(reader, *((ASYNC,) if len(spans) < len(topics) else (SYNC, EOS)))
+            tag = reader.tag_alone(ASYNC) if number < len(topics) else reader.tag_alone(SYNC, EOS)
         rounds.append(Round(text, tuple(spans)))
     if reader.text():
-        reader.fail(f"expected nothing after {EOS}", reader.pieces[reader.next - 1][2])
-    if reader.next < len(reader.pieces) - 1:
-        reader.fail(f"expected nothing after {EOS}", reader.pieces[reader.next][2])
+        reader.fail(f"expected nothing after {EOS}", reader.next - 1)
+    if reader.pieces[reader.next]:
+        reader.fail(f"expected nothing after {EOS}", reader.next)
     return rounds
 
 
-def _between(reader, *expected):
-    """The next tag, with nothing but white space before it."""
-    place = reader.pieces[reader.next][2]
-    if text := reader.text():
-        reader.fail(f"expected {' or '.join(expected)}, found text {text[:20]!r}", place)
-    return reader.tag(*expected)
-
-
-def pieces(rounds):
+def pieces(rounds: Iterable[Round]) -> list[str]:
     """The non-empty texts and spans of an answer, in reading order."""
     return [text for r in rounds for text in (r.text, *(s.text for s in r.spans)) if text]
 
 
-def plain_text(rounds):
-    """What the reader of an answer sees: its pieces, a line each. An autoregressive model learns this text."""
+def plain_text(rounds: Iterable[Round]) -> str:
+    """What the reader of an answer sees: its pieces, one per line. An autoregressive model learns this text."""
     return "\n".join(pieces(rounds))

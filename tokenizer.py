@@ -3,28 +3,37 @@
 import base64
 import json
 import math
-import re
 from collections import Counter
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import regex
 import tiktoken
 
-from tags import TAGS
+from tags import TAGS, Span
 
 MAX_LENGTH = 64  # longest span a plan can ask for, in units
+MAX_NAME = 64  # longest name of a topic, in tokens
+MAX_UNIT = 1024  # more would make a sequence of every span that no model can read
 
 
-def span_slots(length, unit, length_scale=1.0):
-    """Slots of a span whose plan says `length` units. Training and sampling both ask here."""
-    return max(1, math.ceil(length * unit * length_scale))
+def span_slots(length: int, unit: int, length_scale: float = 1.0) -> int:
+    """Slots of a span whose plan says `length` units, rounded up. Training and sampling both ask here."""
+    return max(1, math.ceil(length * unit * Fraction(str(length_scale))))  # as typed: 1.1 is no exact binary number
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError for a length that no plan can ask for."""
+    if not 1 <= length <= MAX_LENGTH:
+        raise ValueError(f"a span's length must be 1 to {MAX_LENGTH} units, not {length}: "
+                         "shorten the span or prepare the data with a larger unit")  # fmt: skip
 
 
 class Tokenizer:
     """Byte-pair tokenizer (a `tiktoken.Encoding` of our own ranks) plus the tags and lengths.
 
-    Token ids: text, `[PAD]`, the other tags, one token a length 1..MAX_LENGTH. So the slots of a
+    Token ids: text, `[PAD]`, the other tags, one token per length 1..MAX_LENGTH. So the slots of a
     span, which hold text or `[PAD]` and nothing else, draw from ids [0, pad]. A length is a token
     of its own, not the text of a number: the plan "top 5 tips 3" has one length, and after it
     `</topic>` is the only token that the grammar allows.
@@ -32,10 +41,12 @@ class Tokenizer:
 
     PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-    def __init__(self, tokens, unit=10):
-        """`tokens`: the byte string of each text token, in order of rank. `unit`: tokens a unit of length."""
-        self.tokens, self.unit, n = list(tokens), unit, len(tokens)
-        names = [*TAGS, *(f"<length {i}>" for i in range(1, MAX_LENGTH + 1))]
+    def __init__(self, tokens: Iterable[bytes], unit: int = 10):
+        """`tokens`: the byte string of each text token, in order of rank. `unit`: tokens per unit of length."""
+        if type(unit) is not int or not 1 <= unit <= MAX_UNIT:
+            raise ValueError(f"unit {unit!r}: expected a whole number of tokens, 1 to {MAX_UNIT}")
+        self.tokens, self.unit = list(tokens), unit
+        n, names = len(self.tokens), [*TAGS, *(f"<length {i}>" for i in range(1, MAX_LENGTH + 1))]
         self.encoding = tiktoken.Encoding(
             "planned-diffusion",
             pat_str=self.PATTERN,
@@ -46,21 +57,21 @@ class Tokenizer:
         self.pad, self.mask, self.user, self.assistant, self.topic, self.topic_end = range(n, n + 6)
         self.async_, self.async_end, self.sync, self.eos = range(n + 6, n + 10)
         self.colon = self.encoding.encode_single_token(":")
-        # a topic's name has to begin with a token that is surely no white space
-        self.wordy = np.array([bool(re.search(rb"[A-Za-z0-9]", token)) for token in self.tokens])
 
     @classmethod
-    def train(cls, texts, vocab_size, unit=10):
+    def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
         """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
 
         Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
+        Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
         """
-        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, " " + text))
-        words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
         tokens = [bytes([b]) for b in range(256)]
-        if vocab_size < len(tokens) + len(TAGS) + MAX_LENGTH:
-            raise ValueError(f"vocab_size {vocab_size} is too small: bytes, tags and lengths alone are "
-                             f"{len(tokens) + len(TAGS) + MAX_LENGTH}")  # fmt: skip
+        smallest = cls(tokens, unit).vocab_size
+        if type(vocab_size) is not int or vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
+                             "the bytes, tags and lengths alone")  # fmt: skip
+        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
+        words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
         pair_count, pair_words = Counter(), {}
         for i, (word, count) in enumerate(words):
             for pair in zip(word, word[1:]):
@@ -81,68 +92,97 @@ class Tokenizer:
             del pair_count[best]
         return cls(dict.fromkeys(tokens), unit)
 
-    def encode(self, text):
-        """Ids of ordinary text: a tag in it is text. A line's first word gets the space it has inside a sentence."""
-        text = text.strip()
-        return self.encoding.encode_ordinary(" " + text.replace("\n", "\n ")) if text else []
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: a tag typed in it is text. White space at its ends is dropped."""
+        return self.encoding.encode_ordinary(_spaced(text))
 
-    def decode(self, ids):
-        """The text of text tokens; `[PAD]` is dropped, any other tag is an error."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of text tokens; `[PAD]` is dropped, any other tag is a ValueError.
+
+        `decode(encode(text))` is `text.strip()`; bytes that are no character become U+FFFD.
+        """
         text = self.encoding.decode([self._text_id(i) for i in ids if i != self.pad], errors="replace")
         return text.replace("\n ", "\n").strip()
 
-    def _text_id(self, i):
+    def _text_id(self, i: int) -> int:
         if not 0 <= i < self.pad:
             raise ValueError(f"token {i} is {self.name(i)}, not text")
         return i
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """How a token is shown: its text, its tag, or ' 3' for the length 3."""
         if i > self.eos:
             return f" {self.length_of(i)}"
         return TAGS[i - self.pad] if i >= self.pad else self.tokens[i].decode(errors="replace")
 
-    def length_id(self, length):
+    def length_id(self, length: int) -> int:
         """The token of a length in units. Raises ValueError outside 1..MAX_LENGTH."""
-        if not 1 <= length <= MAX_LENGTH:
-            raise ValueError(f"a span's length must be 1 to {MAX_LENGTH} units, not {length}: "
-                             "shorten the span or prepare the data with a larger unit")  # fmt: skip
+        check_length(length)
         return self.eos + length
 
-    def length_of(self, i):
+    def length_of(self, i: int) -> int:
         """The length in units of a length token, or 0 for any other token."""
         return max(0, i - self.eos)
 
-    def units(self, text):
+    def units(self, text: str) -> int:
         """The planned length of a text: the fewest units that hold it."""
         return max(1, math.ceil(len(self.encode(text)) / self.unit))
 
-    def to_json(self):
+    def encode_span(self, span: Span) -> tuple[list[int], list[int]]:
+        """The tokens of a span's topic, and those of its slots: its text, then [PAD] up to the planned length.
+
+        Raises ValueError, naming the topic, if no plan can ask for this span: what passes can be trained and sampled.
+        """
+        topic, slots, planned = self.encode(span.topic), self.encode(span.text), span_slots(span.length, self.unit)
+        try:
+            check_length(span.length)
+            if not 1 <= len(topic) <= MAX_NAME:
+                raise ValueError(f"a topic's name must have 1 to {MAX_NAME} tokens, not {len(topic)}")
+            if len(slots) > planned:
+                raise ValueError(f"its span has {len(slots)} tokens, its plan only {planned} "
+                                 f"({span.length} x {self.unit})")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"topic {span.topic[:60]!r}: {error}") from None
+        return topic, slots + [self.pad] * (planned - len(slots))
+
+    def to_json(self) -> str:
+        """The tokenizer as ASCII text; `from_json` reads it back exactly."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
         return json.dumps({"unit": self.unit, "tokens": tokens})
 
     @classmethod
-    def from_json(cls, text):
-        saved = json.loads(text)
-        tokens, unit = [base64.b64decode(token) for token in saved["tokens"]], saved["unit"]
-        if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
+    def from_json(cls, text: str) -> "Tokenizer":
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            saved = json.loads(text)
+            tokens, unit = [base64.b64decode(token, validate=True) for token in saved["tokens"]], saved["unit"]
+        except (KeyError, TypeError, RecursionError):
+            raise ValueError("expected an object with 'unit', a number, and 'tokens', base64 texts") from None
+        if tokens[:256] != [bytes([b]) for b in range(256)] or b"" in tokens or len(set(tokens)) < len(tokens):
             raise ValueError("expected the 256 bytes, then longer tokens, each once")
-        if type(unit) is not int or unit < 1:
-            raise ValueError(f"expected a unit of 1 token or more, found {unit!r}")
         return cls(tokens, unit)
 
     @classmethod
-    def load(cls, path):
-        """Read a tokenizer.json; raises ValueError naming the file if it is not one."""
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json. Raises ValueError naming the file if it is not one."""
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist: the data set's prepare.py writes it") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a tokenizer ({error}): write it again with the data set's prepare.py")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a tokenizer ({error}): write it again with the data set's prepare.py"
+            ) from None
 
 
-def _merge(word, pair):
+def _spaced(text: str) -> str:
+    """Text as it is cut into words: the first word of each line gets the space that it has inside a sentence."""
+    text = text.strip()
+    return " " + text.replace("\n", "\n ") if text else ""
+
+
+def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    """The parts of a word with each occurrence of the pair, from the left, made one part."""
     merged, i = [], 0
     while i < len(word):
         step = 2 if tuple(word[i : i + 2]) == pair else 1

@@ -23,8 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import read_split, write_whole
+from data import read_split
 from device import fast_dtype
+from files import write_whole
 from methods import MethodConfig, encode
 from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
 from noise import IGNORE, Sequence, make_batch

@@ -1,9 +1,9 @@
 """Fused attention for the mask of three integers a query, in CUDA C++ (README.md explains it). Optional.
 
     if kernels.available():
-        y = kernels.attention(q, k, v, see)
+        y = kernels.attention(q, k, v, ranges)
 
-computes what `scaled_dot_product_attention(q, k, v, attn_mask=visible(see, S)[:, None])` does, but visits only the
+computes what `scaled_dot_product_attention(q, k, v, attn_mask=visible(ranges, S)[:, None])` does, but visits only the
 tiles of the mask that something is seen in. `nvcc` compiles it on first use, for the GPU at hand, into
 ~/.cache/planned-diffusion. On CPU tensors the same source runs under emulate.h: thousands of times slower, to test it.
 """
@@ -120,7 +120,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("see", "lse", "delta", "part_o", "part_lse", "bounds")),
+        *((name, ctypes.c_void_p) for name in ("ranges", "lse", "delta", "part_o", "part_lse", "bounds")),
         *((name, ctypes.c_int) for name in ("batches", "heads", "kv_heads", "queries", "keys", "splits")),
         ("scale", ctypes.c_float),
     ]
@@ -162,13 +162,13 @@ def best_splits(batches, heads, queries, keys, processors):
     return max(1, min(2 * processors // blocks, keys // (4 * TILE), 32))  # a part has 4 tiles at least
 
 
-def forward(q, k, v, see, scale, splits=None, compiled=None):
+def forward(q, k, v, ranges, scale, splits=None, compiled=None):
     """The kernel's outputs o (B, H, T, D) and lse (B, H, T); rows that see nothing have 0 and infinity."""
-    q, k, v, see = _aligned(q), _aligned(k), _aligned(v), see.to(torch.int32).contiguous()
+    q, k, v, ranges = _aligned(q), _aligned(k), _aligned(v), ranges.to(torch.int32).contiguous()
     if splits is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         splits = best_splits(q.shape[0], q.shape[1], q.shape[2], k.shape[2], processors)
-    o, arrays = _like(q), {"see": see, "lse": q.new_empty(q.shape[:-1], dtype=torch.float32)}
+    o, arrays = _like(q), {"ranges": ranges, "lse": q.new_empty(q.shape[:-1], dtype=torch.float32)}
     if splits > 1:
         arrays["part_o"] = q.new_empty((splits, *q.shape), dtype=torch.float32)
         arrays["part_lse"] = q.new_empty((splits, *q.shape[:-1]), dtype=torch.float32)
@@ -176,13 +176,13 @@ def forward(q, k, v, see, scale, splits=None, compiled=None):
     return o, arrays["lse"]
 
 
-def backward(grad_o, q, k, v, see, o, lse, scale, compiled=None):
+def backward(grad_o, q, k, v, ranges, o, lse, scale, compiled=None):
     """Gradients of q, k and v, given what `forward` returned."""
-    q, k, v, see = _aligned(q), _aligned(k), _aligned(v), see.to(torch.int32).contiguous()
+    q, k, v, ranges = _aligned(q), _aligned(k), _aligned(v), ranges.to(torch.int32).contiguous()
     tensors = {"q": q, "k": k, "v": v, "o": _aligned(o), "grad_o": _aligned(grad_o)}
     grads = {"grad_q": _like(q), "grad_k": _like(k), "grad_v": _like(v)}
-    bounds = see.new_empty((q.shape[0], -(-q.shape[2] // TILE), 3))
-    arrays = {"see": see, "lse": lse.contiguous(), "delta": torch.empty_like(lse), "bounds": bounds}
+    bounds = ranges.new_empty((q.shape[0], -(-q.shape[2] // TILE), 3))
+    arrays = {"ranges": ranges, "lse": lse.contiguous(), "delta": torch.empty_like(lse), "bounds": bounds}
     _run("attention_backward", compiled, tensors | grads, arrays, scale)
     return tuple(grads.values())
 
@@ -192,13 +192,13 @@ def backward(grad_o, q, k, v, see, o, lse, scale, compiled=None):
 
 @torch.library.custom_op("planned_diffusion::attention", mutates_args=())
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, see: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(q, k, v, see, scale)
+    return forward(q, k, v, ranges, scale)
 
 
 @_attention.register_fake
-def _(q, k, v, see, scale):
+def _(q, k, v, ranges, scale):
     return _like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -208,16 +208,16 @@ def _attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    see: torch.Tensor,
+    ranges: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(grad_o, q, k, v, see, o, lse, scale)
+    return backward(grad_o, q, k, v, ranges, o, lse, scale)
 
 
 @_attention_backward.register_fake
-def _(grad_o, q, k, v, see, o, lse, scale):
+def _(grad_o, q, k, v, ranges, o, lse, scale):
     return _like(q), _like(k), _like(v)
 
 
@@ -234,10 +234,10 @@ def _differentiate(ctx, grad_o, grad_lse):
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def attention(q, k, v, see, scale=None):
+def attention(q, k, v, ranges, scale=None):
     """softmax(scale * q k^T) v, where query i of a row sees the keys [0, prefix) and [begin, end).
 
-    q (B, H, T, D), k and v (B, Hkv, S, D), Hkv a divisor of H: bfloat16 or float16, D 32, 64 or 128. see (B, T, 3):
+    q (B, H, T, D), k and v (B, Hkv, S, D), Hkv a divisor of H: bfloat16 or float16, D 32, 64 or 128. ranges (B, T, 3):
     prefix, begin, end, best as int32. `scale` is 1 / sqrt(D) by default. A query that sees nothing gets zeros.
     Values in memory that nobody sees must be finite (zero an empty cache): 0 * nan is nan.
     """
@@ -245,8 +245,8 @@ def attention(q, k, v, see, scale=None):
     scale = D**-0.5 if scale is None else scale
     if q.dtype not in ELEMENTS or {k.dtype, v.dtype} != {q.dtype} or D not in HEAD_SIZES:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype} with heads of {D}: not for this kernel")
-    if k.shape != (B, kv_heads, S, D) or v.shape != k.shape or H % kv_heads or see.shape != (B, T, 3):
-        raise ValueError(f"shapes {[*map(tuple, (q.shape, k.shape, v.shape, see.shape))]} do not fit each other")
-    if min(B, H, T, S) < 1 or scale <= 0 or {k.device, v.device, see.device} != {q.device}:
+    if k.shape != (B, kv_heads, S, D) or v.shape != k.shape or H % kv_heads or ranges.shape != (B, T, 3):
+        raise ValueError(f"shapes {[*map(tuple, (q.shape, k.shape, v.shape, ranges.shape))]} do not fit each other")
+    if min(B, H, T, S) < 1 or scale <= 0 or {k.device, v.device, ranges.device} != {q.device}:
         raise ValueError("no size may be 0, the scale must be positive, and all tensors be on one device")
-    return _attention(q, k, v, see, float(scale))[0]
+    return _attention(q, k, v, ranges, float(scale))[0]

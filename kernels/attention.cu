@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) forward(Call call) {
 
     const Visits visits(tile_bounds(call, batch, query0));
     const int first = visits.n * split / call.splits, last = visits.n * (split + 1) / call.splits;
-    const See see[2] = {read_see(call, batch, query0 + group_row()), read_see(call, batch, query0 + group_row() + 8)};
+    const int row = query0 + group_row();
+    const Ranges ranges[2] = {read_ranges(call, batch, row), read_ranges(call, batch, row + 8)};
 
     auto copy_visit = [&](int visit) { copy_keys<E, D>(call, stages, k, v, visit, visits.key0(visit)); };
     copy_tile<E, D>(q_tile, head_of<E>(call.q, batch, head), call.q.token, query0, call.queries);
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) forward(Call call) {
         if (visit + 1 < last) copy_visit(visit + 1);
         const E *k_tile = stages + visit % 2 * (2 * TILE * D), *v_tile = k_tile + TILE * D;
         const int key0 = visits.key0(visit);
-        const bool masked = !__all_sync(ALL, see[0].whole_tile(key0) && see[1].whole_tile(key0));
+        const bool masked = !__all_sync(ALL, ranges[0].whole_tile(key0) && ranges[1].whole_tile(key0));
         float score[TILE / GROUP][2][4], best[2] = {most[0], most[1]};
 #pragma unroll
         for (int j = 0; j < TILE / GROUP; j++) {
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) forward(Call call) {
             for (int i = 0; i < 8; i++) {
                 float &s = score[j][i / 4][i % 4];
                 const int key = key0 + j * GROUP + i / 4 * 8 + pair_column() + i % 2, half = i % 4 / 2;
-                if (masked && !see[half](key)) s = -INFINITY;
+                if (masked && !ranges[half](key)) s = -INFINITY;
                 best[half] = fmaxf(best[half], s);
             }
         }
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_q(Call call
     const Bounds bounds = tile_bounds(call, batch, query0);
     const Visits visits(bounds);
     if (head == 0 && threadIdx.x == 0) ((Bounds *)call.bounds)[batch * gridDim.x + tile] = bounds;
-    const See see[2] = {read_see(call, batch, query0 + group_row()), read_see(call, batch, query0 + group_row() + 8)};
+    const int row = query0 + group_row();
+    const Ranges ranges[2] = {read_ranges(call, batch, row), read_ranges(call, batch, row + 8)};
 
     auto copy_visit = [&](int visit) { copy_keys<E, D>(call, stages, k, v, visit, visits.key0(visit)); };
     copy_tile<E, D>(q_tile, head_of<E>(call.q, batch, head), call.q.token, query0, call.queries);
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_q(Call call
         if (visit + 1 < visits.n) copy_visit(visit + 1);
         const E *k_tile = stages + visit % 2 * (2 * TILE * D), *v_tile = k_tile + TILE * D;
         const int key0 = visits.key0(visit);
-        const bool masked = !__all_sync(ALL, see[0].whole_tile(key0) && see[1].whole_tile(key0));
+        const bool masked = !__all_sync(ALL, ranges[0].whole_tile(key0) && ranges[1].whole_tile(key0));
         for (int j = 0; j < TILE / GROUP; j++) {
             float score[2][4], grad_p[2][4];
             dot<E, D>(score, q_rows, k_tile, j * GROUP);
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_q(Call call
             for (int i = 0; i < 8; i++) {
                 float &s = score[i / 4][i % 4];
                 const int key = key0 + j * GROUP + i / 4 * 8 + pair_column() + i % 2, half = i % 4 / 2;
-                const float p = masked && !see[half](key) ? 0 : exp2_fast(s * scale - lse[half]);
+                const float p = masked && !ranges[half](key) ? 0 : exp2_fast(s * scale - lse[half]);
                 s = p * (grad_p[i / 4][i % 4] - delta[half]);
             }
             add_product<E, D>(grad_q, score, k_tile, j * GROUP);
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_kv(Call cal
             const int row = tile * TILE + (i < 2 * TILE ? i % TILE : (i - 2 * TILE) / 3);
             const bool inside = row < call.queries;
             const long long query = inside ? row : 0;
-            const void *source = call.see + ((long long)batch * call.queries + query) * 3 + (i - 2 * TILE) % 3;
+            const void *source = call.ranges + ((long long)batch * call.queries + query) * 3 + (i - 2 * TILE) % 3;
             if (i < 2 * TILE) source = (i < TILE ? call.lse : call.delta) + number + query;
             copy_async<4>(lse + i, source, inside);
         }
@@ -247,9 +249,9 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_kv(Call cal
         if (tile < tiles) copy_queries(stage ^ 1, tile, kv_head * share + head);
         const E *q_tile = stages + stage * (2 * TILE * D), *grad_o_tile = q_tile + TILE * D;
         const float *lse = row_stages + stage * 5 * TILE, *delta = lse + TILE;
-        const See *see = (const See *)(lse + 2 * TILE);
+        const Ranges *ranges = (const Ranges *)(lse + 2 * TILE);
         const int lane = threadIdx.x % 32;
-        const bool masked = !__all_sync(ALL, see[lane].whole_tile(key0) && see[lane + 32].whole_tile(key0));
+        const bool masked = !__all_sync(ALL, ranges[lane].whole_tile(key0) && ranges[lane + 32].whole_tile(key0));
         for (int j = 0; j < TILE / GROUP; j++) {
             float score[2][4], grad_p[2][4];
             dot<E, D>(score, k_rows, q_tile, j * GROUP);
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, D <= 64 ? 3 : 2) backward_kv(Call cal
                 float &p = score[i / 4][i % 4], &grad_s = grad_p[i / 4][i % 4];
                 const int query = j * GROUP + i / 4 * 8 + pair_column() + i % 2;
                 const int key = key0 + group_row() + i % 4 / 2 * 8;
-                p = masked && !see[query](key) ? 0 : exp2_fast(p * scale - lse[query] * LOG2_E);
+                p = masked && !ranges[query](key) ? 0 : exp2_fast(p * scale - lse[query] * LOG2_E);
                 grad_s = p * (grad_s - delta[query]);
             }
             add_product<E, D>(grad_v, score, grad_o_tile, j * GROUP);

@@ -20,7 +20,7 @@ struct Tensor {
 
 struct Call {
     Tensor q, k, v, o, grad_o, grad_q, grad_k, grad_v;  // (batch, heads, tokens, head size)
-    const int *see;                                     // (batch, queries, 3): prefix, begin, end
+    const int *ranges;                                     // (batch, queries, 3): prefix, begin, end
     float *lse, *delta;                                 // (batch, heads, queries)
     float *part_o, *part_lse;                           // (splits, batch, heads, queries[, head size])
     int *bounds;                                        // (batch, tiles of queries, 3): a Bounds each
@@ -35,7 +35,7 @@ __device__ E *head_of(const Tensor &x, int batch, int head) {
 
 // ---------------------------------------------------------------- the mask
 
-struct See {
+struct Ranges {
     int prefix, begin, end;
     __device__ bool operator()(int key) const { return key < prefix || (key >= begin && key < end); }
     __device__ bool whole_tile(int key0) const {
@@ -44,12 +44,12 @@ struct See {
 };
 
 // What a query sees, cut off at the last key. An empty interval never begins.
-__device__ inline See read_see(const Call &call, int batch, int query) {
+__device__ inline Ranges read_ranges(const Call &call, int batch, int query) {
     query = min(query, call.queries - 1);  // rows past the end do as the last one: they change no bounds
-    const int *x = call.see + ((long long)batch * call.queries + query) * 3;
-    See see = {min(x[0], call.keys), max(x[1], 0), min(x[2], call.keys)};
-    if (see.begin >= see.end) see.begin = NEVER, see.end = 0;
-    return see;
+    const int *x = call.ranges + ((long long)batch * call.queries + query) * 3;
+    Ranges ranges = {min(x[0], call.keys), max(x[1], 0), min(x[2], call.keys)};
+    if (ranges.begin >= ranges.end) ranges.begin = NEVER, ranges.end = 0;
+    return ranges;
 }
 
 // What the queries of a tile see, taken together.
@@ -62,7 +62,7 @@ struct Bounds {
 // Every warp computes the bounds of the whole tile by itself, which takes no shared memory and no barrier.
 __device__ inline Bounds tile_bounds(const Call &call, int batch, int query0) {
     const int lane = threadIdx.x % 32;
-    const See a = read_see(call, batch, query0 + lane), b = read_see(call, batch, query0 + lane + 32);
+    const Ranges a = read_ranges(call, batch, query0 + lane), b = read_ranges(call, batch, query0 + lane + 32);
     return {__reduce_max_sync(ALL, max(a.prefix, b.prefix)), __reduce_min_sync(ALL, min(a.begin, b.begin)),
             __reduce_max_sync(ALL, max(a.end, b.end))};
 }

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import torch
 
-from data import write_whole
+from files import write_whole
 from settings import ROOT
 
 CUDA = ["kernels/attention.cu", "kernels/gpu.h", "kernels/tiles.h"]

@@ -64,7 +64,7 @@ def tok():
 @pytest.fixture(scope="session")
 def tokenizer():
     """Bytes and about 40 merges; a unit of length is 4 tokens."""
-    return Tokenizer.train(SENTENCES, 256 + 74 + 40, unit=4)
+    return Tokenizer.train((sentence.replace("\n", "") for sentence in SENTENCES), 256 + 74 + 40, unit=4)
 
 
 def small_model(vocab_size, seed=0, **config):

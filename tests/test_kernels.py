@@ -29,8 +29,8 @@ FREE = SimpleNamespace(async_=0, async_end=0, colon=0)  # a layout does not look
 # ---------------------------------------------------------------- problems
 
 
-def layout_see(attention, prompt=37, plan=21, spans=(30, 9, 44), text=9, rounds=2):
-    """see (1, T, 3) of a sequence of several rounds."""
+def layout_ranges(attention, prompt=37, plan=21, spans=(30, 9, 44), text=9, rounds=2):
+    """ranges (1, T, 3) of a sequence of several rounds."""
     layout = Layout(attention)
     layout.write([0] * prompt, PROMPT, 0)
     for number in range(rounds):
@@ -40,24 +40,24 @@ def layout_see(attention, prompt=37, plan=21, spans=(30, 9, 44), text=9, rounds=
     return torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])[None]
 
 
-def random_see(seed, B, T, S):
+def random_ranges(seed, B, T, S):
     """Any prefixes and intervals, empty and reversed ones too; some rows see nothing."""
     g = torch.Generator().manual_seed(seed)
-    see = torch.randint(0, S + 1, (B, T, 3), generator=g)
-    see[:, :, 0] //= torch.randint(1, 9, (B, T), generator=g)
-    see[torch.rand(B, T, generator=g) < 0.1] = 0
-    return see
+    ranges = torch.randint(0, S + 1, (B, T, 3), generator=g)
+    ranges[:, :, 0] //= torch.randint(1, 9, (B, T), generator=g)
+    ranges[torch.rand(B, T, generator=g) < 0.1] = 0
+    return ranges
 
 
-def hard_see():
+def hard_ranges():
     """Queries with a gap between prefix and span, among others with an empty span; nobody sees keys 192 to 255."""
-    see = torch.zeros(1, 130, 3, dtype=torch.int64)
+    ranges = torch.zeros(1, 130, 3, dtype=torch.int64)
     i = torch.arange(130)
-    see[0, :64, 0] = i[:64] % 5 * 24  # the first of five sees no prefix
-    see[0, :40:2, 1], see[0, :40:2, 2] = 260 + i[:40:2], 333  # the keys go on past the last tile's end
-    see[0, 64:120, 0] = 10 + i[:56]  # up to 65: only the last row reaches the second tile of keys
-    see[0, 100:110, 1], see[0, 100:110, 2] = 130, 180
-    return see  # and the last ten see nothing
+    ranges[0, :64, 0] = i[:64] % 5 * 24  # the first of five sees no prefix
+    ranges[0, :40:2, 1], ranges[0, :40:2, 2] = 260 + i[:40:2], 333  # the keys go on past the last tile's end
+    ranges[0, 64:120, 0] = 10 + i[:56]  # up to 65: only the last row reaches the second tile of keys
+    ranges[0, 100:110, 1], ranges[0, 100:110, 2] = 130, 180
+    return ranges  # and the last ten see nothing
 
 
 def inside_nan(x):
@@ -69,19 +69,19 @@ def inside_nan(x):
     return view, buffer
 
 
-def problem(see, n_keys, dtype, head_size, heads=(2, 1), seed=0):
+def problem(ranges, n_keys, dtype, head_size, heads=(2, 1), seed=0):
     """Random inputs of attention with a mask."""
     g = torch.Generator().manual_seed(seed)
-    (B, T, _), (H, kv_heads) = see.shape, heads
+    (B, T, _), (H, kv_heads) = ranges.shape, heads
     shapes = ((H, T), (kv_heads, n_keys), (kv_heads, n_keys), (H, T))
     q, k, v, grad = (inside_nan(torch.randn(B, h, n, head_size, generator=g).to(dtype))[0] for h, n in shapes)
-    return SimpleNamespace(q=q, k=k, v=v, see=see, grad=grad, scale=head_size**-0.5)
+    return SimpleNamespace(q=q, k=k, v=v, ranges=ranges, grad=grad, scale=head_size**-0.5)
 
 
 def dense(p):
     """Outputs, lse and the gradients of q, k, v in float64."""
     q, k, v = (x.detach().double().requires_grad_() for x in (p.q, p.k, p.v))
-    share, seen = q.shape[1] // k.shape[1], visible(p.see, k.shape[2])[:, None]
+    share, seen = q.shape[1] // k.shape[1], visible(p.ranges, k.shape[2])[:, None]
     score = (q @ k.repeat_interleave(share, 1).mT * p.scale).masked_fill(~seen, -torch.inf)
     some = seen.any(-1, keepdim=True)
     weight = torch.where(some, score, 0).softmax(-1) * some
@@ -101,8 +101,8 @@ def run(p, splits=1, compiled=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_like", like)
-        o, lse = kernels.forward(p.q, p.k, p.v, p.see, p.scale, splits, compiled)
-        grads = kernels.backward(p.grad, p.q, p.k, p.v, p.see, o, lse, p.scale, compiled)
+        o, lse = kernels.forward(p.q, p.k, p.v, p.ranges, p.scale, splits, compiled)
+        grads = kernels.backward(p.grad, p.q, p.k, p.v, p.ranges, o, lse, p.scale, compiled)
     got = [x.clone() for x in (o, lse, *grads)]
     for view, buffer in margins:
         view.fill_(float("nan"))
@@ -120,22 +120,22 @@ def check(got, want, bound):
 
 # ---------------------------------------------------------------- under emulation
 
-SEES = {name: layout_see(name) for name in ("sparse", "dense", "causal")}
-SEES["two rounds, ragged"] = torch.cat([layout_see("sparse")[:, :149], layout_see("dense", prompt=80)[:, :149]])
-SEES["random"] = random_see(1, 2, 70, 100)
+RANGES = {name: layout_ranges(name) for name in ("sparse", "dense", "causal")}
+RANGES["two rounds, ragged"] = torch.cat([layout_ranges("sparse")[:, :149], layout_ranges("dense", prompt=80)[:, :149]])
+RANGES["random"] = random_ranges(1, 2, 70, 100)
 
 
-@pytest.mark.parametrize("name", SEES)
+@pytest.mark.parametrize("name", RANGES)
 def test_masks(name):
-    see = SEES[name]
-    p = problem(see, max(int(see.max()), 100), torch.bfloat16, 32)
+    ranges = RANGES[name]
+    p = problem(ranges, max(int(ranges.max()), 100), torch.bfloat16, 32)
     check(run(p), dense(p), BOUND[p.q.dtype])
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("head_size", kernels.HEAD_SIZES)
 def test_head_sizes_and_types(head_size, dtype):
-    p = problem(random_see(head_size, 1, 66, 131), 131, dtype, head_size)
+    p = problem(random_ranges(head_size, 1, 66, 131), 131, dtype, head_size)
     check(run(p), dense(p), BOUND[dtype])
 
 
@@ -144,13 +144,13 @@ def test_head_sizes_and_types(head_size, dtype):
     (150, 40, (4, 1)),
 ])  # fmt: skip
 def test_odd_sizes_and_grouped_queries(T, S, heads):
-    p = problem(random_see(S, 1, T, S), S, torch.float16, 32, heads)
+    p = problem(random_ranges(S, 1, T, S), S, torch.float16, 32, heads)
     check(run(p), dense(p), BOUND[p.q.dtype])
 
 
 def hard_problem():
-    """`hard_see`, and NaN in the keys and values of the tile that nobody sees: it may not even be read."""
-    p = problem(hard_see(), 335, torch.bfloat16, 32)
+    """`hard_ranges`, and NaN in the keys and values of the tile that nobody sees: it may not even be read."""
+    p = problem(hard_ranges(), 335, torch.bfloat16, 32)
     want = dense(p)
     p.k[:, :, 192:256] = p.v[:, :, 192:256] = float("nan")
     return p, want
@@ -163,15 +163,15 @@ def test_tiles_that_nobody_sees_are_skipped():
 
 
 def test_unseen_keys_may_be_nan_in_visited_tiles():
-    p = problem(random_see(6, 1, 70, 100), 120, torch.bfloat16, 32)
+    p = problem(random_ranges(6, 1, 70, 100), 120, torch.bfloat16, 32)
     want = dense(p)[:2]
     p.k[:, :, 100:] = float("nan")  # values may not: 0 * nan is nan
-    check(kernels.forward(p.q, p.k, p.v, p.see, p.scale, 1), want, BOUND[p.q.dtype])
+    check(kernels.forward(p.q, p.k, p.v, p.ranges, p.scale, 1), want, BOUND[p.q.dtype])
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_splitting_the_keys_changes_nothing(splits):
-    p = problem(random_see(3, 2, 20, 300), 300, torch.float16, 32)
+    p = problem(random_ranges(3, 2, 20, 300), 300, torch.float16, 32)
     want, got = run(p), run(p, splits)
     check(got, [x.double() for x in want], 1e-3)
     check(got, dense(p), BOUND[p.q.dtype])
@@ -185,7 +185,7 @@ def test_splits_fill_the_processors():
 
 
 def test_any_strides():
-    p = problem(random_see(4, 2, 70, 70), 70, torch.bfloat16, 32)
+    p = problem(random_ranges(4, 2, 70, 70), 70, torch.bfloat16, 32)
     want = dense(p)
     packed = torch.cat([p.q, p.k, p.v], dim=1).transpose(1, 2).contiguous().transpose(1, 2)
     p.q, p.k, p.v = packed.split([2, 1, 1], dim=1)
@@ -208,7 +208,7 @@ def test_every_schedule_gives_the_same_bits():
 
 def test_misaligned_pointers_are_an_error(monkeypatch):
     monkeypatch.setattr(kernels, "_aligned", lambda x: x)
-    p = problem(random_see(4, 1, 8, 8), 8, torch.bfloat16, 32)
+    p = problem(random_ranges(4, 1, 8, 8), 8, torch.bfloat16, 32)
     p.k = torch.zeros(1 + p.k.numel(), dtype=p.k.dtype)[1:].view(p.k.shape)
     with pytest.raises(RuntimeError, match="CUDA error 716"):
         run(p)
@@ -229,7 +229,7 @@ FAULTS = [  # (what is wrong, source, replaced by, which occurrence)
     ("the last tile of the prefix is skipped", "(bounds.max_prefix + TILE - 1) / TILE", "bounds.max_prefix / TILE", 0),
     ("the last tile of the spans is skipped", "(bounds.max_end + TILE - 1) / TILE", "bounds.max_end / TILE", 0),
     ("tiles of prefix and span count twice", "max(in_prefix, bounds.min_begin / TILE)", "bounds.min_begin / TILE", 0),
-    ("the gap between prefix and span is visited", "see.begin >= see.end", "false", 0),
+    ("the gap between prefix and span is visited", "ranges.begin >= ranges.end", "false", 0),
     ("half of the rows do not count for the bounds", "max(a.prefix, b.prefix)", "a.prefix", 0),
     ("tiles seen in part are not masked", "key0 + TILE <= prefix", "key0 < prefix", 0),
     ("spans are not masked", "begin <= key0 && key0 + TILE <= end", "begin < key0 + TILE && key0 < end", 0),
@@ -296,20 +296,20 @@ def test_seeded_faults_are_caught(faulty, number):
 
 
 def test_operator():
-    p = problem(random_see(2, 1, 9, 12), 12, torch.bfloat16, 32)
+    p = problem(random_ranges(2, 1, 9, 12), 12, torch.bfloat16, 32)
     inputs, want = [x.clone().requires_grad_() for x in (p.q, p.k, p.v)], dense(p)
-    o = kernels.attention(*inputs, p.see)
+    o = kernels.attention(*inputs, p.ranges)
     assert o.transpose(1, 2).is_contiguous()  # the output layer reads it without a copy
     check([o.detach(), want[1], *torch.autograd.grad(o, inputs, p.grad)], want, BOUND[p.q.dtype])
-    torch.library.opcheck(kernels._attention, (*inputs, p.see, p.scale))
+    torch.library.opcheck(kernels._attention, (*inputs, p.ranges, p.scale))
 
 
 def test_compiled_without_graph_breaks():
-    p = problem(random_see(2, 1, 9, 12), 12, torch.bfloat16, 32)
+    p = problem(random_ranges(2, 1, 9, 12), 12, torch.bfloat16, 32)
     q = p.q.clone().requires_grad_()
 
     def loss(q):
-        return kernels.attention(q + 1, p.k, p.v, p.see).sum()
+        return kernels.attention(q + 1, p.k, p.v, p.ranges).sum()
 
     (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(q), q)
     assert torch.equal(compiled, *torch.autograd.grad(loss(q), q))
@@ -317,12 +317,12 @@ def test_compiled_without_graph_breaks():
 
 @pytest.mark.parametrize("change", [
     {"q": torch.zeros(1, 2, 4, 32)}, {"k": torch.zeros(1, 1, 4, 32)}, {"v": torch.zeros(1, 1, 5, 32).half()},
-    {"see": torch.zeros(1, 3, 3)}, {"q": torch.zeros(1, 2, 4, 48).half()}, {"scale": 0.0},
+    {"ranges": torch.zeros(1, 3, 3)}, {"q": torch.zeros(1, 2, 4, 48).half()}, {"scale": 0.0},
     {"q": torch.zeros(1, 0, 4, 32).half()},
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(change):
     kv = torch.zeros(1, 1, 4, 32).half()
-    call = {"q": torch.zeros(1, 2, 4, 32).half(), "k": kv, "v": kv, "see": torch.zeros(1, 4, 3), "scale": 1.0}
+    call = {"q": torch.zeros(1, 2, 4, 32).half(), "k": kv, "v": kv, "ranges": torch.zeros(1, 4, 3), "scale": 1.0}
     with pytest.raises(ValueError):
         kernels.attention(**(call | change))
 
@@ -367,8 +367,8 @@ def test_compiles_without_spills(arch, head_size, tmp_path):
 
 def gpu_problem(T, head_size, dtype, seed=0):
     spans = (T // 8 - 3,) * 4
-    see = layout_see("sparse", T // 8, T // 16, spans, T - T // 8 - T // 16 - 4 * (T // 8), rounds=1)
-    p = problem(see, T, dtype, head_size, (8, 4), seed)
+    ranges = layout_ranges("sparse", T // 8, T // 16, spans, T - T // 8 - T // 16 - 4 * (T // 8), rounds=1)
+    p = problem(ranges, T, dtype, head_size, (8, 4), seed)
     return SimpleNamespace(**{name: x.cuda() if torch.is_tensor(x) else x for name, x in vars(p).items()})
 
 

@@ -56,7 +56,7 @@ def test_planned_length_is_number_times_unit_always(tokenizer):
 def test_a_span_longer_than_planned_is_an_error_that_names_it(tokenizer):
     example = Example("Tell me", (Round("", (Span("habitat", "Rivers and coasts, lakes and marshes", 1),)),))
     slots = len(tokenizer.encode("Rivers and coasts, lakes and marshes"))
-    with pytest.raises(ValueError, match=rf"'habitat'.*'Tell me'.*{slots} tokens.*only 4 \(1 x 4\)"):
+    with pytest.raises(ValueError, match=rf"'Tell me'.*'habitat'.*{slots} tokens.*only 4 \(1 x 4\)"):
         encode_example(example, tokenizer)
 
 
