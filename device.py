@@ -42,6 +42,11 @@ def sampling_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def has_graphs(device: torch.device | str) -> bool:
+    """Whether passes can be recorded and replayed (kernels/graphs.py), for which shapes have to be few."""
+    return torch.device(device).type == "cuda"
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Matrix products in `dtype` while weights, norms and losses stay float32."""
     if dtype == torch.float32:

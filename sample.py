@@ -58,10 +58,10 @@ class Sampler:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.method, self.drafter, self.device = method, drafter, model.embedding.weight.device
         model.attend_by("auto", model.embedding.weight.dtype, sampling=True)
+        graphs = devices.has_graphs(self.device)
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
-        cuda = self.device.type == "cuda"
-        self.turns = ((False, True),) if cuda else ((False,), (True,))  # of phases in spans or not
-        self.rounded, self.replayed = (bucket, Replayed) if cuda else (int, lambda function: function)  # graphs.py
+        self.turns = ((False, True),) if graphs else ((False,), (True,))  # of phases in spans or not
+        self.rounded, self.replayed = (bucket, Replayed) if graphs else (int, lambda function: function)
         self.cache = None
 
     @classmethod

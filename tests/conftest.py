@@ -1,6 +1,7 @@
 """What the tests share: a small tokenizer, small random models, and random examples."""
 
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import Example
+from kernels import graphs
 from model import ModelConfig, Transformer
 from tags import EOS, TAGS, TOPIC, Round, Span
 from tokenizer import MAX_LENGTH, Tokenizer
@@ -101,3 +103,37 @@ def random_example(seed, tokenizer, rounds=None, spans=None):
     rng = random.Random(seed)
     rounds = rounds or rng.randint(1, 4)
     return Example(random_text(rng, 6), tuple(random_round(rng, tokenizer, spans) for _ in range(rounds)))
+
+
+# ---------------------------------------------------------------- stand-ins for a GPU
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The functions that were recorded, in their order."""
+    made = []
+
+    def record(function):
+        output = function()
+        made.append(function)
+        output.fill_(float("nan"))  # a graph that is recorded has not run
+        return lambda: output.copy_(function()), output
+
+    monkeypatch.setattr(graphs, "record", record)
+    return made
+
+
+@pytest.fixture
+def as_on_a_gpu(recordings, monkeypatch):
+    """Samplers have the shapes and the graphs that they have on a GPU."""
+    monkeypatch.setattr("device.has_graphs", lambda device: True)
+
+
+@pytest.fixture
+def emulated_kernel(as_on_a_gpu, monkeypatch):
+    """As on a GPU, attention is by the kernel: here its source runs under the emulator, in the types of a GPU."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++, which emulates the kernel")
+    monkeypatch.setattr("model.choose", lambda *args, **options: "kernel")
+    monkeypatch.setattr("device.sampling_dtype", lambda device: torch.float16)
+    monkeypatch.setattr("device.fast_dtype", lambda device: torch.bfloat16)

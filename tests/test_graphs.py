@@ -5,7 +5,6 @@ import pytest
 import torch
 from test_sample import METHOD, PROMPTS, costs, ids, steered
 
-from kernels import graphs
 from kernels.graphs import Replayed, bucket
 from sample import SampleConfig, Sampler
 from settings import ROOT
@@ -16,27 +15,6 @@ QUESTIONS = (
     "Tell me about the animal of Marast.",
     "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",
 )
-
-
-@pytest.fixture
-def recordings(monkeypatch):
-    """The functions that were recorded, in their order."""
-    made = []
-
-    def record(function):
-        output = function()
-        made.append(function)
-        output.fill_(float("nan"))  # a graph that is recorded has not run
-        return lambda: output.copy_(function()), output
-
-    monkeypatch.setattr(graphs, "record", record)
-    return made
-
-
-def as_on_a_gpu(sampler):
-    """The sampler, with the sizes and the graphs that it has on a GPU."""
-    sampler.rounded, sampler.replayed, sampler.turns = bucket, Replayed, ((False, True),)
-    return sampler
 
 
 def test_buckets_are_few_and_waste_at_most_a_third():
@@ -67,18 +45,19 @@ def test_what_was_given_may_change_later_and_the_output_is_the_next_call_s(recor
 @pytest.mark.parametrize("attention, settings", [
     ("sparse", dict()), ("dense", dict(threshold=0.6)), ("sparse", dict(order="random", temperature=0.7)),
 ])  # fmt: skip
-def test_answers_are_those_without_graphs(recordings, tokenizer, attention, settings):
+def test_answers_are_those_without_graphs(request, tokenizer, attention, settings):
     config = SampleConfig(max_tokens=90, **settings)
-    samplers = [Sampler(steered(tokenizer), tokenizer, config, METHOD[attention]) for _ in range(2)]
-    as_on_a_gpu(samplers[1])
+    plain_sampler = Sampler(steered(tokenizer), tokenizer, config, METHOD[attention])
+    request.getfixturevalue("as_on_a_gpu")
+    samplers = plain_sampler, Sampler(steered(tokenizer), tokenizer, config, METHOD[attention])
     for prompts in (PROMPTS, PROMPTS[2:], PROMPTS[:1], PROMPTS):
         plain, replayed = (sampler.answer(prompts) for sampler in samplers)
         assert [ids(a) for a in replayed] == [ids(a) for a in plain]
         assert [costs(a) for a in replayed] == [costs(a) for a in plain]
 
 
-def test_graphs_are_few_and_kept_for_the_next_answers_until_these_need_a_larger_cache(recordings, tokenizer):
-    sampler = as_on_a_gpu(Sampler(steered(tokenizer), tokenizer, SampleConfig(max_tokens=90)))
+def test_graphs_are_few_and_kept_for_the_next_answers_until_these_need_a_larger_cache(as_on_a_gpu, recordings, tokenizer):
+    sampler = Sampler(steered(tokenizer), tokenizer, SampleConfig(max_tokens=90))
     passes = sum(a.plan_passes + a.denoise_passes for a in sampler.answer(PROMPTS))
     few, cache = len(recordings), sampler.cache
     assert few < passes / 2
