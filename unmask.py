@@ -86,6 +86,10 @@ def check_drafts(logits: Tensor, draft: Tensor, draft_probs: Tensor, config, gen
     q /= q.sum(-1, keepdim=True).clamp_min(1e-30)
     at = draft.clamp_min(0)[:, None]
     accepted = (draft >= 0) & (uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])
-    residual = (p - q).clamp_min(0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)  # p = q up to rounding: never rejected
-    return torch.where(accepted, draft, draw(residual, generators)), accepted, p
+    return torch.where(accepted, draft, draw(residual(p, q), generators)), accepted, p
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """(N, V) what replaces a rejected draft is drawn from, not normalised."""
+    left = (p - q).clamp_min(0)
+    return torch.where(left.sum(-1, keepdim=True) > 0, left, p)  # where p is q, nothing is rejected
