@@ -186,6 +186,7 @@ MALFORMED = {  # what is wrong: (tagged text, line, column, parts of the message
     "a plan without spans": (PLAN + "<eos>", 1, 23, ["expected <topic> or <async>", "'<eos>'"]),
     "text inside a plan": (PLAN + " and " + PLAN, 1, 23, ["expected <topic> or <async>", "text 'and'"]),
     "a span of another topic": (PLAN + "<async> fodo: x</async><eos>", 1, 30, ["span of topic 'food'", "'food:'"]),
+    "a span of another long topic": (f"<topic> {'a' * 999} 1</topic><async> b</async><eos>", 1, 1025, ["aaa", "aaa:'"]),
     "a span without a colon": (PLAN + "<async> food</async><eos>", 1, 30, ["span of topic 'food'", "'food:'"]),
     "spans in another order": (
         "<topic> a 1</topic><topic> b 1</topic><async> b: x</async><async> a: y</async><eos>",
