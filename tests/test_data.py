@@ -24,6 +24,11 @@ WORDS = ["otter", "river", "fish", "top 5 tips 3", "a <eos> typed", "<topic>", "
 ODD = ["next\x85line", "line\u2028break", "paragraph\u2029break", "feed\x0cand\x1cmark", 'quote"and\\', "tab\there"]
 
 
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # test_files.py tests that it is called
+
+
 def example(rng, words=WORDS):
     def text(most):
         return " ".join(rng.choice(words) for _ in range(rng.randint(0, most)))
