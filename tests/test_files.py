@@ -38,7 +38,9 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
     assert files_of(tmp_path) == {"a.txt": b"new"}
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()]
+)
 @pytest.mark.parametrize("where", ["the block", "fsync", "replace"])
 def test_any_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, where):
     path = tmp_path / "a.txt"

@@ -16,7 +16,7 @@ from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
 METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
-CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)  # logits added, so that plans of several rounds come about
+CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=11.0)  # logits added, so that plans of several rounds come about
 
 
 def steered(tokenizer, seed=0, scale=0.7, lengths=3, **bias):
