@@ -31,19 +31,19 @@ def batch_of(tokenizer, spans):
 @torch.no_grad()
 def test_flex_attention_gives_the_hidden_states_of_the_dense_mask(tokenizer, uncompiled, spans):
     model, batch = small_model(tokenizer.vocab_size), batch_of(tokenizer, spans)
-    expected = model(batch.token, batch.position, batch.see)
+    expected = model(batch.token, batch.position, batch.bounds)
     model.attend_by("flex")
-    torch.testing.assert_close(model(batch.token, batch.position, batch.see), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(batch.token, batch.position, batch.bounds), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the kernel's emulation needs g++")
 @torch.no_grad()
 def test_the_kernel_gives_what_the_dense_mask_gives(tokenizer):
-    see = batch_of(tokenizer, "sparse").see
-    (B, T, _), S = see.shape, int(see.max())
+    bounds = batch_of(tokenizer, "sparse").bounds
+    (B, T, _), S = bounds.shape, int(bounds.max())
     q, k, v = (torch.randn(B, heads, n, 32).bfloat16() for heads, n in ((4, T), (2, S), (2, S)))
     expected, fused = (
-        attend(q, k, v, prepare(see, S)).float() for prepare, attend in (BACKENDS["dense"], BACKENDS["kernel"])
+        attend(q, k, v, prepare(bounds, S)).float() for prepare, attend in (BACKENDS["dense"], BACKENDS["kernel"])
     )
     assert (fused - expected).norm() < 0.01 * expected.norm()
 

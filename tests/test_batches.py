@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import random_example
 
+from batches import Batches
+from device import PEAKS, utilization
 from masks import encode_example, visible
 from noise import IGNORE, Sequence, make_batch
-from train import PEAKS, Batches, utilization
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_little_of_a_batch_is_padding():
 
 
 def test_too_few_examples_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="2 examples.*batch of 3"):
+    with pytest.raises(ValueError, match="--batch 3.*2 examples"):
         Batches([stub(5, 1)] * 2, 3, 0)
 
 
@@ -69,7 +70,7 @@ def test_a_batch_knows_where_it_predicts_and_how_many_keys_it_sees(sequences, to
     for size in (1, 5):
         rounds = [s.n_rounds - 1 for s in sequences[:size]]
         batch = make_batch(sequences[:size], rounds, tokenizer, np.random.default_rng(0))
-        assert batch.n_keys == int(visible(batch.see, batch.token.shape[1]).sum())
+        assert batch.n_keys == int(visible(batch.bounds, batch.token.shape[1]).sum())
         plan, slots = ([divmod(i, batch.token.shape[1]) for i in places.tolist()] for places in batch.places)
         predicted = [tuple(place) for place in (batch.target != IGNORE).nonzero().tolist()]
         assert plan == [place for place in predicted if not batch.in_span[place]] and plan
@@ -78,7 +79,7 @@ def test_a_batch_knows_where_it_predicts_and_how_many_keys_it_sees(sequences, to
 
 
 def test_speed_is_told_as_a_share_of_what_the_device_could_do_where_that_is_known(monkeypatch):
-    assert utilization(3.2e11, torch.device("cpu")) == "  0.32 TFLOP/s"
+    assert utilization(3.2e11, torch.device("cpu")) == "0.32 TFLOP/s"
     for name, share in (("NVIDIA H100 80GB HBM3", " (50.0% MFU)"), ("NVIDIA GeForce GTX 1080", "")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        assert utilization(PEAKS["H100"] / 2, torch.device("cuda")) == "  494 TFLOP/s" + share
+        assert utilization(PEAKS["H100"] / 2, torch.device("cuda")) == "494 TFLOP/s" + share

@@ -12,13 +12,9 @@ from conftest import OTTER, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import model as model_module
+import checkpoint
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from masks import encode_example
-from model import (
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-)
 from noise import Sequence, make_batch
 from optim import Optimizer
 from train import JointLoss, TrainConfig
@@ -89,7 +85,7 @@ def test_a_save_that_dies_in_the_middle_leaves_the_old_file_whole(saved, tokeniz
         raise KeyboardInterrupt
 
     if moment == "while writing":
-        monkeypatch.setattr(model_module, "save_file", die)
+        monkeypatch.setattr(checkpoint, "save_file", die)
     else:
         monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):

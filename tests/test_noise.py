@@ -175,7 +175,7 @@ def random_batch(tokenizer, seed=0, weight="elbo", attention="sparse"):
 
 def test_the_same_random_state_makes_the_same_batch_and_another_another(tokenizer):
     (_, _, a), (_, _, b), (_, _, c) = (random_batch(tokenizer, seed) for seed in (0, 0, 1))
-    for name in ("token", "position", "see", "target", "in_span", "weight"):
+    for name in ("token", "position", "bounds", "target", "in_span", "weight"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert not torch.equal(a.token, c.token)
 
@@ -187,7 +187,7 @@ def test_padding_predicts_nothing_and_sees_only_the_first_token(tokenizer):
     for b, stop in enumerate(stops):
         assert (batch.token[b, stop:] == tokenizer.pad).all()
         assert (batch.target[b, stop:] == IGNORE).all() and not batch.in_span[b, stop:].any()
-        seen = visible(batch.see[b : b + 1, stop:], batch.token.shape[1])
+        seen = visible(batch.bounds[b : b + 1, stop:], batch.token.shape[1])
         assert not seen[..., 1:].any() and seen[..., 0].all()  # a query that sees nothing is NaN
 
 
@@ -195,14 +195,14 @@ def test_no_token_sees_the_padding(tokenizer):
     for attention in ATTENTION:
         sequences, rounds, batch = random_batch(tokenizer, attention=attention)
         for b, (s, r) in enumerate(zip(sequences, rounds)):
-            assert not visible(batch.see, batch.token.shape[1])[b, :, s.stop(r) :].any()
+            assert not visible(batch.bounds, batch.token.shape[1])[b, :, s.stop(r) :].any()
 
 
 def test_a_row_of_a_batch_has_the_columns_of_its_sequence(tokenizer):
     sequences, rounds, batch = random_batch(tokenizer)
     for b, (s, r) in enumerate(zip(sequences, rounds)):
         n = s.stop(r)
-        assert np.array_equal(batch.see[b, :n], s.see[:n])
+        assert np.array_equal(batch.bounds[b, :n], s.bounds[:n])
         assert np.array_equal(batch.position[b, :n], np.arange(n))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import WORDS, random_example
 
+import batches
 import train
 from data import Example, write_dataset
 from masks import SLOT, encode_example
@@ -24,7 +25,7 @@ from optim import Optimizer
 from sample import SampleConfig, Sampler
 from tags import Round, Span
 from tokenizer import Tokenizer
-from train import JointLoss, Log, TrainConfig, Trainer, counts, validate
+from train import JointLoss, Log, Run, TrainConfig, Trainer, counts, validate
 
 SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
 
@@ -58,7 +59,7 @@ def noised(sequences, tokenizer, weight="elbo", seed=0):
 @torch.no_grad()
 def naive_loss(model, batch, pad):
     """Position by position: plan and text over the whole vocabulary, slots over text and [PAD], weighted."""
-    logits = model.logits(model(batch.token, batch.position, batch.see))
+    logits = model.logits(model(batch.token, batch.position, batch.bounds))
     plan = span = 0.0
     for b, t in (batch.target != IGNORE).nonzero().tolist():
         target = batch.target[b, t]
@@ -97,14 +98,14 @@ def test_plan_and_spans_are_counted_apart(tokenizer, sequences):
 @pytest.fixture
 def exact(monkeypatch):
     """Trainers compute in float32, also where bfloat16 is faster."""
-    monkeypatch.setattr("train.fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(train, "fast_dtype", lambda device: torch.float32)
 
 
 def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_path, exact):
     """The gradient that the optimizer gets is that of plan + span_weight x span."""
     trainer = make(folder, tmp_path, span_weight=0.3, clip=1e9)
     reference = copy.deepcopy(trainer.model)
-    batch = make_batch(*trainer.batches[0], trainer.tokenizer, np.random.default_rng([0, 0, 0]), "uniform")
+    batch = make_batch(*trainer.data.batches[0], trainer.tokenizer, np.random.default_rng([0, 0, 0]), "uniform")
     plan, span = torch.stack(JointLoss(reference, trainer.tokenizer.pad + 1)(batch)) / counts(batch, "uniform")
     (plan + 0.3 * span).backward()
     grads = []
@@ -119,7 +120,7 @@ def test_the_losses_of_an_update_in_bfloat16_are_near_those_in_float32(folder, t
     """Near: bfloat16 has 8 bits, the sums over tokens are in float32."""
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("train.fast_dtype", lambda device: dtype)
+        monkeypatch.setattr(train, "fast_dtype", lambda device: dtype)
         losses.append(make(folder, tmp_path / str(dtype), weight=weight).update()[:2].tolist())
     assert losses[1] == pytest.approx(losses[0], rel=3e-4) and losses[1] != losses[0]
 
@@ -128,7 +129,7 @@ def test_the_losses_of_an_update_in_bfloat16_are_near_those_in_float32(folder, t
 def test_the_plan_nll_is_that_of_the_clean_sequences_each_round_counted_once(model, tokenizer, sequences):
     total, n = 0.0, 0
     for s in sequences:
-        logits = model.logits(model(*(torch.from_numpy(x)[None] for x in (s.token, s.position, s.see))))[0]
+        logits = model.logits(model(*(torch.from_numpy(x)[None] for x in (s.token, s.position, s.bounds))))[0]
         for i in np.flatnonzero(s.next != IGNORE):
             total, n = total - float(logits[i].log_softmax(-1)[s.next[i]]), n + 1
     assert max(s.n_rounds for s in sequences) > 2
@@ -144,7 +145,7 @@ def test_the_elbo_of_a_span_of_one_slot_is_its_likelihood_within_its_standard_er
     for s in sequences:
         (slot,) = np.flatnonzero(s.kind == SLOT)
         token = torch.from_numpy(np.where(s.kind == SLOT, tokenizer.mask, s.token))[None]
-        hidden = model(token, torch.from_numpy(s.position)[None], torch.from_numpy(s.see)[None])[0, slot]
+        hidden = model(token, torch.from_numpy(s.position)[None], torch.from_numpy(s.bounds)[None])[0, slot]
         exact.append(-float(model.logits(hidden, tokenizer.pad + 1).log_softmax(-1)[s.token[slot]]))
     loss = JointLoss(model, tokenizer.pad + 1)
     errors = []
@@ -164,8 +165,13 @@ def settings(folder, out, **changed):
     return TrainConfig(**{**few, **changed})
 
 
-def make(folder, out, method="planned", **changed):
-    return Trainer(settings(folder, out, **changed), ModelConfig(**SHAPE), MethodConfig(method))
+def make(folder, out, method="planned", shape=SHAPE, **changed):
+    return Trainer(settings(folder, out, **changed), ModelConfig(**shape), MethodConfig(method))
+
+
+def run(folder, out, **changed):
+    """Train to the end, going on with what is in `out`."""
+    Run(make(folder, out, **changed)).run()
 
 
 def losses(out):
@@ -183,7 +189,7 @@ def command(folder, out, method="planned", **changed):
 def whole(request, folder, tmp_path_factory):
     """A run of 12 updates without interruption: (method, losses)."""
     out = tmp_path_factory.mktemp("whole")
-    make(folder, out, method=request.param).run()
+    run(folder, out, method=request.param)
     return request.param, losses(out)
 
 
@@ -192,12 +198,12 @@ def interrupt(trainer, step, how):
     update = trainer.update
 
     def interrupted():
-        if trainer.step == step:
+        if trainer.progress.step == step:
             how()
         return update()
 
     trainer.update = interrupted
-    trainer.run()
+    Run(trainer).run()
 
 
 def test_a_run_logs_its_losses_and_leaves_its_weights(whole):
@@ -212,7 +218,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(whole, folder, tm
     method, expected = whole
     interrupt(make(folder, tmp_path, method=method), step, lambda: signal.raise_signal(signal.SIGINT))
     assert len(losses(tmp_path)) == step + 1, "the update in progress is finished and saved"
-    make(folder, tmp_path, method=method).run()
+    run(folder, tmp_path, method=method)
     assert losses(tmp_path) == expected
 
 
@@ -244,11 +250,11 @@ def test_a_run_that_crashes_between_checkpoints_goes_on_as_if_it_had_not(whole, 
     for step in steps:
         with pytest.raises(Crash):
             interrupt(make(folder, tmp_path, method=method), step, crash)
-    make(folder, tmp_path, method=method).run()
+    run(folder, tmp_path, method=method)
     assert losses(tmp_path) == expected
 
 
-SLOW = "import sys, time, train; u = train.Trainer.update; train.Trainer.update = lambda t: (time.sleep(0.1), u(t))[1]; train.main()"
+SLOW = "import sys, time, train; u = train.Trainer.update; train.Trainer.update = lambda t: (time.sleep(0.1), u(t))[1]; train.command(train.main)"
 
 
 def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(whole, folder, tmp_path):
@@ -261,7 +267,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(whole, folder,
     time.sleep(0.1 * np.random.default_rng().random())
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    make(folder, tmp_path, method=method).run()
+    run(folder, tmp_path, method=method)
     assert losses(tmp_path) == expected
 
 
@@ -280,37 +286,37 @@ def test_the_log_is_the_same_when_a_run_stops_between_two_of_its_lines(folder, t
         run = dict(log_every=4)
         if stop:
             interrupt(make(folder, tmp_path / name, **run), stop, lambda: signal.raise_signal(signal.SIGINT))
-        make(folder, tmp_path / name, **run).run()
+        run(folder, tmp_path / name, **run)
         rows.append(losses(tmp_path / name))
     assert rows[0] == rows[1]
 
 
 def test_a_finished_run_does_nothing_more(whole, folder, tmp_path):
-    make(folder, tmp_path, steps=2).run()
+    run(folder, tmp_path, steps=2)
     before = losses(tmp_path), (tmp_path / "model.safetensors").read_bytes()
-    make(folder, tmp_path, steps=2).run()
+    run(folder, tmp_path, steps=2)
     assert (losses(tmp_path), (tmp_path / "model.safetensors").read_bytes()) == before
 
 
 def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
-    make(folder, tmp_path, steps=1).run()
+    run(folder, tmp_path, steps=1)
     with pytest.raises(ValueError, match=r"lr \(0.005, not 0.1\).*another --out"):
         make(folder, tmp_path, steps=1, lr=0.1)
     with pytest.raises(ValueError, match="model"):
-        Trainer(settings(folder, tmp_path, steps=1), ModelConfig(**{**SHAPE, "n_layer": 2}), MethodConfig())
+        run(folder, tmp_path, steps=1, shape={**SHAPE, "n_layer": 2})
 
 
 def merged(parts, pad):
     """Micro-batches as one batch."""
     width = max(part.token.shape[1] for part in parts)
-    fill = dict(token=pad, position=0, see=0, target=IGNORE, in_span=False, weight=1.0)
+    fill = dict(token=pad, position=0, bounds=0, target=IGNORE, in_span=False, weight=1.0)
     columns = {}
     for name, value in fill.items():
         made = []
         for part in parts:
             x = getattr(part, name)
             more = torch.full((x.shape[0], width - x.shape[1], *x.shape[2:]), value, dtype=x.dtype)
-            if name == "see":
+            if name == "bounds":
                 more[..., 0] = 1
             made.append(torch.cat([x, more], dim=1))
         columns[name] = torch.cat(made)
@@ -321,7 +327,7 @@ def merged(parts, pad):
 def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight, exact):
     trainer = make(folder, tmp_path, accumulate=3, weight=weight)
     model = copy.deepcopy(trainer.model)
-    parts = [make_batch(*trainer.batches[i], trainer.tokenizer, np.random.default_rng([0, 0, i]), weight) for i in range(3)]
+    parts = [make_batch(*trainer.data.batches[i], trainer.tokenizer, np.random.default_rng([0, 0, i]), weight) for i in range(3)]
     batch = merged(parts, trainer.tokenizer.pad)
     sums = torch.stack(JointLoss(model, trainer.tokenizer.pad + 1)(batch)) / counts(batch, weight)
     sums.sum().backward()
@@ -333,13 +339,13 @@ def test_accumulated_micro_batches_are_one_big_batch(folder, tmp_path, weight, e
 
 
 def test_every_micro_batch_of_every_update_has_noise_of_its_own(folder, tmp_path, monkeypatch):
-    states, noise = [], train.make_batch
+    states, noise = [], batches.make_batch
 
     def noting(sequences, rounds, tokenizer, rng, *more):
         states.append(str(rng.bit_generator.state))
         return noise(sequences, rounds, tokenizer, rng, *more)
 
-    monkeypatch.setattr(train, "make_batch", noting)
+    monkeypatch.setattr(batches, "make_batch", noting)
     trainer = make(folder, tmp_path, accumulate=2)
     for _ in range(3):
         trainer.update()
@@ -348,7 +354,7 @@ def test_every_micro_batch_of_every_update_has_noise_of_its_own(folder, tmp_path
 
 def test_two_processes_train_as_one_does(folder, tmp_path):
     run = dict(accumulate=2, steps=4)
-    make(folder, tmp_path / "one", **run).run()
+    run(folder, tmp_path / "one", **run)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
                     *command(folder, tmp_path / "two", **run)], check=True, capture_output=True, timeout=600,
                    env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
@@ -370,7 +376,7 @@ def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
     write_dataset(tmp_path, {"train": LEARNT, "val": LEARNT}, 256 + 74 + 40, 4)
     config = settings(tmp_path, tmp_path / "run", batch=4, steps=300, warmup=10, lr=0.02, adam_lr=0.01,
                       validate_every=300, log_every=10)  # fmt: skip
-    Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128), MethodConfig()).run()
+    Run(Trainer(config, ModelConfig(n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128), MethodConfig())).run()
     rows = losses(tmp_path / "run")
     assert float(rows[-1]["plan"]) < 0.1 * float(rows[0]["plan"]) and float(rows[-1]["span"]) < 0.1 * float(rows[0]["span"])
     sampler = Sampler.load(tmp_path / "run" / "model.safetensors", SampleConfig(max_tokens=120))
