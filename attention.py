@@ -66,9 +66,7 @@ BACKENDS = {  # what a backend makes of (bounds, n_keys) once per pass, and what
 }
 
 
-def choose(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, many_shapes: bool = False
-) -> str:
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, many_shapes: bool = False) -> str:
     """The backend of a name; `auto` takes the fastest that works here.
 
     many_shapes: without FlexAttention, which takes long to begin with each new one.

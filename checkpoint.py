@@ -13,7 +13,8 @@ from files import atomic
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
-UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)  # and RecursionError
+# what a file that is something else, cut or made up may raise; RuntimeError: also JSON nested too deeply
+UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -25,7 +26,7 @@ def save_checkpoint(path: str | Path, model: Transformer, tokenizer: Tokenizer, 
     """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`.
 
     The file appears whole or not at all. `dtype` converts the weights (float16 halves what is shipped).
-    Raises ValueError if a tensor is not finite, OSError if the file cannot be written; the old file then stays.
+    Raises ValueError if a tensor is not finite, OSError if the file cannot be written; an old file then stays.
     """
     tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
     tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
@@ -78,7 +79,7 @@ def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transforme
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: list(p.shape) for name, p in model.state_dict().items()}
-    for name in sorted(expected.keys() | shapes.keys()):
+    for name in {**expected, **shapes}:
         if expected.get(name) != shapes.get(name):
             raise ValueError(f"{name} has the shape {shapes.get(name)}, its config asks for {expected.get(name)}")
     return model

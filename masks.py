@@ -145,7 +145,7 @@ def sees(key, prefix, begin, end):
 
 
 def visible(bounds: torch.Tensor, n_keys: int) -> torch.Tensor:
-    """The dense mask (B, T, n_keys), True where a query sees a key. bounds: (B, T, 3), each query's prefix, begin, end."""
+    """The dense mask (B, T, n_keys), True where query sees key. bounds: (B, T, 3), a query's prefix, begin, end."""
     prefix, begin, end = bounds.unsqueeze(-2).unbind(-1)  # (B, T, 1) each
     key = torch.arange(n_keys, device=bounds.device)
     return sees(key, prefix, begin, end)

@@ -1,13 +1,13 @@
 """The methods of the comparison: each cuts an answer in another way, over the same layout, mask, loss and sampler.
 
-| method        | plan                  | spans          | within a span      | closest published method                 |
-|---------------|-----------------------|----------------|--------------------|------------------------------------------|
-| `planned`     | the model's           | many per round | both directions    | planned diffusion                        |
-| `dense`       | the model's           | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
-| `parallel-ar` | the model's           | many per round | left to right      | PASTA (tags within the text, no plan)    |
-| `ar`          | none                  | none           |                    | autoregressive decoding                  |
-| `block`       | given: the next block | one per round  | both directions    | BD3LM (1/t weights)                      |
-| `diffusion`   | given: one span       | one per answer | both directions    | LLaDA (1/t weights)                      |
+| method        | plan            | spans          | within a span      | closest published method                 |
+|---------------|-----------------|----------------|--------------------|------------------------------------------|
+| `planned`     | the model's     | many per round | both directions    | planned diffusion                        |
+| `dense`       | the model's     | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
+| `parallel-ar` | the model's     | many per round | left to right      | PASTA (tags within the text, no plan)    |
+| `ar`          | none            | none           |                    | autoregressive decoding                  |
+| `block`       | given: a block  | one per round  | both directions    | BD3LM (1/t weights)                      |
+| `diffusion`   | given: one span | one per answer | both directions    | LLaDA (1/t weights)                      |
 
 Relatives: of `parallel-ar`, Skeleton-of-Thought is prompting without training and APAR forks without a plan; of
 `block` with a threshold, Fast-dLLM v2, whose targets are shifted by one; of `diffusion`, MDLM, which has no prompt.
@@ -51,7 +51,7 @@ class MethodConfig:
     topics: str = setting("names", "what a plan calls its spans; numbers ('topic 1', 'topic 2') are an ablation",
                           among=("names", "numbers"))  # fmt: skip
     repeat_topic: bool = setting(True, "repeat the topic at the head of its span")
-    rounds: str = setting("many", "how many an answer has; one is an ablation: what follows a <sync/> becomes one more span",
+    rounds: str = setting("many", "rounds of an answer; one (ablation): what follows a <sync/> becomes one more span",
                           among=("many", "one"))  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -47,8 +47,9 @@ class TrainConfig:
     t_min: float = setting(0.0, "smallest share of slots masked; above 0 more of a span is masked, but 1/t is no ELBO",
                            at_least=0, below=1)  # fmt: skip
     history: str = setting("clean", "rounds before the one trained; noised is an ablation", among=("clean", "noised"))
-    extra_pads: int = setting(0, "ablation: a training span has its text and 0 to this many [PAD], drawn at random, "
-                                 "as in the authors' code (10); 0: exactly its planned length", at_least=0, at_most=1000)  # fmt: skip
+    extra_pads: int = setting(0, "ablation, as the authors' code with 10: a training span is its text and 0 to this "
+                                 "many [PAD], drawn once per span; 0: it has its planned length",
+                              at_least=0, at_most=1000)  # fmt: skip
     span_weight: float = setting(1.0, "weight of the span loss beside the plan loss", at_least=0)
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)", at_least=0)
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
@@ -114,7 +115,7 @@ class Progress:
     def __init__(self, steps: int, device: torch.device):
         self.steps, self.device = steps, device
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.recent: list[torch.Tensor] = []  # (3,) per update: plan and span loss in nats per token, share of padding
+        self.recent: list[torch.Tensor] = []  # what update returned, since the last row of the log
         self.flops = 0.0  # of this process since it began
         self.start()
 
@@ -162,11 +163,12 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         """Keep the whole rows up to `step`, whatever else is in the file."""
-        *lines, _ = path.read_text("utf-8", "replace").split("\n") if path.is_file() else [""]  # a whole row ends in one
+        text = path.read_text("utf-8", "replace") if path.is_file() else ""
+        *lines, _ = text.split("\n")  # what follows the last line break was cut off
         rows = {self._step(line): line for line in lines}
         rows = {number: line for number, line in rows.items() if 1 <= number <= step}
         self.last = max(rows, default=0)
-        write_whole(path, "".join(line + "\n" for line in (",".join(self.COLUMNS), *(rows[n] for n in sorted(rows)))))
+        write_whole(path, "\n".join([",".join(self.COLUMNS), *(rows[n] for n in sorted(rows)), ""]))
         self.file = path.open("a")
 
     def _step(self, line: str) -> int:
@@ -233,8 +235,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, model_config: ModelConfig, method_config: MethodConfig):
         self.config, self.processes, self.ctrl_c = config, Processes(config.device), CtrlC()
         self.device = self.processes.device
-        if config.accumulate % self.processes.count:
-            raise ValueError(f"--accumulate {config.accumulate}: expected a multiple of the {self.processes.count} processes")
+        if config.accumulate % (count := self.processes.count):
+            raise ValueError(f"--accumulate {config.accumulate}: expected a multiple of the {count} processes")
         self.data = TrainingData(config, method_config, self.processes.say)
         self.tokenizer, dtype = self.data.tokenizer, fast_dtype(self.device)
         torch.manual_seed(config.seed)
@@ -307,15 +309,17 @@ class Run:
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:
             old = {**defaults, **info["train"], **info["method"]}
-            movable = {"out", "device"}
-            other = [f"{name} ({old[name]}, not {new[name]})" for name in new if old[name] != new[name] and name not in movable]
+            changed = [name for name in new if old[name] != new[name] and name not in ("out", "device")]
+            other = [f"{name} ({old[name]}, not {new[name]})" for name in changed]
             if not other:
                 self.trainer.optimizer.load(state)
                 self.progress.load(info)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint} holds no run that can go on ({error!r}): take another --out") from None
         if other:
-            raise ValueError(f"{self.checkpoint} is of a run with other {', '.join(other)}: take those or another --out")
+            raise ValueError(
+                f"{self.checkpoint} is of a run with other {', '.join(other)}: take those or another --out"
+            )
         self.say(f"going on with {self.checkpoint} after {self.progress.step} updates")
 
     def run(self) -> None:

@@ -157,6 +157,18 @@ def test_uniform_weights_are_1_and_draw_the_same_noise(tokenizer):
     assert np.array_equal(masked, slot_draws(tokenizer, "sparse", 5, "elbo")[0])
 
 
+@pytest.mark.parametrize("t_min", [0.3, 0.8])
+def test_with_t_min_no_span_is_masked_less_and_t_is_uniform_above_it(tokenizer, t_min):
+    example = Example("Tell", (Round("", (Span("food", "fish", 5), Span("play", "lakes", 5))),))
+    sequences, rng = [Sequence(encode_example(example, tokenizer))] * 8, np.random.default_rng(0)
+    batches = [make_batch(sequences, [0] * 8, tokenizer, rng, "elbo", t_min) for _ in range(200)]
+    t = np.concatenate([1 / b.weight[b.in_span].numpy().reshape(16, 20)[:, 0] for b in batches])
+    assert t_min <= t.min() < t_min + 0.01 and 0.99 < t.max() <= 1 + 1e-6
+    assert t.mean() == pytest.approx((1 + t_min) / 2, abs=0.01)
+    masked = np.concatenate([(b.token[b.in_span] == tokenizer.mask).numpy() for b in batches])
+    assert masked.mean() == pytest.approx((1 + t_min) / 2, abs=0.02)
+
+
 def test_plan_targets_are_never_weighted_by_1_over_t(tokenizer):
     for row in noised_rows(tokenizer):
         assert (row.weight[~row.inside] == 1).all()
