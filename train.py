@@ -169,7 +169,7 @@ class Log:
         rows = {number: line for number, line in rows.items() if 1 <= number <= step}
         self.last = max(rows, default=0)
         write_whole(path, "\n".join([",".join(self.COLUMNS), *(rows[n] for n in sorted(rows)), ""]))
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8", newline="\n")
 
     def _step(self, line: str) -> int:
         """The update of a row, or 0 if the line is no row."""

@@ -239,14 +239,15 @@ ROW = "1,100,0.5,1.00000,2.00000,,"
     (ROW, 0),
     (ROW + "\n", 1),
     (ROW + "\n2,200,1.0,1.00000,2.0", 1),
+    (ROW + "\n2,200,1.0,1.0,2.0,0.1,0.2", 1),  # as it would be without the rest of its last number
     (ROW + "\n2,200,1.0,1.0,2.0,,\n3,300,1.5,1.0,2.0,3.0", 2),
     ("step,tokens,seconds,plan,span,val_plan,val_span\n" + ROW + "\n2,200,1.0,1.0,2.0,0.1,0.2\n3,1,1,1,1,,\n", 2),
-    ("\x00\x01\n\n,,,,,,\n" + ROW + "\nfive,1,1,1,1,,\n2,1,1,nan,1,,\n-1,1,1,1,1,,\n2,1,1,1,1\n", 1),
+    ("\x00\xff\n\n,,,,,,\n" + ROW + "\nfive,1,1,1,1,,\n2,1,1,nan,1,,\n-1,1,1,1,1,,\n2,1,1,1,1\n", 1),
     ("9" * 5000 + ",1,1,1,1,,\n", 0),
 ])  # fmt: skip
 def test_only_whole_rows_up_to_the_checkpoint_survive_in_the_log(tmp_path, junk, kept):
     path = tmp_path / "log.csv"
-    path.write_bytes(junk.encode() + b"\xff" * (kept == 0))
+    path.write_bytes(junk.encode("latin-1"))
     log = Log(path, 2)
     assert [row["step"] for row in losses(tmp_path)] == ["1", "2"][:kept] and log.last == kept
     log.write(dict(step=3, plan=1.0, span=2.0))

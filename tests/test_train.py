@@ -292,6 +292,18 @@ def test_what_does_not_fit_machine_or_data_is_said_in_a_line(monkeypatch, folder
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("device, accumulate, words", [
+    ("mps", 2, "several processes cannot share an mps device"),
+    ("cpu", 3, "--accumulate 3: expected a multiple of the 2 processes"),
+])  # fmt: skip
+def test_what_several_processes_cannot_do_is_said(monkeypatch, folder, tmp_path, device, accumulate, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(train, "find", torch.device)
+    with pytest.raises(ValueError, match=words):
+        make(folder, tmp_path, device=device, accumulate=accumulate)
+
+
 # ---------------------------------------------------------------- learning
 
 
