@@ -100,6 +100,7 @@ class Processes:
         return summed.to(tensor.device)
 
     def exchanging_gradients(self, loss: JointLoss) -> nn.Module:
+        """The loss as a module whose backward pass averages gradients over the processes."""
         return nn.parallel.DistributedDataParallel(loss) if self.count > 1 else loss
 
     def close(self) -> None:
@@ -256,7 +257,7 @@ class Trainer:
         sizes = [sum(b.n_tokens for b in batches), sum(b.token.numel() for b in batches), self.ctrl_c.pressed()]
         total = torch.cat([sum(counts(b, c.weight) for b in batches), torch.tensor(sizes).double()])
         total = processes.sum(total)
-        targets, (tokens, places, stopping) = total[:2].clamp(min=1), total[2:].tolist()
+        targets, (tokens, positions, stopping) = total[:2].clamp(min=1), total[2:].tolist()
         weights = (torch.tensor([1.0, c.span_weight]) / targets).tolist()
         losses = torch.zeros(2, device=self.device)
         for i, batch in enumerate(batches):
@@ -270,7 +271,7 @@ class Trainer:
         self.optimizer.step(step)
         self.model.zero_grad()
         self.stopping = bool(stopping)  # all processes stop after the same update
-        losses = torch.cat([losses, torch.tensor([1 - tokens / places]).to(self.device)])
+        losses = torch.cat([losses, torch.tensor([1 - tokens / positions]).to(self.device)])
         self.progress.add(losses, int(tokens), sum(map(self.loss.flops, batches)))
         return losses
 
@@ -344,6 +345,7 @@ class Run:
             self.say(f"stopped after {progress.step} updates; the same command goes on from here")
 
     def due(self, every: int) -> bool:
+        """Whether what comes every so many updates comes now; at the end all of it does."""
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
     def open_log(self, at_the_end: ExitStack) -> None:
@@ -364,6 +366,7 @@ class Run:
             self.write(self.checkpoint, state=self.trainer.optimizer.state())
 
     def write(self, path: Path, **more: Any) -> None:
+        """Save the model and how it was made; `more` goes to save_checkpoint."""
         trainer = self.trainer
         info = {"train": asdict(self.config), "method": asdict(trainer.data.method)} | self.progress.state()
         save_checkpoint(path, trainer.model, trainer.tokenizer, info, **more)

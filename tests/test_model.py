@@ -162,7 +162,9 @@ def test_a_config_that_is_no_model_is_refused_by_the_name_of_the_setting(said, c
 def test_weights_start_small_and_those_of_residual_branches_smaller(tokenizer):
     """As GPT-2: 0.02, and 0.02 / sqrt(2 layers) where a block adds to the residual stream."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=8, d_model=128, n_head=2, n_kv_head=2, d_ff=128))
+    model = Transformer(
+        ModelConfig(vocab_size=tokenizer.vocab_size, n_layer=8, d_model=128, n_head=2, n_kv_head=2, d_ff=128)
+    )
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert torch.equal(p, torch.ones_like(p))
