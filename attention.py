@@ -1,4 +1,4 @@
-"""Attention under the mask of three integers a query, computed in one of three ways; `--attention` picks.
+"""Attention under the mask of three integers per query, computed in one of three ways; `--attention` picks.
 
 | backend  | what computes it                                               | where                       |
 |----------|----------------------------------------------------------------|-----------------------------|
@@ -17,8 +17,8 @@ import kernels
 from masks import sees, visible
 
 
-def dense_mask(see, n_keys):
-    return visible(see, n_keys)[:, None]  # (B, 1, T, S)
+def dense_mask(ranges, n_keys):
+    return visible(ranges, n_keys)[:, None]  # (B, 1, T, S)
 
 
 def dense(q, k, v, mask):
@@ -29,15 +29,15 @@ def dense(q, k, v, mask):
 
 
 @torch.compiler.disable
-def block_mask(see, n_keys):
+def block_mask(ranges, n_keys):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    prefix, begin, end = see.unbind(-1)
+    prefix, begin, end = ranges.unbind(-1)
 
     def mask(b, h, query, key):
         return sees(key, prefix[b, query], begin[b, query], end[b, query])
 
-    return create_block_mask(mask, see.shape[0], None, see.shape[1], n_keys, device=see.device)
+    return create_block_mask(mask, ranges.shape[0], None, ranges.shape[1], n_keys, device=ranges.device)
 
 
 @cache
@@ -52,12 +52,12 @@ def flex(q, k, v, mask):
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def three_integers(see, n_keys):
-    return see.int()
+def kernel_ranges(ranges, n_keys):
+    return ranges.int()
 
 
-def fused(q, k, v, see):
-    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, see)
+def kernel(q, k, v, ranges):
+    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, ranges)
 
 
 def spans_of_queries(ranges, n_keys):
@@ -84,24 +84,31 @@ def by_span(q, k, v, runs):
     return y
 
 
-BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it computes with that in each layer
+BACKENDS = {  # what a backend makes of (ranges, n_keys) once per pass, and what it computes with that in each layer
     "dense": (dense_mask, dense),
     "spans": (spans_of_queries, by_span),
     "flex": (block_mask, flex),
-    "kernel": (three_integers, fused),
+    "kernel": (kernel_ranges, kernel),
 }
 
 
-def choose(name, device, dtype, head_size, sampling=False):
-    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name.
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, sampling: bool = False) -> str:
+    """The backend of a name; `auto` takes the fastest that works here.
 
     sampling: without FlexAttention, which takes long to begin with each new shape.
+    Raises ValueError if the name is unknown, or if that backend does not work for this device, type or head size.
     """
+    on_gpu = torch.device(device).type == "cuda"
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
+    if name == "flex" and not on_gpu:
+        raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
+    if name == "kernel" and (dtype not in kernels.ELEMENTS or head_size not in kernels.HEAD_SIZES):
+        raise ValueError(f"--attention kernel: computes in bfloat16 or float16 with heads of 32, 64 or 128 dimensions, "
+                         f"not in {dtype} with heads of {head_size}: take auto or dense")  # fmt: skip
     if name != "auto":
         return name
-    if torch.device(device).type != "cuda":
+    if not on_gpu:
         return "spans" if sampling and torch.device(device).type == "cpu" else "dense"
     if kernels.available(dtype, head_size):
         return "kernel"

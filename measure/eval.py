@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import numpy as np
 import torch
 
+from checkpoint import load_checkpoint
 from data import Example, read_split
 from measure.speculate import Drafter
 from methods import encode, rewrite, trained_by
-from model import load_checkpoint
 from noise import Sequence
 from sample import SampleConfig, Sampler
 from settings import add_settings, locate, pick, setting

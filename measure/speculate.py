@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from answer import Answer
+from checkpoint import load_checkpoint
 from masks import PLAN
-from model import KVCache, load_checkpoint
+from model import KVCache
 from settings import locate
 from tokenizer import Tokenizer
 from unmask import draw, probabilities

@@ -13,10 +13,11 @@ import pytest
 from conftest import SENTENCES, random_example, small_model
 from safetensors.torch import save_file
 
+from checkpoint import save_checkpoint
 from data import write_dataset
 from measure.eval import EvalConfig
 from methods import MethodConfig
-from model import ModelConfig, save_checkpoint
+from model import ModelConfig
 from sample import SampleConfig, Sampler
 from show.terminal import Screen
 from train import TrainConfig
@@ -124,7 +125,7 @@ WRONG = [
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("--top_p 2.0",)),
     ("train.py", ("--data", "FILES/none", "--out", "FILES/out"), ("none", "prepare.py")),
-    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("8 examples", "batch of 9")),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("--batch 9", "8 examples")),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 0), ("batch",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--accumulate", 0), ("accumulate",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--log_every", 0), ("log_every",)),
@@ -138,9 +139,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize("script, args, said", WRONG, ids=[" ".join(map(str, (s, *a))) for s, a, _ in WRONG])
-def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, script, args, said):
+def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, files, script, args, said):
     code, out, err = cli(script, *args)
-    assert code not in (0, None) and out == ""
+    assert code not in (0, None) and out in ("", f"reading {args[1]}\n".replace("FILES", str(files)))
     *usage, line = err.splitlines()
     assert all(u.startswith(("usage:", " ")) for u in usage)
     assert line.startswith(f"{Path(script).name}: ")

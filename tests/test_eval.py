@@ -12,13 +12,13 @@ import torch
 from conftest import random_example, small_model
 from naive_sampler import Token, hidden_states
 
+from checkpoint import load_checkpoint, save_checkpoint
 from data import Example, read_split, write_dataset
 from data.tasks import families
 from masks import encode_prompt
 from measure import eval as evaluation
 from measure.eval import EvalConfig, checker, chrf, distinct, evaluate, lines, perplexity, row_of, score
 from methods import MethodConfig
-from model import load_checkpoint, save_checkpoint
 from sample import SampleConfig, Sampler
 from settings import ROOT
 from tags import Round, Span, format_answer, plain_text
