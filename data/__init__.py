@@ -5,10 +5,10 @@ line: prompt, tagged answer, family) and tokenizer.json.
 """
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from files import write_whole
 from tags import Round, TagError, format_answer, parse_answer, pieces
 from tokenizer import Tokenizer
 
@@ -31,7 +31,6 @@ def write_dataset(folder, splits, vocab_size, unit):
     texts = (text for e in splits["train"] for text in [e.prompt, *pieces(e.rounds), *_topics(e)])
     tokenizer = Tokenizer.train(texts, vocab_size, unit)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
     for name, examples in splits.items():
         examples = [_with_lengths(example, tokenizer) for example in examples]
@@ -67,13 +66,6 @@ def _sizes(name, examples, tokenizer):
         filled += sum(len(tokenizer.encode(s.text)) for s in spans)
     means = "".join(f"{total / n:8.1f}" for total in (prompt, plan, answer))
     return f"{name:8}{len(examples):9}{means}{1 - filled / max(slots, 1):8.1%}"
-
-
-def write_whole(path, text):
-    """Write a file so that it is never seen half-written."""
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def read_split(path):

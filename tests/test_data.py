@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import Example, read_split, write_dataset, write_whole
+from data import Example, read_split, write_dataset
 from tags import Round, Span, format_answer
 from tokenizer import Tokenizer
 
@@ -121,32 +121,6 @@ def test_the_report_counts_examples_tokens_and_pads(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- interrupted writes
-
-
-def test_a_file_is_written_whole(tmp_path):
-    path = tmp_path / "a.txt"
-    write_whole(path, "old 水獺\n")
-    write_whole(path, "new\n")
-    assert files_of(tmp_path) == {"a.txt": b"new\n"}
-
-
-def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_whole(path, "old\n")
-    with pytest.raises(UnicodeEncodeError):  # half a character cannot be written: the write stops midway
-        write_whole(path, "new" * 100_000 + "\ud800")
-    assert path.read_bytes() == b"old\n"
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, "new\n")
-    assert path.read_bytes() == b"old\n"
-    monkeypatch.undo()
-    write_whole(path, "newer\n")  # what an interruption left behind is in nobody's way
-    assert files_of(tmp_path) == {"a.txt": b"newer\n"}
 
 
 def test_an_interrupted_data_set_leaves_every_file_whole(tmp_path):

@@ -1,0 +1,120 @@
+"""Files appear whole or not at all: whatever fails, the old file stays and nothing else is left behind."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from files import atomic, write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_file_is_written_whole_and_its_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    write_whole(path, "old 水獺\n")
+    assert files_of(path.parent) == {"a.txt": "old 水獺\n".encode()}
+    write_whole(str(path), "new\r\n\n")  # line breaks stay as they are
+    assert files_of(path.parent) == {"a.txt": b"new\r\n\n"}
+
+
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    write_whole(path, "old")
+    with atomic(path) as temporary:
+        assert temporary.parent == path.parent and temporary != path
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert files_of(tmp_path) == {"a.txt": b"new"}
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()])
+@pytest.mark.parametrize("where", ["the block", "fsync", "replace"])
+def test_any_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, where):
+    path = tmp_path / "a.txt"
+    write_whole(path, "old")
+
+    def fail(*_):
+        raise failure
+
+    if where != "the block":
+        monkeypatch.setattr(os, where, fail)
+    with pytest.raises(type(failure)):
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            if where == "the block":
+                fail()
+    assert files_of(tmp_path) == {"a.txt": b"old"}
+
+
+def test_half_a_character_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_whole(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a.txt", "new" * 100_000 + "\ud800")
+    assert files_of(tmp_path) == {"a.txt": b"old"}
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    """A limit on the size of files is as good as a full disk: the write stops midway."""
+    script = ("import resource, signal, sys, files\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "files.write_whole(sys.argv[1], 'old')\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+              "files.write_whole(sys.argv[1], 'new' * 1000)\n")  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT, capture_output=True, text=True)
+    assert "OSError" in run.stderr
+    assert files_of(tmp_path) == {"a.txt": b"old"}
+
+
+def test_what_a_killed_process_left_is_in_nobody_s_way(tmp_path):
+    script = "import os, sys, files\nwith files.atomic(sys.argv[1]) as t: t.write_text('half'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT)
+    (left,) = tmp_path.iterdir()
+    left.chmod(0o400)
+    write_whole(tmp_path / "a.txt", "new")
+    assert files_of(tmp_path) == {"a.txt": b"new"}
+
+
+def test_file_then_name_reach_the_disk_in_this_order(tmp_path, monkeypatch):
+    done = []
+
+    def synchronize(descriptor, fsync=os.fsync):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else f"{os.fstat(descriptor).st_size} bytes")
+        fsync(descriptor)
+
+    def replace(old, new, replace=os.replace):
+        done.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synchronize)
+    monkeypatch.setattr(os, "replace", replace)
+    write_whole(tmp_path / "a.txt", "four")
+    assert done == ["4 bytes", "replace", "folder"]
+
+
+def test_files_get_ordinary_modes_even_from_a_library_that_writes_private_ones(tmp_path):
+    (tmp_path / "ordinary").touch()
+    write_whole(tmp_path / "text", "text")
+    with atomic(tmp_path / "tensors") as temporary:
+        save_file({"a": torch.arange(3)}, temporary)
+        temporary.chmod(0o600)  # as some versions of safetensors do
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    assert load_file(tmp_path / "tensors")["a"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_or_a_device_is_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in [tmp_path / "folder", Path(os.devnull)]:
+        with pytest.raises(ValueError, match=f"{path} is not a file"):
+            write_whole(path, "text")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
