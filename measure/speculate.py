@@ -50,12 +50,12 @@ class Speculator(Sampler):
             raise ValueError("speculative decoding needs an autoregressive model and temperature 0")
 
     @classmethod
-    def load(cls, path, draft, config, device="cpu"):
+    def load(cls, path, draft, config, device="cpu", ahead=4):
         """From two checkpoints of the same tokenizer."""
         sampler, (model, tokenizer, *_) = Sampler.load(path, config, device), load_checkpoint(locate(draft), device)
         if tokenizer.tokens != sampler.tokenizer.tokens:
             raise ValueError(f"{draft} has another tokenizer than {path}")
-        return cls(sampler, model)
+        return cls(sampler, model, ahead)
 
     @torch.inference_mode()
     def answer(self, prompts, watch=None):
