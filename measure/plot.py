@@ -1,6 +1,6 @@
 """Draw the losses of training runs from their log.csv. Needs matplotlib.
 
-    python measure/plot.py runs/tasks/log.csv runs/tasks-ar/log.csv --png losses.png
+python measure/plot.py runs/tasks/log.csv runs/tasks-ar/log.csv --png losses.png
 """
 
 import argparse

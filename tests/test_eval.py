@@ -244,7 +244,9 @@ def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, tmp_
 @pytest.mark.parametrize("text", ["my notes", "my notes\n", "my notes\nof today\n", "\n"])
 def test_a_file_of_something_else_is_refused_and_stays(config, tmp_path, text):
     (tmp_path / "notes").write_text(text)
-    with pytest.raises(ValueError, match="--answers .*notes: holds answers of another .* or something else: name another"):
+    with pytest.raises(
+        ValueError, match="--answers .*notes: holds answers of another .* or something else: name another"
+    ):
         evaluate(config("ar", answers=str(tmp_path / "notes"), limit=1), SHORT)
     assert (tmp_path / "notes").read_text() == text
 
@@ -328,7 +330,9 @@ def test_perplexity_is_that_of_the_judge_token_by_token(files):
     assert perplexity(str(files / "ar.safetensors"), examples, results, "cpu") == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("name, said", [("planned", "expected an autoregressive model"), ("old", "does not say by which method")])
+@pytest.mark.parametrize(
+    "name, said", [("planned", "expected an autoregressive model"), ("old", "does not say by which method")]
+)
 def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files, name, said):
     with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
         evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
@@ -351,7 +355,18 @@ def test_without_sacrebleu_there_is_all_but_chrf(config, monkeypatch, capsys):
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):
     (files / "none.jsonl").write_text("")
-    options = ["measure/eval.py", "--data", str(files), "--max_tokens", "24", "--device", "cpu", "--json", "--show", "2"]
+    options = [
+        "measure/eval.py",
+        "--data",
+        str(files),
+        "--max_tokens",
+        "24",
+        "--device",
+        "cpu",
+        "--json",
+        "--show",
+        "2",
+    ]
     judged = ["--checkpoint", config().checkpoint, "--judge", config("ar").checkpoint]
     monkeypatch.setattr(sys, "argv", [*options, *judged])
     command(evaluation.main)
