@@ -1,4 +1,4 @@
-"""Attention under the mask of three integers a query, computed in one of three ways; `--attention` picks.
+"""Attention under the mask of three integers per query, computed in one of three ways; `--attention` picks.
 
 | backend  | what computes it                                               | where                       |
 |----------|----------------------------------------------------------------|-----------------------------|
@@ -16,8 +16,8 @@ import kernels
 from masks import sees, visible
 
 
-def dense_mask(see, n_keys):
-    return visible(see, n_keys)[:, None]  # (B, 1, T, S)
+def dense_mask(bounds, n_keys):
+    return visible(bounds, n_keys)[:, None]  # (B, 1, T, S)
 
 
 def dense(q, k, v, mask):
@@ -28,15 +28,15 @@ def dense(q, k, v, mask):
 
 
 @torch.compiler.disable
-def block_mask(see, n_keys):
+def block_mask(bounds, n_keys):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    prefix, begin, end = see.unbind(-1)
+    prefix, begin, end = bounds.unbind(-1)
 
     def mask(b, h, query, key):
         return sees(key, prefix[b, query], begin[b, query], end[b, query])
 
-    return create_block_mask(mask, see.shape[0], None, see.shape[1], n_keys, device=see.device)
+    return create_block_mask(mask, bounds.shape[0], None, bounds.shape[1], n_keys, device=bounds.device)
 
 
 @cache
@@ -51,31 +51,38 @@ def flex(q, k, v, mask):
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def three_integers(see, n_keys):
-    return see.int()
+def kernel_bounds(bounds, n_keys):
+    return bounds.int()
 
 
-def fused(q, k, v, see):
-    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, see)
+def kernel(q, k, v, bounds):
+    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, bounds)
 
 
-BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it computes with that in each layer
+BACKENDS = {  # what a backend makes of (bounds, n_keys) once per pass, and what it computes with that in each layer
     "dense": (dense_mask, dense),
     "flex": (block_mask, flex),
-    "kernel": (three_integers, fused),
+    "kernel": (kernel_bounds, kernel),
 }
 
 
-def choose(name, device, dtype, head_size, many_shapes=False):
-    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name.
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, many_shapes: bool = False) -> str:
+    """The backend of a name; `auto` takes the fastest that works here.
 
     many_shapes: without FlexAttention, which takes long to begin with each new one.
+    Raises ValueError if the name is unknown, or if that backend does not work for this device, type or head size.
     """
+    on_gpu = torch.device(device).type == "cuda"
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
+    if name == "flex" and not on_gpu:
+        raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
+    if name == "kernel" and (dtype not in kernels.ELEMENTS or head_size not in kernels.HEAD_SIZES):
+        raise ValueError(f"--attention kernel: computes in bfloat16 or float16 with heads of 32, 64 or 128 dimensions, "
+                         f"not in {dtype} with heads of {head_size}: take auto or dense")  # fmt: skip
     if name != "auto":
         return name
-    if torch.device(device).type != "cuda":
+    if not on_gpu:
         return "dense"
     if kernels.available(dtype, head_size):
         return "kernel"

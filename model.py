@@ -4,20 +4,14 @@ RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings (Touvron et al. 
 Nothing here knows about plans or spans: `see` (masks.py) says what each token sees.
 """
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from attention import BACKENDS, choose
-from settings import setting
-from tokenizer import Tokenizer
+from settings import check, setting
 
 
 @dataclass
@@ -25,21 +19,20 @@ class ModelConfig:
     """Model."""
 
     vocab_size: int = 2048  # comes from the data set's tokenizer
-    n_layer: int = setting(6, "transformer blocks")
-    n_head: int = setting(4, "attention heads")
-    n_kv_head: int = setting(4, "heads of keys and values, each shared by n_head / n_kv_head query heads")
-    d_model: int = setting(128, "width of the residual stream")
-    d_ff: int = setting(384, "hidden size of SwiGLU")
-    rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi")
+    n_layer: int = setting(6, "transformer blocks", at_least=1, at_most=1000)
+    n_head: int = setting(4, "attention heads", at_least=1)
+    n_kv_head: int = setting(4, "heads of keys and values, each shared by n_head / n_kv_head query heads", at_least=1)
+    d_model: int = setting(128, "width of the residual stream", at_least=1)
+    d_ff: int = setting(384, "hidden size of SwiGLU", at_least=1)
+    rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi", above=1)
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Qwen3); Llama has none")
 
-    def __post_init__(self):
-        sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff
-        if min(sizes) < 1 or self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"all sizes must be 1 or more, d_model {self.d_model} an even multiple of n_head {self.n_head}, "
-                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
-            )
+    def __post_init__(self) -> None:
+        check(self)
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"--d_model {self.d_model}: expected an even multiple of --n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_head {self.n_head}: expected a multiple of --n_kv_head {self.n_kv_head}")
 
 
 class KVCache:
@@ -169,44 +162,3 @@ class Transformer(nn.Module):
     def flops_per_token(self, n_keys):
         """Forward FLOPs of a token that sees n_keys keys (multiply-adds count 2; training costs 3x)."""
         return 2 * self.n_params() + 4 * self.config.n_layer * self.config.d_model * n_keys
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this project; says what to do."""
-
-
-def save_checkpoint(path, model, tokenizer, info, state=None, dtype=None):
-    """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`, as one safetensors file.
-
-    It holds tensors and text only, so loading executes no code; it appears whole or not at all.
-    `dtype` converts the weights (float16 halves what is shipped).
-    """
-    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
-    tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
-    text = {"config": json.dumps(asdict(model.config)), "tokenizer": tokenizer.to_json(), "info": json.dumps(info)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.part", text)
-    os.replace(f"{path}.part", path)
-
-
-def load_checkpoint(path, device="cpu"):
-    """Read (model in float32, tokenizer, info, state). Raises CheckpointError."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        tokenizer = Tokenizer.from_json(text["tokenizer"])
-        model = Transformer(ModelConfig(**json.loads(text["config"]))).to(device)
-        weights = {name[6:]: value.float() for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights)
-        info = json.loads(text["info"])
-        if tokenizer.vocab_size != model.config.vocab_size or not isinstance(info, dict):
-            raise ValueError("its tokenizer is not its model's, or nothing says how it was made")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: train one with `python train.py`, or see checkpoints/") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
-    return model, tokenizer, info, {name[6:]: value for name, value in tensors.items() if name.startswith("state.")}

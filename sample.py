@@ -16,11 +16,12 @@ from itertools import islice
 
 import torch
 
+from checkpoint import load_checkpoint
 from grammar import Grammar
 from kernels.graphs import Replayed, bucket
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from methods import MethodConfig, trained_by
-from model import KVCache, load_checkpoint
+from model import KVCache
 from settings import add_settings, locate, pick, setting
 from show.terminal import Screen
 from tags import Round, Span, format_answer, plain_text

@@ -24,13 +24,13 @@ import numpy as np
 from data import Example, read_split
 from device import CHOICES, find, peak_memory
 from files import write_whole
+from loss import JointLoss, validate
 from measure.quality import COSTS, checker, chrf, distinct, perplexity, score, spans_per_answer, wrong_lines
 from measure.speculate import Speculator
 from methods import encode, rewrite
 from noise import Sequence
 from sample import SampleConfig, Sampler
 from settings import add_settings, check, command, locate, pick, setting
-from train import JointLoss, validate
 
 
 @dataclass

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import load_checkpoint
 from data import Example
+from loss import JointLoss, validate
 from methods import encode, trained_by
-from model import load_checkpoint
 from noise import Sequence
 from settings import locate
 from tags import Round, plain_text
-from train import JointLoss, validate
 
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.
 COSTS = ("plan_passes", "denoise_passes", "draft_passes", "critical_path", "positions", "content_tokens", "pads")

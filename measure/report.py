@@ -93,7 +93,9 @@ def label_ends(axis, lines: dict[str, list]) -> None:
     """Write each line's name beside its last point, at the nearest height where it covers no name and no point."""
     dots, boxes = [axis.transData.transform(point) for line in lines.values() for point in line], []
     for n, (name, line) in enumerate(lines.items()):
-        text = axis.annotate(name, line[-1], (12, 0), textcoords="offset points", color=f"C{n}", fontsize=8, va="center")
+        text = axis.annotate(
+            name, line[-1], (12, 0), textcoords="offset points", color=f"C{n}", fontsize=8, va="center"
+        )
         for height in sorted(range(-300, 301, 5), key=abs):
             text.set_position((12, height))
             box = text.get_window_extent()

@@ -10,7 +10,8 @@ import time
 
 import torch
 
-from model import KVCache, load_checkpoint
+from checkpoint import load_checkpoint
+from model import KVCache
 from sample import Answer, Sampler
 from settings import locate
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from measure import code, frontier
-from measure.eval import EvalConfig
 from measure.code import bare, fingerprint, sources
+from measure.eval import EvalConfig
 from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset
 from measure.report import draw, plot, quality, table
 from methods import MethodConfig

@@ -47,7 +47,7 @@ def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
         text = [*tokenizer.encode(plain_text(example.rounds)), tokenizer.eos]
         assert layout.token == prompt + text
         assert layout.kind == [PROMPT] * len(prompt) + [PLAN] * len(text)
-        assert Sequence(layout).see.tolist() == [[i + 1, 0, 0] for i in range(len(layout))]
+        assert Sequence(layout).bounds.tolist() == [[i + 1, 0, 0] for i in range(len(layout))]
 
 
 @pytest.mark.parametrize("method", GIVEN_PLANS)
@@ -67,7 +67,7 @@ def test_blocks_hold_the_plain_text_then_pad_and_each_learns_with_clean_copies_o
                 middle = SLOT if at == noised else GIVEN
                 assert layout.kind[entries] == [GIVEN] + [middle] * method.block + [GIVEN]
                 assert layout.position[entries] == list(range(start, start + size))
-                assert sequence.see[entries].tolist() == [[start, at, at + size]] * size
+                assert sequence.bounds[entries].tolist() == [[start, at, at + size]] * size
             start, noised = start + size, noised + size
         assert len(layout) == noised and set(layout.round) == {0} and (sequence.next == IGNORE).all()
 
