@@ -236,7 +236,9 @@ class Frontier:
         points = [(name, sample) for name, entry in self.entries.items() for sample in entry.sample]
         rows = together(self.quality, points, self.workers)
         for row in rows:
-            alone = self.measure(row["name"], row["sample"], "--limit", str(self.preset.timed), "--batch", "1")
+            alone = self.measure(
+                row["name"], row["sample"], "--draws", "1", "--limit", str(self.preset.timed), "--batch", "1"
+            )
             row |= {key: alone[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
             print(f"{row['name']:28}{row['sample']:42}{headline(row)}", flush=True)
         return rows

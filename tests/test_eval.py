@@ -315,6 +315,19 @@ def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are
     assert any("draft_passes" in line for line in lines(drafted))
 
 
+def test_tokens_drafted_per_pass_are_a_setting_and_answers_of_another_are_not_taken_for_its_own(config, tmp_path):
+    """With itself as its draft a model agrees with all: a pass brings the drafted tokens and one more."""
+    path, model = tmp_path / "kept.jsonl", config("ar").checkpoint
+    drafted = {n: config("ar", draft=model, ahead=n, answers=str(path), limit=1) for n in (1, 3, 7)}
+    tokens = evaluate(config("ar", limit=1), SHORT)["scores"]["all"]["passes"]
+    for n in drafted:
+        passes = evaluate(replace(drafted[n], answers=""), SHORT)["scores"]["all"]["passes"]
+        assert tokens / (n + 1) <= passes <= tokens / (n + 1) + 2, "the answer's end may cut a draft short"
+    evaluate(drafted[3], SHORT)
+    with pytest.raises(ValueError, match="holds answers of another checkpoint, data or settings"):
+        evaluate(drafted[7], SHORT)
+
+
 def test_perplexity_is_that_of_the_judge_token_by_token(files):
     """Of the text and its <eos> after the prompt; an empty answer is an <eos>."""
     model, tokenizer, *_ = load_checkpoint(files / "ar.safetensors")

@@ -217,6 +217,14 @@ def test_a_relative_out_is_in_the_folder_that_one_is_in(scripts):
     assert "| seed 1 |" in Path("some/where/ablations.md").read_text()
 
 
+def test_a_preset_may_compare_some_entries_only(scripts, monkeypatch):
+    assert set(PRESETS["minutes"].only) <= GROUPS["methods"].keys()
+    monkeypatch.setitem(frontier.PRESETS, "tasks", replace(TOY, only=("seed 1", "of another group")))
+    frontier.main()
+    rows = [json.loads(line) for line in Path("some/where/ablations.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["seed 1"]
+
+
 @pytest.mark.parametrize("script, text, said", [
     ("train.py", "exit('out of memory')", "train.py .* failed: see the end of .*log.txt"),
     ("measure/eval.py", "exit('out of memory')", "measure/eval.py .* failed: see the end of .*results"),
