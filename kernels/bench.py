@@ -36,7 +36,7 @@ FREE = SimpleNamespace(async_=0, async_end=0, colon=0)  # a layout does not look
 
 
 def training_bounds(T, seed, attention):
-    """Bounds (T, 3) of a prompt, a plan, three to eight spans of unequal lengths, and a second round of the same kind."""
+    """Bounds (T, 3) of a prompt, a plan, three to eight spans of unequal lengths, and another such round."""
     g = torch.Generator().manual_seed(seed)
     layout = Layout(attention)
     layout.write([0] * (T // 16 + int(torch.randint(T // 8, (), generator=g))), PROMPT, 0)

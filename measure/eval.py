@@ -91,7 +91,7 @@ class Answers:
             if i not in range(size) or i in self.results or not {"text", "rounds", "seconds"} <= result.keys():
                 raise ValueError("not the number and result of a prompt")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"--answers {self.path}, line {number}: expected an answer as eval.py writes it ({error}): "
+            raise ValueError(f"--answers {self.path}, line {number}: expected an answer of eval.py ({error}): "
                              "remove the file, or name another") from None  # fmt: skip
         return i, result
 
@@ -225,9 +225,9 @@ def lines(report: dict) -> Iterator[str]:
         yield f"perplexity under the judge: {report['perplexity']:.2f}"
     yield f"different words: {report['distinct_1']:.1%}; different triples of words: {report['distinct_3']:.1%}"
     yield f"content tokens per pass: {whole['content_tokens'] / max(whole['passes'], 1):.2f}"
-    memory = report["peak_memory_mb"]
+    memory = f"; peak memory {report['peak_memory_mb']:.0f} MiB" if report["peak_memory_mb"] else ""
     yield (f"seconds per answer at batch {report['batch']}: median {report['seconds_p50']:.3f}, "
-           f"95th percentile {report['seconds_p95']:.3f}" + (f"; peak memory {memory:.0f} MiB" if memory else ""))  # fmt: skip
+           f"95th percentile {report['seconds_p95']:.3f}{memory}")  # fmt: skip
 
 
 def markdown(result: dict) -> Iterator[str]:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import torch
 
+from device import find
 from files import write_whole
 from measure.code import fingerprint
 from measure.report import headline, plot, table
@@ -50,7 +51,7 @@ class Preset:
 
 HALF_SIZE = "--d_model 96 --n_head 3 --n_kv_head 3 --d_ff 288 --n_layer 5"
 PRESETS = {
-    "minutes": Preset("data/tasks", 120, 120, "--d_model 64 --n_head 2 --n_kv_head 2 --d_ff 192 --n_layer 2",
+    "minutes": Preset("data/tasks", 250, 250, "--d_model 64 --n_head 2 --n_kv_head 2 --d_ff 192 --n_layer 2",
                       "--no-compile --warmup 20 --validate_on 16", limit=16, timed=3,
                       only=("autoregressive", "planned diffusion")),
     "tasks": Preset("data/tasks", 2000, 1000, small=HALF_SIZE, limit=140),
@@ -162,8 +163,9 @@ def together(function: Callable, items: list[tuple], workers: int) -> list:
 class Frontier:
     """Trains and measures the entries of a group; `out` keeps all that is done."""
 
-    def __init__(self, preset: Preset, entries: dict[str, Entry], out: Path, workers: int):
+    def __init__(self, preset: Preset, entries: dict[str, Entry], out: Path, workers: int, device: torch.device):
         self.preset, self.entries, self.out, self.workers = preset, entries, Path(out), workers
+        self.where = ["--data", preset.data, "--device", str(device)]
         self.threads = max(1, (os.cpu_count() or 1) // workers)
         folder = ROOT / preset.data
         if not (folder / "train.jsonl").exists():
@@ -177,7 +179,7 @@ class Frontier:
     def train(self, name: str, options: str, init: Path | None = None) -> Path:
         """Checkpoint of a training with these options that starts from `init`; trained now if it is not there."""
         compiler = ["--compile"] if shutil.which("c++") else []
-        options = [*compiler, "--data", self.preset.data, *options.split()]
+        options = [*compiler, *self.where, *options.split()]
         start = hashes(init.parent, [init.name]) if init else []
         folder = self.out / f"{slug(name)}-{digest(CODE['train.py'], self.data, options, start)}"
         path = folder / "model.safetensors"
@@ -208,7 +210,7 @@ class Frontier:
         """What eval.py reports for a trained entry at one setting."""
         models = {"--checkpoint": name, "--draft": self.entries[name].draft, "--judge": judge}
         paths = {flag: self.checkpoint(model) for flag, model in models.items() if model}
-        options = ["--data", self.preset.data, *sample.split(), *how, "--json"]
+        options = [*self.where, *sample.split(), *how, "--json"]
         weights = {flag: hashes(path.parent, [path.name]) for flag, path in paths.items()}
         key = digest(CODE["measure/eval.py"], weights, self.data, self.checker, options)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
@@ -235,10 +237,9 @@ class Frontier:
         together(self.checkpoint, [(name,) for name in trained], self.workers)
         points = [(name, sample) for name, entry in self.entries.items() for sample in entry.sample]
         rows = together(self.quality, points, self.workers)
+        how = ("--limit", str(self.preset.timed), "--batch", "1", "--draws", "1")
         for row in rows:
-            alone = self.measure(
-                row["name"], row["sample"], "--draws", "1", "--limit", str(self.preset.timed), "--batch", "1"
-            )
+            alone = self.measure(row["name"], row["sample"], *how)
             row |= {key: alone[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
             print(f"{row['name']:28}{row['sample']:42}{headline(row)}", flush=True)
         return rows
@@ -249,15 +250,19 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tasks", help="data, sizes and budget (default: tasks)")
     parser.add_argument("--group", choices=GROUPS, default="methods", help="what is compared (default: methods)")
     parser.add_argument("--out", help="folder of all results (default: runs/frontier-PRESET)")
-    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else 2,
-                        help="scripts that run at the same time (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="where to train and measure (default: auto)")
+    parser.add_argument(
+        "--workers", type=int, help="scripts that run at the same time (default: 2 on a CPU, 1 on a GPU)"
+    )
     args = parser.parse_args()
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected at least 1")
+    device = find(args.device)
+    workers = (2 if device.type == "cpu" else 1) if args.workers is None else args.workers
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: expected at least 1")
     out, preset, entries = Path(args.out or f"runs/frontier-{args.preset}"), PRESETS[args.preset], GROUPS[args.group]
     entries = {name: entry for name, entry in entries.items() if not preset.only or name in preset.only}
     try:
-        rows = Frontier(preset, entries, out, args.workers).run()
+        rows = Frontier(preset, entries, out, workers, device).run()
     except KeyboardInterrupt:
         sys.exit("frontier.py: stopped; the same command goes on from here")
     write_whole(out / f"{args.group}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -253,7 +253,12 @@ def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, script, args, said
         assert words in line
 
 
-DEVICES = [("measure/eval.py", (*MODEL, "--data", "FILES")), ("measure/bench.py", ()), ("demo.py", ())]
+DEVICES = [
+    ("measure/eval.py", (*MODEL, "--data", "FILES")),
+    ("measure/bench.py", ()),
+    ("measure/frontier.py", ()),
+    ("demo.py", ()),
+]
 
 
 @pytest.mark.parametrize("kind, found", [("cuda", torch.cuda), ("mps", torch.backends.mps)])
@@ -292,7 +297,7 @@ def test_a_picture_needs_matplotlib_and_a_place_where_it_can_be_written(
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with head")
 @pytest.mark.parametrize("script", ["show/mask.py", "measure/eval.py --help", "measure/frontier.py --help"])
 def test_a_reader_who_leaves_ends_a_script_without_a_word(script):
-    command = f"{sys.executable} -u {script} | true"
+    command = f"{sys.executable} {script} | true"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("", "")
 
@@ -398,11 +403,15 @@ def test_bench_times_training_and_sampling_beside_autoregression(cli):
     assert len({passes for _, passes, _ in sampling}) == 1
 
 
-@pytest.mark.parametrize("args, said", [(("--repeats", 1), "--repeats 1: expected at least 2"), (("--batch", 1, 0), "--batch 0: expected at least 1"),
-                                        (("--updates", 0), "--updates 0: expected"), (("--prompts", -1), "--prompts -1:"),
-                                        (("--device", "abacus"), "--device abacus: expected one of"),
-                                        (("--threshold", 2), ""),
-                                        (("--batch", 99), "--batch 99: more than the ")])  # fmt: skip
+@pytest.mark.parametrize("args, said", [
+    (("--repeats", 1), "--repeats 1: expected at least 2"),
+    (("--updates", 0), "--updates 0: expected at least 1"),
+    (("--prompts", -1), "--prompts -1: expected at least 1"),
+    (("--batch", 1, 0), "--batch 0: expected at least 1"),
+    (("--batch", 99), "--batch 99: more than the "),
+    (("--device", "abacus"), "--device abacus: expected one of"),
+    (("--threshold", 2), ""),
+])  # fmt: skip
 def test_bench_refuses_what_it_cannot_time(cli, args, said):
     code, _, err = cli(*BENCH, "--part", "sampling", *args)
     assert code == 1 and err.startswith(f"bench.py: {said}") and "Traceback" not in err

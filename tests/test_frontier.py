@@ -92,9 +92,9 @@ def calls(root, monkeypatch):
 def run(root, calls):
     """Run entries: their rows, and what train.py and eval.py were called with."""
 
-    def run(preset=TOY, entries=ENTRIES):
+    def run(preset=TOY, entries=ENTRIES, device="cpu"):
         calls.clear()
-        rows = Frontier(preset, entries, root / "out", workers=2).run()
+        rows = Frontier(preset, entries, root / "out", 2, device).run()
         return rows, *([parsed(s, options) for s, options in calls if s == script] for script in SETTINGS)
 
     return run
@@ -137,6 +137,12 @@ def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
     assert len({row["seconds_p50"] for row in rows}) == MEASURED and min(row["seconds_p50"] for row in rows) > 1000
 
 
+def test_all_is_done_on_one_device_and_what_another_has_done_is_not_taken_for_it(run):
+    _, trained, measured = run(device="cuda:1")
+    assert {args.device for args in trained + measured} == {"cuda:1"}
+    assert [len(found) for found in run()[1:]] == [TRAINED, 2 * MEASURED]
+
+
 def test_a_larger_judge_reads_the_answers_but_has_no_part_in_their_time(run):
     _, trained, measured = run(replace(TOY, judge="--d_model 64"))
     (judge,) = (f"{args.out}/model.safetensors" for args in trained if (args.method, args.d_model) == ("ar", 64))
@@ -154,7 +160,7 @@ def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(r
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(frontier, "call", interrupted)
-        Frontier(TOY, ENTRIES, root / "out", workers=1).run()
+        Frontier(TOY, ENTRIES, root / "out", 1, "cpu").run()
     before = [args[-1] for script, args in calls if script == "train.py"]
     rows, trained, measured = run()
     assert len({*before, *(args.out for args in trained)}) == len(before) + len(trained) == TRAINED
@@ -317,7 +323,7 @@ CUDA = 'int x = 1;  // why\n/* and\nhow */ const char *s = "// no comment";\n'
     ("a.py", PYTHON, ('"""Says."""', '"""Says\n\n    more."""'), ("a + b", "a - b")),
     ("a.py", PYTHON, ('    """Says."""\n', ""), ("no comment", "a comment")),
     ("a.py", PYTHON, ("# why", "# why not"), ("b):", "b=0):")),
-    ("a.py", PYTHON, ("    return a + b, x", "\n    return (\n        a + b,\n        x,\n    )"), ("a + b, x", "a + b")),
+    ("a.py", PYTHON, ("    return a + b, x", "\n    return (\n        a + b, x,\n    )"), ("a + b, x", "a + b")),
     ("a.cu", CUDA, ("// why", "// why not"), ("x = 1", "x = 2")),
     ("a.cu", CUDA, ("how */ ", "why */\n\n  "), ("// no comment", "// a comment")),
     ("a.h", CUDA, (";  // why", ";"), ("int x", "long x")),
