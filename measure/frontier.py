@@ -1,6 +1,6 @@
 """The frontier: quality against latency of every method, trained and measured on equal terms.
 
-    python measure/frontier.py --preset minutes      # shows that all works; the models are too small to learn much
+    python measure/frontier.py --preset minutes      # two or three minutes: shows how it works; no answer is right yet
     python measure/frontier.py                       # tasks on two cores; --preset hours: three times the updates
     python measure/frontier.py --preset recipes      # real text; --preset gpu: larger models
     python measure/frontier.py --group sensitivity   # the models of that, sampled in other ways

@@ -61,6 +61,8 @@ def draw(rows: list[dict], figure) -> None:
 
     Markers are hollow and all different, so that none hides another where methods meet.
     """
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots(1, 2, sharey=True)
     sides = {
         "forward passes per answer": lambda row: mean(row, "passes"),
@@ -69,6 +71,9 @@ def draw(rows: list[dict], figure) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis, (label, cost) in zip(axes, sides.items()):
         axis.set(xlabel=label, xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         lines = {name: points(rows, name, cost) for name in names}
         for n, (name, line) in enumerate(lines.items()):
