@@ -164,7 +164,7 @@ def test_a_bad_example_is_found_before_the_training_starts(folder, tmp_path):
     row = {"prompt": "Otters", "answer": "<topic> food 1</topic><async> food: otter fish river crab coast</async><eos>"}
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="food.*Otters"):
+    with pytest.raises(ValueError, match="Otters.*food"):
         training_data(tmp_path)
     (tmp_path / "val.jsonl").write_text("")
     (tmp_path / "train.jsonl").write_bytes((folder / "train.jsonl").read_bytes())

@@ -334,5 +334,5 @@ def test_a_model_that_overfits_four_examples_answers_them_exactly(tmp_path):
     )
     sampler = Sampler.load(tmp_path / "run" / "model.safetensors", SampleConfig(max_tokens=120))
     for example, answer in zip(LEARNT, sampler.answer([e.prompt for e in LEARNT])):
-        made = [Round(r.text, tuple(Span(s.topic, s.text) for s in r.spans)) for r in answer.rounds()]
+        made = [Round(r.text, tuple(Span(s.topic, s.text) for s in r.spans)) for r in answer.decoded()]
         assert tuple(made) == example.rounds
