@@ -9,7 +9,7 @@ import numpy as np
 from data import Example, read_split
 from methods import MethodConfig, encode
 from noise import Batch, Sequence, make_batch
-from settings import locate
+from plumbing.settings import locate
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import statistics
 
 import torch
 
-from device import find, name_of
+from plumbing.device import find, name_of
+from plumbing.settings import command
 from sample import SampleConfig, Sampler
-from settings import command
 from show.terminal import Screen
 
 PROMPTS = {  # data sets with shipped checkpoints: a prompt of the test split

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import autocast
 from model import Transformer
 from noise import IGNORE, Batch, Sequence, make_batch
+from plumbing.device import autocast
 from tokenizer import Tokenizer
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from data import Example
 from masks import Layout, encode_blocks, encode_example
-from settings import check, setting
+from plumbing.settings import check, setting
 from tags import Round, Span, plain_text
 from tokenizer import Tokenizer
 

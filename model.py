@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import BACKENDS, choose
-from settings import check, setting
+from plumbing.settings import check, setting
 
 
 @dataclass

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from device import fast_dtype
 from model import Transformer
+from plumbing.device import fast_dtype
 
 if TYPE_CHECKING:
     from train import TrainConfig

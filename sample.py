@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-import device as devices
 from answer import Answer
-from checkpoint import load_checkpoint
 from decode import Reply, next_round
 from kernels.graphs import Replayed, bucket
 from methods import MethodConfig, trained_by
 from model import KVCache
-from settings import add_settings, check, command, locate, pick, setting
+from plumbing import device as devices
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from show.terminal import Screen
 from unmask import ORDERS, check_drafts, fill
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import atomic
+from plumbing.files import atomic
 from tags import Round, Span, format_answer, parse_answer, pieces
 from tokenizer import Tokenizer, check_length
 

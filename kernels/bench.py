@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import kernels
 from kernels.graphs import record
 from masks import ATTENTION, PLAN, PROMPT, Layout, sees, visible
-from settings import command
+from plumbing.settings import command
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SAMPLING = [(64, 512), (128, 512), (64, 2048), (256, 2048), (64, 8192), (128, 8192), (512, 8192)]

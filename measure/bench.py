@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from data import read_split
-from device import find, name_of, synchronize, utilization
 from measure.frontier import PRESETS
 from methods import MethodConfig
 from model import ModelConfig, Transformer
+from plumbing.device import find, name_of, synchronize, utilization
+from plumbing.settings import add_settings, command, locate, pick
 from sample import Answer, SampleConfig, Sampler
-from settings import add_settings, command, locate, pick
 from train import TrainConfig, Trainer
 
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from settings import ROOT
+from plumbing.settings import ROOT
 
 # Reading options, writing files and showing answers changes no result; what options mean is said where they are used.
-IGNORED = {ROOT / "settings.py", ROOT / "files.py", ROOT / "show"}
+IGNORED = {ROOT / "plumbing/settings.py", ROOT / "plumbing/files.py", ROOT / "show"}
 CUDA = (".cu", ".h")  # sources that a package compiles
 
 

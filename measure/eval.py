@@ -22,15 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import numpy as np
 
 from data import Example, read_split
-from device import CHOICES, find, peak_memory
-from files import write_whole
 from loss import JointLoss, validate
 from measure.quality import COSTS, checker, chrf, distinct, perplexity, score, spans_per_answer, wrong_lines
 from measure.speculate import Drafter
 from methods import encode, rewrite
 from noise import Sequence
+from plumbing.device import CHOICES, find, peak_memory
+from plumbing.files import write_whole
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from sample import SampleConfig, Sampler
-from settings import add_settings, check, command, locate, pick, setting
 
 
 @dataclass

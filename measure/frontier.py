@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import torch
 
-from device import find
-from files import write_whole
 from measure.code import fingerprint
 from measure.report import headline, plot, table
-from settings import ROOT, command
+from plumbing.device import find
+from plumbing.files import write_whole
+from plumbing.settings import ROOT, command
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
-from files import atomic
-from settings import command
+from plumbing.files import atomic
+from plumbing.settings import command
 
 PANELS = {"plan and text": ("plan", "val_plan"), "spans": ("span", "val_span")}
 MEANING = {

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
 from data import Example
 from loss import JointLoss, validate
 from methods import encode, trained_by
 from noise import Sequence
-from settings import locate
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import locate
 from tags import Round, plain_text
 
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.

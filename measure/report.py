@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from files import atomic
+from plumbing.files import atomic
 
 MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
 MARKERS = "osD^vPX*"

@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from answer import Answer
-from checkpoint import load_checkpoint
 from masks import PLAN
 from model import KVCache
-from settings import locate
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import locate
 from tokenizer import Tokenizer
 from unmask import draw, probabilities
 

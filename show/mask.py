@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import atomic
 from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, Layout, encode_example, visible
-from settings import command
+from plumbing.files import atomic
+from plumbing.settings import command
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 

@@ -12,11 +12,11 @@ from conftest import random_example, small_model
 import batches
 from batches import Batches, TrainingData
 from data import Example, write_dataset
-from device import PEAKS, utilization
 from loss import JointLoss
 from masks import PLAN, SLOT, encode_example, visible
 from methods import MethodConfig
 from noise import IGNORE, Sequence, make_batch
+from plumbing.device import PEAKS, utilization
 from tags import Round, Span
 from train import TrainConfig
 

@@ -12,11 +12,11 @@ from conftest import OTTER, small_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from masks import encode_example
 from noise import Sequence, make_batch
 from optim import Optimizer
+from plumbing import checkpoint
+from plumbing.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train import JointLoss, TrainConfig
 
 

@@ -15,11 +15,11 @@ import torch
 from conftest import SENTENCES, random_example, small_model
 from safetensors.torch import save_file
 
-from checkpoint import save_checkpoint
 from data import write_dataset
 from measure.eval import EvalConfig
 from methods import MethodConfig
 from model import ModelConfig
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from show.terminal import Screen
 from train import TrainConfig

@@ -12,15 +12,15 @@ import torch
 from conftest import random_example, small_model
 from naive_sampler import Token, hidden_states
 
-from checkpoint import load_checkpoint, save_checkpoint
 from data import Example, read_split, write_dataset
 from masks import encode_prompt
 from measure import eval as evaluation
 from measure.eval import EvalConfig, evaluate, lines
 from measure.quality import checker, chrf, distinct, perplexity, row_of, score, wrong_lines
 from methods import MethodConfig
+from plumbing.checkpoint import load_checkpoint, save_checkpoint
+from plumbing.settings import ROOT, command
 from sample import SampleConfig, Sampler
-from settings import ROOT, command
 from tags import Round, Span, format_answer, plain_text
 from tokenizer import Tokenizer
 

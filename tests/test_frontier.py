@@ -20,8 +20,8 @@ from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset
 from measure.report import draw, plot, quality, table
 from methods import MethodConfig
 from model import ModelConfig
+from plumbing.settings import ROOT, add_settings, command, pick
 from sample import SampleConfig
-from settings import ROOT, add_settings, command, pick
 from train import TrainConfig
 
 TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
@@ -299,12 +299,12 @@ def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_
     loaded = subprocess.run(
         [sys.executable, "-c", LOADED.format(script=script)], cwd=ROOT, capture_output=True, text=True
     )
-    wanted = {ROOT / path for path in loaded.stdout.split()} - {ROOT / "settings.py", ROOT / "files.py"}
+    wanted = {ROOT / path for path in loaded.stdout.split()} - {ROOT / "plumbing/settings.py", ROOT / "plumbing/files.py"}
     found = sources(ROOT / script)
     assert ROOT / script in found and ROOT / "model.py" in wanted and all(path.exists() for path in found)
     assert {path for path in wanted if path.parent != ROOT / "show"} <= found
     assert {path.name for path in found} >= {"attention.cu", "gpu.h", "tiles.h"}
-    assert not {ROOT / "settings.py", ROOT / "show" / "terminal.py", ROOT / "tests" / "conftest.py"} & found
+    assert not {ROOT / "plumbing/settings.py", ROOT / "show" / "terminal.py", ROOT / "tests" / "conftest.py"} & found
 
 
 LOADED = """

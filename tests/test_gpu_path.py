@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import random_example, small_model
 
-from checkpoint import save_checkpoint
 from data import write_dataset
 from kernels.graphs import Replayed
 from methods import MethodConfig
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 

@@ -6,8 +6,8 @@ import torch
 from test_sample import METHOD, PROMPTS, costs, ids, steered
 
 from kernels.graphs import Replayed, bucket
+from plumbing.settings import ROOT
 from sample import SampleConfig, Sampler
-from settings import ROOT
 
 MODEL = ROOT / "checkpoints" / "tasks" / "planned.safetensors"
 QUESTIONS = (

@@ -13,7 +13,7 @@ import torch
 from training import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
 
 import train
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 from train import Log, Run, validate
 
 

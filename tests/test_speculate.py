@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import SENTENCES, small_model
 
-from checkpoint import save_checkpoint
 from measure.speculate import Drafter
 from methods import MethodConfig
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 

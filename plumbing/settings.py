@@ -10,7 +10,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 
 
 def setting(default: Any, help: str, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
