@@ -122,12 +122,13 @@ def flow(tokens: Sequence[str], columns: int) -> Iterator[tuple[int, int, int, s
                 column += 1
     for (n, line), piece in groupby(places, lambda place: place[:2]):
         piece = list(piece)
-        text = "".join(character for *_, character in piece)
-        yield n, line, piece[0][2] + len(text) - len(text.lstrip()), text.strip()
+        content = "".join(character for *_, character in piece)
+        if content.strip():
+            yield n, line, piece[0][2] + len(content) - len(content.lstrip()), content.strip()
 
 
 def text(x: float, y: float, content: str, kind: str = "") -> str:
-    """A text whose width is fixed, whatever font a reader has."""
+    """One line of text, as wide in every font."""
     kind = f' class="{kind}"' if kind else ""
     width = f' textLength="{len(content) * CHARACTER:.6g}"' if len(content) > 1 else ""
     return f'<text{kind} x="{x:.6g}" y="{y:.6g}"{width}>{escape(printable(content))}</text>'
@@ -205,9 +206,8 @@ class Panel:
         for words, steps in groupby(self.steps, lambda step: self.action(*step)):
             first, n = n, n + len(list(steps))
             self.film.add(text(self.x, self.y, words), first, n)
-        self.film.add(
-            text(self.x, self.y, f"{last.ending} after {counted(last.passes, 'pass', 'passes')}", "strong"), n
-        )
+        ending = f"{last.ending} after {counted(last.passes, 'pass', 'passes')}"
+        self.film.add(text(self.x, self.y, ending, "strong"), n)
         self.y += LINE + 10
 
     def action(self, before: Frame | None, frame: Frame) -> str:
@@ -236,9 +236,8 @@ class Panel:
         """A span beside a rule, its topic first."""
         scaffold, shown = self.since["span", r, k], {None: " ____", "": f" {PAD}"}
         words = [Word(topic, scaffold, kind="strong")]
-        words += [
-            Word(shown.get(slot, slot), self.since.get(("slot", r, k, n)), scaffold) for n, slot in enumerate(slots)
-        ]
+        since = [self.since.get(("slot", r, k, n)) for n, _ in enumerate(slots)]
+        words += [Word(shown.get(slot, slot), known, scaffold) for slot, known in zip(slots, since)]
         height = LINE * self.place(words, self.x + 10, int((PANEL - 10) / CHARACTER))
         self.film.add(box(self.x, self.y - 12, 3, height - 3, "rule", 1), scaffold)
         self.y += height + 6
@@ -267,13 +266,16 @@ def counted(n: int, one: str, many: str) -> str:
 
 
 def legend(film: Film, y: float) -> None:
+    """One line that says what the picture's signs mean."""
     x = MARGIN
-    for sample, kind, words in LEGEND:
+    for sample, kind, meaning in LEGEND:
         if kind:
-            film.add(box(x - 4, y - 13, len(sample) * CHARACTER + 8, 18, kind, 4))
-        film.add(text(x, y, sample.strip()) if sample.strip() else "")
-        film.add(text(x + (len(sample) + 1) * CHARACTER, y, words, "note"))
-        x += (len(sample) + len(words) + 4) * CHARACTER
+            film.add(box(x, y - 13, len(sample) * CHARACTER + 8, 18, kind, 4))
+        if sample.strip():
+            film.add(text(x + 4 * bool(kind), y, sample))
+        x += len(sample) * CHARACTER + (14 if kind else 8)
+        film.add(text(x, y, meaning, "note"))
+        x += (len(meaning) + 2) * CHARACTER
 
 
 def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
@@ -289,12 +291,10 @@ def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
     y = max(panel.y for panel in panels) + 10
     legend(film, y)
     size = f'width="{WIDTH}" height="{y + MARGIN:.0f}"'
-    label = escape(
-        printable(f"{prompt} Answered by " + " and by ".join(TITLES[method].lower() for method, _ in answers))
-    )
+    summary = (f"{TITLES[method].lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y + MARGIN:.0f}" role="img">',
-        f"<title>{label}</title>",
+        f"<title>{escape(printable(f'{prompt} Answered by ' + ', by '.join(summary)))}</title>",
         f"<style>{STYLE}{film.style()}</style>",
         f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y + MARGIN - 1:.0f}" rx="6"/>',
         *film.groups(),
