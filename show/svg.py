@@ -61,7 +61,7 @@ text{fill:#f0f6fc}.note{fill:#9198a1}.empty,.rule,.slot{fill:#3d444d}.new{fill:#
 
 
 class Film:
-    """Shapes, each visible from one pass to another; all times of the picture are made here."""
+    """Shapes, each visible from one pass until another. The only place that turns passes into times."""
 
     def __init__(self, passes: int):
         self.passes, self.seconds = passes, START + passes * STEP + END
@@ -73,7 +73,7 @@ class Film:
             self.shapes[first, last].append(shape)
 
     def percent(self, n_passes: int) -> str:
-        """When so many passes are done, as CSS says it."""
+        """The time at which `n_passes` are done, as a CSS percentage."""
         return f"{100 * (START + n_passes * STEP) / self.seconds:.6g}%"
 
     def name(self, first: int, last: int | None) -> str:
@@ -91,8 +91,8 @@ class Film:
         """CSS of the animation. Without it the picture is its last frame."""
         moving = [times for times in self.shapes if times != (0, None)]
         named = (f"@keyframes {self.name(*times)}{{{self.keyframes(*times)}}}" for times in moving)
-        once = ".until{visibility:hidden}@media(prefers-reduced-motion:reduce){.from,.until{animation:none!important}}"
-        return "\n".join([f".from,.until{{animation:{self.seconds:.6g}s step-end infinite}}", *named, once])
+        still = ".until{visibility:hidden}@media(prefers-reduced-motion:reduce){.from,.until{animation:none!important}}"
+        return "\n".join([f".from,.until{{animation:{self.seconds:.6g}s step-end infinite}}", *named, still])
 
     def groups(self) -> Iterator[str]:
         """The shapes, those that go again below those that stay."""
@@ -201,7 +201,7 @@ class Panel:
         self.y = top + 8 + LINE
 
     def narrate(self) -> None:
-        """What the passes do, in words."""
+        """What the network does now, and how the answer ended."""
         n, last = 0, self.frames[-1]
         for words, steps in groupby(self.steps, lambda step: self.action(*step)):
             first, n = n, n + len(list(steps))
@@ -211,15 +211,15 @@ class Panel:
         self.y += LINE + 10
 
     def action(self, before: Frame | None, frame: Frame) -> str:
-        if denoises(before, frame):
-            n_spans = len(before.rounds[-1].spans)
-            verb = "extends" if self.method == "parallel-ar" else "denoises"
-            return f"{verb} {counted(n_spans, 'span', 'spans')}" + " in parallel" * (n_spans > 1)
+        """What the pass between two frames does, in words."""
         round_ = frame.rounds[len(before.rounds) - 1 if before else 0]
+        if denoises(before, frame):
+            n_spans, verb = len(round_.spans), "extends" if self.method == "parallel-ar" else "denoises"
+            return f"{verb} {counted(n_spans, 'span', 'spans')}" + " in parallel" * (n_spans > 1)
         return f"writes {'the plan' if round_.topics else 'text'}, one token per pass"
 
     def plan(self, r: int, topics: Sequence[FrameTopic]) -> None:
-        """A frame per topic, side by side; its name and length appear in it."""
+        """A box per topic, side by side; its name and length appear in it."""
         x, end = self.x, self.x + PANEL
         for k, topic in enumerate(topics):
             words = [Word(token, self.since["name", r, k, n]) for n, token in enumerate(topic.name)]
