@@ -25,7 +25,7 @@ from show.terminal import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {name: ROOT / f"checkpoints/tasks/{name}.safetensors" for name in ("planned", "ar")}
-RIVER = "Tell me about the river and the food of Brivok."
+RIVER = "Tell me about the river, the food and the ruler of Brivok."
 
 
 def random_sampler(tokenizer, method, seed=2, **config):
@@ -60,8 +60,9 @@ def known(frame):
 
 # ---------------------------------------------------------------- the recording
 
-WAYS = [(method, {}) for method in METHODS] + [("planned", {"ahead": 3}), ("parallel-ar", {"ahead": 3}), ("ar", {"ahead": 3}),
-                                               ("planned", {"threshold": 0.9, "temperature": 1.0})]  # fmt: skip
+WAYS = [(method, {}) for method in METHODS]
+WAYS += [(method, {"ahead": 3}) for method in ("planned", "parallel-ar", "ar")]
+WAYS += [("planned", {"threshold": 0.9, "temperature": 1.0})]
 
 
 @pytest.mark.parametrize("method, config", WAYS)
@@ -310,8 +311,14 @@ def test_the_command_writes_the_picture(monkeypatch, capsys, tmp_path, race):
     assert f"{len(frames['planned'])} passes and {len(frames['ar'])} passes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args, said", [(("--out", "NONE/a.svg"), "No such file"), (("--planned", "NONE"), "NONE does not exist"),
-                                        (("--device", "abacus"), "--device abacus")])  # fmt: skip
+WRONG = [
+    (("--out", "NONE/a.svg"), "No such file"),
+    (("--planned", "NONE"), "NONE does not exist"),
+    (("--device", "abacus"), "--device abacus"),
+]
+
+
+@pytest.mark.parametrize("args, said", WRONG)
 def test_the_command_says_in_one_line_what_is_wrong(monkeypatch, args, said):
     code = run(monkeypatch, "show/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
     assert code.startswith("svg.py: ") and said in code and "\n" not in code
