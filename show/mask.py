@@ -20,9 +20,16 @@ from plumbing.settings import command
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
+KINDS = {  # of a key: its name, how it is drawn, as what where blocks cannot be, and its colour in a terminal
+    PROMPT: ("prompt", "░░", "pp", 37),
+    PLAN: ("plan and text", "▒▒", "tt", 36),
+    GIVEN: ("tags and topic of a span", "▓▓", "gg", 33),
+    SLOT: ("slot", "██", "ss", 32),
+}
+
 
 def otter(attention: str) -> tuple[Layout, Tokenizer]:
-    """The example of every picture: two rounds, the first with two spans. Returns its layout and tokenizer."""
+    """The example of every picture, and a tokenizer for it: two rounds, the first with two spans."""
     spans = (Span("habitat", "rivers and quiet coasts", 2), Span("food", "fish", 1))
     example = SimpleNamespace(prompt="tell me about otters", rounds=(Round("", spans), Round("playful river animals")))
     words = [example.prompt, *pieces(example.rounds), "habitat food"]
@@ -30,44 +37,52 @@ def otter(attention: str) -> tuple[Layout, Tokenizer]:
     return encode_example(example, tokenizer, attention), tokenizer
 
 
-def show(layout: Layout, tokenizer: Tokenizer, colours: bool = False, encoding: str = "utf-8") -> Iterator[str]:
-    """Lines of the mask: one row per query, one column per key, drawn by the kind of the key.
+def seen(layout: Layout) -> torch.Tensor:
+    """(T, T) bool: which key (column) each query (row) of a layout sees."""
+    ranges = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])
+    return visible(ranges[None], len(layout))[0]
 
-    `encoding`: of the terminal; letters take the place of shades that it lacks.
+
+def show(layout: Layout, tokenizer: Tokenizer, colours: bool = False, blocks: bool = True) -> Iterator[str]:
+    """Lines of the mask: a row per query, a column per key, drawn by the kind of the key.
+
+    blocks: whether what is written to can encode block characters.
     """
-    bounds = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])
-    shades, unseen = ("░░", "▒▒", "▓▓", "██"), "· "
-    try:
-        "".join((*shades, unseen)).encode(encoding)
-    except UnicodeEncodeError:
-        shades, unseen = ("pp", "tt", "gg", "ss"), ". "
-    inks = dict(zip((PROMPT, PLAN, GIVEN, SLOT), shades))
+    ink = {kind: block if blocks else letters for kind, (_, block, letters, _) in KINDS.items()}
     if colours:
-        inks = {kind: f"\x1b[{colour}m{ink}\x1b[0m" for (kind, ink), colour in zip(inks.items(), (37, 36, 33, 32))}
-    for token, row in zip(layout.token, visible(bounds[None], len(layout))[0].tolist()):
-        cells = (inks[kind] if seen else unseen for seen, kind in zip(row, layout.kind))
+        ink = {kind: f"\x1b[{KINDS[kind][-1]}m{cell}\x1b[0m" for kind, cell in ink.items()}
+    none = "· " if blocks else ". "
+    for token, row in zip(layout.token, seen(layout).tolist()):
+        cells = (ink[kind] if sees else none for sees, kind in zip(row, layout.kind))
         yield f"{tokenizer.name(token).strip():>12} " + "".join(cells)
-    names = ("prompt", "plan and text", "tags and topic of a span", "slot")
-    yield "rows see columns: " + "  ".join(f"{ink} {name}" for ink, name in zip(inks.values(), names))
+    yield "rows see columns: " + "  ".join(f"{ink[kind]} {name}" for kind, (name, *_) in KINDS.items())
+
+
+def encodes_blocks(encoding: str | None) -> bool:
+    try:
+        "·░▒▓█".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def save_png(path: str, layouts: dict[str, Layout], tokenizer: Tokenizer) -> None:
-    """Write a picture of several masks side by side. Raises ValueError without matplotlib."""
+    """Draw the masks of several layouts (name -> Layout) side by side. Raises ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+
     palette = np.array([[1, 1, 1], [0.6, 0.6, 0.6], [0.2, 0.6, 0.75], [0.9, 0.7, 0.25], [0.35, 0.7, 0.35]])
     figure = Figure(figsize=(6 * len(layouts), 6.6), layout="tight")
     axes = figure.subplots(1, len(layouts), squeeze=False)
     for axis, (name, layout) in zip(axes[0], layouts.items()):
-        bounds = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])[None]
-        axis.imshow(palette[visible(bounds, len(layout))[0].numpy() * (np.array(layout.kind) + 1)])
+        axis.imshow(palette[seen(layout).numpy() * (np.array(layout.kind) + 1)])
         names = [tokenizer.name(token).strip() for token in layout.token]
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(f"{name}: rows see columns")
-    with atomic(path) as part:
+    with atomic(Path(path)) as part:
         figure.savefig(part, dpi=110, format="png")
 
 
@@ -77,7 +92,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help=about)
     parser.add_argument("--png", help="also draw all three variants into this file (needs matplotlib)")
     args = parser.parse_args()
-    print("\n".join(show(*otter(args.attention), sys.stdout.isatty(), sys.stdout.encoding)))
+    print("\n".join(show(*otter(args.attention), sys.stdout.isatty(), encodes_blocks(sys.stdout.encoding))))
     if args.png:
         save_png(args.png, {name: otter(name)[0] for name in ATTENTION}, otter("sparse")[1])
 

@@ -34,6 +34,7 @@ from methods import MethodConfig
 from model import ModelConfig
 from noise import IGNORE, Batch, Sequence, make_batch
 from optim import Optimizer
+from plumbing import bookkeeping
 from sample import SampleConfig, Sampler
 from tags import Round, Span
 from tokenizer import Tokenizer
