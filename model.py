@@ -68,16 +68,16 @@ class KVCache:
 
 
 def rope(position, head_dim, theta):
-    """cos and sin (B, 1, T, head_dim / 2) of RoPE (arXiv 2104.09864) at the given positions (B, T)."""
+    """The factors of `rotate` (B, 1, T, head_dim) for RoPE (arXiv 2104.09864) at the given positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
     angle = position[:, None, :, None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + hd/2}), as Llama's published weights expect."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def pick_columns(columns, *tensors):

@@ -60,6 +60,8 @@ class Sampler:
         model.attend_by("auto", model.embedding.weight.dtype, sampling=True)
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
         cuda = self.device.type == "cuda"
+        if self.device.type == "cpu":
+            devices.keep_freed_memory()
         self.turns = ((False, True),) if cuda else ((False,), (True,))  # of phases in spans or not
         self.rounded, self.replayed = (bucket, Replayed) if cuda else (int, lambda function: function)  # graphs.py
         self.cache = None
