@@ -89,6 +89,7 @@ class Sampler:
                                  f"with --max_tokens {self.config.max_tokens} they are more than {LONGEST}")  # fmt: skip
             answer.phase = next_round(answer)
             answers.append(answer)
+        self.model.pack()
         self.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
         return answers
 
