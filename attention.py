@@ -61,27 +61,44 @@ def kernel(q, k, v, ranges):
 
 
 def spans_of_queries(ranges, n_keys):
-    """Consecutive queries that see the same keys, as (row, first, last + 1, prefix, begin, end); or the dense mask
-    where these are so short that a product for each would take longer."""
-    changes = (ranges[:, 1:] != ranges[:, :-1]).any(-1)  # (B, T - 1)
-    if 16 * int(changes.sum() + len(ranges)) > ranges[..., 0].numel():
+    """For each row of the batch its R runs of queries that see the same keys: (R, N) where the queries are, (R, S)
+    where their keys are, (R, 1, 1, S) which of these are no padding, and where the T queries are among the R * N.
+    Or the dense mask, where the runs are too short to pay."""
+    rows = [row.unique_consecutive(dim=0, return_counts=True) for row in ranges]
+    if 16 * sum(len(runs) for runs, _ in rows) > ranges[..., 0].numel():
         return dense_mask(ranges, n_keys)
-    runs = []
-    for row, (line, change) in enumerate(zip(ranges.tolist(), changes)):
-        borders = [0, *(change.nonzero()[:, 0] + 1).tolist(), len(line)]
-        runs += [(row, first, last, *line[first]) for first, last in zip(borders, borders[1:])]
-    return runs
+    return [places_of_runs(runs, lengths, ranges.shape[1]) for runs, lengths in rows]
 
 
-def by_span(q, k, v, runs):
-    """Each run of queries with just the keys that it sees, so without a mask: spans do not pay for their siblings."""
-    if torch.is_tensor(runs):
-        return dense(q, k, v, runs)
-    y = torch.empty_like(q)
-    for row, first, last, prefix, begin, end in runs:
-        seen = [torch.cat([x[row, :, :prefix], x[row, :, max(begin, prefix) : end]], dim=1)[None] for x in (k, v)]
-        y[row, :, first:last] = F.scaled_dot_product_attention(q[row, None, :, first:last], *seen, enable_gqa=True)[0]
-    return y
+def places_of_runs(runs, lengths, n_queries):
+    """`runs` (R, 3): what each sees, `lengths` (R,): how many queries it has. None for what needs no padding."""
+    prefix, begin, end = runs[:, :, None].unbind(1)  # (R, 1) each
+    begin = begin.maximum(prefix)  # what lies in both parts is seen once
+    n_seen = prefix + (end - begin).clamp_min(0)
+    number = torch.arange(int(n_seen.max()))
+    keys = torch.where(number < prefix, number, begin - prefix + number)
+    seen = number < n_seen
+    queries = (lengths.cumsum(0) - lengths)[:, None] + torch.arange(int(lengths.max()))
+    own = torch.arange(queries.shape[1]) < lengths[:, None]
+    return (
+        queries.clamp_max(n_queries - 1),
+        keys.where(seen, 0),
+        None if seen.all() else seen[:, None, None],
+        None if own.all() else own.flatten().nonzero()[:, 0],
+    )
+
+
+def by_span(q, k, v, rows):
+    """Each run of queries with just the keys that it sees: spans do not pay for their siblings."""
+    if torch.is_tensor(rows):
+        return dense(q, k, v, rows)
+    outputs = []
+    for row, (queries, keys, seen, own) in enumerate(rows):
+        pick = lambda x, index: x[row].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+        y = F.scaled_dot_product_attention(pick(q, queries), pick(k, keys), pick(v, keys), seen, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(0, 1)  # (R, H, N, hd) -> (R * N, H, hd)
+        outputs.append(y if own is None else y[own])
+    return torch.stack(outputs).transpose(1, 2)  # (B, H, T, hd)
 
 
 BACKENDS = {  # what a backend makes of (ranges, n_keys) once per pass, and what it computes with that in each layer

@@ -42,7 +42,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
+        shape = (batch, length + 1, config.n_kv_head, config.d_model // config.n_head)
         zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
         self.k, self.v = ([zeros() for _ in range(config.n_layer)] for _ in "kv")
         self.batch, self.junk = batch, length
@@ -56,21 +56,21 @@ class KVCache:
         """Write k, v (B, Hkv, T, hd) of the selected rows at entries index (B, T); return theirs up to n_keys."""
         caches = self.k[layer], self.v[layer]
         for cache, new in zip(caches, (k, v)):
-            cache[self.rows, :, index] = new.transpose(1, 2).to(cache.dtype)
-        return [cache[self.read, :, :n_keys] for cache in caches]  # (B, Hkv, n_keys, hd) each
+            cache[self.rows, index] = new.transpose(1, 2).to(cache.dtype)
+        return [cache[self.read, :n_keys].transpose(1, 2) for cache in caches]  # (B, Hkv, n_keys, hd) each
 
 
 def rope(position, head_dim, theta):
-    """cos and sin (B, 1, T, head_dim / 2) of RoPE (arXiv 2104.09864) at the given positions (B, T)."""
+    """The factors of `rotate` (B, 1, T, head_dim) for RoPE (arXiv 2104.09864) at the given positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
     angle = position[:, None, :, None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + hd/2}), as Llama's published weights expect."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def pick_columns(columns, *tensors):
@@ -81,13 +81,34 @@ def pick_columns(columns, *tensors):
     return [x.take_along_dim(i, dim=-2) for x, i in zip(tensors, index)]
 
 
+class Linear(nn.Linear):
+    """A linear layer without bias. In sampling on a CPU, oneDNN computes its large products, from weights that are
+    packed once: on AMD 10% to 20% faster than MKL, which packs them in each product."""
+
+    LARGE = 1 << 23  # multiplications; smaller products take longer this way
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+        self.packed = None
+
+    def forward(self, x, first=0, last=None):
+        """Outputs [first, last) of x (..., n_in): all by default."""
+        weight = self.weight[first:last]
+        large = x.numel() * len(weight) >= self.LARGE
+        if self.packed is None or not large or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.linear(x, weight)
+        if (first, last) not in self.packed:
+            self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(weight.clone())
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], None, "none", [], "")
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.d_model // config.n_head
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
+        self.out = Linear(config.d_model, config.d_model)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
@@ -107,9 +128,9 @@ class Attention(nn.Module):
         heads = lambda y, *n: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(n, dim=1)
         if columns is None:
             return heads(self.qkv(x), self.n_head, self.n_kv_head, self.n_kv_head)
-        weight = self.qkv.weight.split([self.n_head * self.head_dim, 2 * self.n_kv_head * self.head_dim])
-        (q,) = heads(F.linear(*pick_columns(columns, x), weight[0]), self.n_head)
-        return q, *heads(F.linear(x, weight[1]), self.n_kv_head, self.n_kv_head)
+        n_queries = self.n_head * self.head_dim
+        (q,) = heads(self.qkv(*pick_columns(columns, x), 0, n_queries), self.n_head)
+        return q, *heads(self.qkv(x, n_queries), self.n_kv_head, self.n_kv_head)
 
 
 class Block(nn.Module):
@@ -117,8 +138,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.ff_norm = nn.RMSNorm(config.d_model, 1e-5), nn.RMSNorm(config.d_model, 1e-5)
         self.attention = Attention(config)
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x, rotation, attend, mask, store, columns=None):
         """x (B, T, D) after this block, or only its `columns` (B, R): (B, R, D)."""
@@ -142,6 +163,14 @@ class Transformer(nn.Module):
         """Choose what computes attention (attention.py) of queries in `dtype`."""
         head_size = self.config.d_model // self.config.n_head
         self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, sampling)]
+
+    def pack(self):
+        """Where `Linear` can, compute with packed weights from now on, as the weights are now."""
+        weight = self.embedding.weight
+        packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.packed = {} if packs else None
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

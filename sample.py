@@ -63,6 +63,8 @@ class Sampler:
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
         self.turns = ((False, True),) if graphs else ((False,), (True,))  # of phases in spans or not
         self.rounded, self.replayed = (bucket, Replayed) if graphs else (int, lambda function: function)
+        if self.device.type == "cpu":
+            devices.keep_freed_memory()
         self.cache = None
 
     @classmethod
@@ -88,6 +90,7 @@ class Sampler:
                                  f"with --max_tokens {self.config.max_tokens} they are more than {LONGEST}")  # fmt: skip
             answer.phase = next_round(answer)
             answers.append(answer)
+        self.model.pack()
         self.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
         return answers
 
