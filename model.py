@@ -92,7 +92,7 @@ class Linear(nn.Linear):
     """A linear layer without bias. In sampling on a CPU, oneDNN computes its large products, from weights that are
     packed once: on AMD 10% to 20% faster than MKL, which packs them in each product."""
 
-    LARGE = 1 << 23  # multiplications; smaller products take longer this way
+    LARGE = 1 << 24  # multiplications; smaller products take longer this way
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
