@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import BACKENDS, choose
+from plumbing.linear import Linear
 from plumbing.settings import check, setting
 
 
@@ -81,27 +82,6 @@ def pick_columns(columns, *tensors):
     return [x.take_along_dim(i, dim=-2) for x, i in zip(tensors, index)]
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias. In sampling on a CPU, oneDNN computes its large products, from weights that are
-    packed once: on AMD 10% to 20% faster than MKL, which packs them in each product."""
-
-    LARGE = 1 << 23  # multiplications; smaller products take longer this way
-
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
-        self.packed = None
-
-    def forward(self, x, first=0, last=None):
-        """Outputs [first, last) of x (..., n_in): all by default."""
-        weight = self.weight[first:last]
-        large = x.numel() * len(weight) >= self.LARGE
-        if self.packed is None or not large or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(x, weight)
-        if (first, last) not in self.packed:
-            self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(weight.clone())
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], None, "none", [], "")
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -163,14 +143,6 @@ class Transformer(nn.Module):
         """Choose what computes attention (attention.py) of queries in `dtype`."""
         head_size = self.config.d_model // self.config.n_head
         self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, sampling)]
-
-    def pack(self):
-        """Where `Linear` can, compute with packed weights from now on, as the weights are now."""
-        weight = self.embedding.weight
-        packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.packed = {} if packs else None
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

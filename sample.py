@@ -21,6 +21,7 @@ from methods import MethodConfig, trained_by
 from model import KVCache
 from plumbing import device as devices
 from plumbing.checkpoint import load_checkpoint
+from plumbing.linear import pack
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from show.terminal import Screen
 from unmask import ORDERS, check_drafts, fill
@@ -90,7 +91,7 @@ class Sampler:
                                  f"with --max_tokens {self.config.max_tokens} they are more than {LONGEST}")  # fmt: skip
             answer.phase = next_round(answer)
             answers.append(answer)
-        self.model.pack()
+        pack(self.model)
         self.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
         return answers
 

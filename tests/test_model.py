@@ -7,6 +7,7 @@ from conftest import OTTER, random_example, small_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention import BACKENDS
 from data import Example
 from masks import ATTENTION, PROMPT, SLOT, Layout, encode_example, visible
 from model import (
@@ -15,6 +16,7 @@ from model import (
     Transformer,
 )
 from noise import Sequence, make_batch
+from plumbing.linear import Linear
 from tags import Round, Span
 from train import JointLoss
 
@@ -364,3 +366,45 @@ def test_junk_and_unwritten_entries_are_never_seen(model, tokenizer):
         outcomes.append([*cached_pass(model, cache, layouts, first), *cached_pass(model, cache, layouts, rest)])
     for clean, poisoned in zip(*outcomes):
         torch.testing.assert_close(poisoned, clean, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- what makes sampling on a CPU fast
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@torch.inference_mode()
+def test_packed_weights_give_the_same_products_and_pack_follows_new_weights():
+    torch.manual_seed(0)
+    layer, x = Linear(256, 512), torch.randn(1, 160, 256)
+    layer.packed = {}
+    for scale in (1.0, 2.0):
+        layer.weight.mul_(scale)
+        layer.packed = {}
+        for first, last in ((0, None), (0, 480), (32, None)):
+            expected = x @ layer.weight[first:last].T
+            torch.testing.assert_close(layer(x, first, last), expected, rtol=1e-4, atol=1e-4)
+    assert len(layer.packed) == 3, "the products are large enough to be packed"
+
+
+def test_gradients_are_those_of_the_weight_itself():
+    layer, x = Linear(256, 512), torch.randn(1, 160, 256)
+    layer.packed = {}
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and not layer.packed
+
+
+@pytest.mark.parametrize("sizes", [[40, 40], [40, 25, 33], [60]])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_by_span_is_attention_under_the_dense_mask(sizes, heads):
+    """In a batch of two rows, whose spans have other sizes and see prefixes of other lengths."""
+    torch.manual_seed(0)
+    rows = []
+    for prefix, row in ((30, sizes), (17, sizes[::-1])):
+        starts = [prefix + sum(row[:n]) for n in range(len(row))]
+        rows.append([[prefix, start, start + size] for start, size in zip(starts, row) for _ in range(size)])
+    ranges, n_keys = torch.tensor(rows), 30 + sum(sizes)
+    q, k, v = (torch.randn(2, n, length, 8) for n, length in ((4, sum(sizes)), (heads, n_keys), (heads, n_keys)))
+    prepared = BACKENDS["spans"][0](ranges, n_keys)
+    assert not torch.is_tensor(prepared), "long enough for a run each"
+    expected = BACKENDS["dense"][1](q, k, v, BACKENDS["dense"][0](ranges, n_keys))
+    torch.testing.assert_close(BACKENDS["spans"][1](q, k, v, prepared), expected, rtol=1e-4, atol=1e-5)
