@@ -136,8 +136,8 @@ class Progress:
         *losses, padding = torch.stack(self.recent).mean(0).tolist()  # waits for the device
         self.seconds = time.perf_counter() - self.started
         if not math.isfinite(sum(losses)):
-            raise ValueError(f"the loss is {sum(losses)} after {self.step} updates: the training diverged. The last "
-                             "checkpoint is kept; take a lower --lr and --adam_lr, and another --out")  # fmt: skip
+            raise ValueError(f"the loss is {sum(losses)} after {self.step} updates: the training has diverged. The "
+                             "last checkpoint is kept; take a lower --lr and --adam_lr, and another --out")  # fmt: skip
         return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), "padding": padding,
                 **dict(zip(TERMS, losses))}  # fmt: skip
 
