@@ -26,6 +26,8 @@ class TrainingData:
         """
         if config.extra_pads and method_config.plan != "written":
             raise ValueError(f"--extra_pads {config.extra_pads}: --method {method_config.method} writes no plan")
+        if config.ahead and method_config.plan == "given":
+            raise ValueError(f"--ahead {config.ahead}: --method {method_config.method} writes nothing left to right")
         folder, self.config = locate(config.data), config
         say(f"reading {folder}")
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -54,7 +56,8 @@ class TrainingData:
         for i in range(rank, c.accumulate, world):
             sequences, rounds = self.batches[step * c.accumulate + i]
             rng = np.random.default_rng([c.seed, step, i])
-            batches.append(make_batch(sequences, rounds, self.tokenizer, rng, c.weight, c.t_min, c.history))
+            noise = c.weight, c.t_min, c.history
+            batches.append(make_batch(sequences, rounds, self.tokenizer, rng, *noise, self.method.causal, c.ahead))
         return batches
 
 

@@ -5,6 +5,7 @@
 | `planned`     | the model's     | many per round | both directions    | planned diffusion                        |
 | `dense`       | the model's     | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
 | `parallel-ar` | the model's     | many per round | left to right      | PASTA (tags within the text, no plan)    |
+| `joint`       | the model's     | many per round | either of the two  | one model for all three methods above    |
 | `ar`          | none            | none           |                    | autoregressive decoding                  |
 | `block`       | given: a block  | one per round  | both directions    | BD3LM (1/t weights)                      |
 | `diffusion`   | given: one span | one per answer | both directions    | LLaDA (1/t weights)                      |
@@ -29,12 +30,14 @@ class Method:
     plan: str  # written by the model, none (plain text), or given (spans of a fixed size)
     attention: str = "sparse"  # how span tokens see spans (masks.ATTENTION)
     block: int = 0  # slots of a given span; 0: as many as the longest answer needs
+    causal: float = 0.0  # share of training spans that are causal although the attention is sparse
 
 
 METHODS = {
     "planned": Method("written"),
     "dense": Method("written", "dense"),
     "parallel-ar": Method("written", "causal"),
+    "joint": Method("written", causal=0.5),
     "ar": Method("none"),
     "block": Method("given", block=32),
     "diffusion": Method("given"),
@@ -64,6 +67,11 @@ class MethodConfig:
     @property
     def attention(self) -> str:
         return METHODS[self.method].attention
+
+    @property
+    def causal(self) -> float:
+        """Share of the spans that train left to right."""
+        return 1.0 if self.attention == "causal" else METHODS[self.method].causal
 
     def fitted(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "MethodConfig":
         """This configuration with the size of its blocks known."""

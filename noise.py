@@ -9,10 +9,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from drafts import IGNORE, Piece, Term, after_text, causal_span, join
 from masks import PLAN, PROMPT, SLOT, Layout
 from tokenizer import Tokenizer
-
-IGNORE = -100  # target of positions that predict nothing
 
 
 class Sequence:
@@ -55,15 +54,21 @@ class Batch:
     position: torch.Tensor  # (B, T) int64
     ranges: torch.Tensor  # (B, T, 3) int64: prefix, begin, end (masks.py)
     target: torch.Tensor  # (B, T) int64, IGNORE where nothing is predicted
-    in_span: torch.Tensor  # (B, T) bool: slots of the noised round, masked or not
+    term: torch.Tensor  # (B, T) int64, the drafts.Term of a target; SPAN for all slots noised, masked or not
     weight: torch.Tensor  # (B, T) float32, weight of a slot's loss: 1/t or 1
     n_tokens: int  # tokens that are not padding
 
+    @property
+    def in_span(self) -> torch.Tensor:
+        """(B, T) bool: slots of the noised round, masked or not, and the tokens that predict those of causal spans."""
+        return (self.term == Term.SPAN) | (self.term == Term.CAUSAL) & (self.target != IGNORE)
+
     @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where in (B * T) something is predicted: (plan or text, slots)."""
-        predicted, in_span = (self.target != IGNORE).flatten(), self.in_span.flatten()
-        return (predicted & ~in_span).nonzero()[:, 0], (predicted & in_span).nonzero()[:, 0]
+        """Where in (B * T) something is predicted: (among the whole vocabulary, among text and [PAD])."""
+        predicted, term = (self.target != IGNORE).flatten(), self.term.flatten()
+        any_token = (term == Term.PLAN) | (term == Term.PLAN_DRAFT)
+        return (predicted & any_token).nonzero()[:, 0], (predicted & ~any_token).nonzero()[:, 0]
 
     @property
     def n_keys(self) -> int:
@@ -85,7 +90,8 @@ class Batch:
 
 
 def make_batch(sequences: list[Sequence], rounds: list[int], tokenizer: Tokenizer, rng: np.random.Generator,
-               weight: str = "elbo", t_min: float = 0.0, history: str = "clean") -> Batch:  # fmt: skip
+               weight: str = "elbo", t_min: float = 0.0, history: str = "clean", causal: float = 0.0,
+               ahead: int = 0) -> Batch:  # fmt: skip
     """Noise one round of each sequence: what is before it is clean, as in sampling, and what follows is cut off.
 
     `history` "noised" noises the rounds before it too, as the authors' code does.
@@ -94,25 +100,13 @@ def make_batch(sequences: list[Sequence], rounds: list[int], tokenizer: Tokenize
     with probability t and then predicts its original token. `weight`: "elbo" weighs a slot by 1/t, which makes the
     sum the negative ELBO of masked diffusion (MDLM, arXiv 2406.07524, eq. 10); "uniform" by 1. With `t_min` above 0,
     t ~ U(t_min, 1].
+
+    Not noised but causal is each span with probability `causal`; and with `ahead` above 0, so many tokens are drafted
+    after random places (drafts.py).
     """
-    stops = [s.stop(r) for s, r in zip(sequences, rounds)]
-    shape = (len(sequences), max(stops))
-    batch = Batch(
-        token=np.full(shape, tokenizer.pad), position=np.zeros(shape, np.int64),
-        ranges=np.tile([1, 0, 0], (*shape, 1)),  # padding sees the first token: a query that sees nothing is NaN
-        target=np.full(shape, IGNORE), in_span=np.zeros(shape, bool), weight=np.ones(shape, np.float32),
-        n_tokens=sum(stops),
-    )  # fmt: skip
-    group = np.full(shape, -1)  # slots of one number share a draw of t
-    for b, (s, r, stop) in enumerate(zip(sequences, rounds, stops)):
-        batch.token[b, :stop], batch.position[b, :stop] = s.token[:stop], s.position[:stop]
-        batch.ranges[b, :stop], batch.target[b, :stop] = s.ranges[:stop], s.next[:stop]
-        noised = s.round[:stop] == r if history == "clean" else s.round[:stop] <= r
-        batch.in_span[b, :stop] = (s.kind[:stop] == SLOT) & noised
-        group[b, :stop] = b * 1_000_000 + (s.round[:stop] * 1000 if s.attention == "dense" else s.span[:stop])
-    if sequences[0].attention == "causal":
-        return shifted(batch, tokenizer).map(torch.from_numpy)
-    slots = batch.in_span
+    rows = [arrange(s, r, tokenizer, rng, history, causal, ahead) for s, r in zip(sequences, rounds)]
+    batch, group = pad(rows, tokenizer)
+    slots = batch.term == Term.SPAN
     _, draw = np.unique(group[slots], return_inverse=True)
     n = draw.max(initial=-1) + 1
     t = (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)  # one draw in each of n equal parts of (0, 1]
@@ -124,9 +118,34 @@ def make_batch(sequences: list[Sequence], rounds: list[int], tokenizer: Tokenize
     return batch.map(torch.from_numpy)
 
 
-def shifted(batch: Batch, tokenizer: Tokenizer) -> Batch:
-    """Causal spans are not noised: each slot, up to the first [PAD], is the target of the token before it."""
-    over = (batch.token == tokenizer.pad) & (np.roll(batch.token, 1, axis=1) == tokenizer.pad)
-    batch.in_span = np.roll(batch.in_span & ~over, -1, axis=1)
-    batch.target = np.where(batch.in_span, np.roll(batch.token, -1, axis=1), batch.target)
-    return batch
+def arrange(s: Sequence, round_: int, tokenizer: Tokenizer, rng: np.random.Generator, history: str, causal: float,
+            ahead: int) -> Piece:  # fmt: skip
+    """What trains a round of a sequence: all up to the round's end, but its causal spans, then those, then drafts."""
+    stop = s.stop(round_)
+    noised = (s.round[:stop] == round_) | ((history == "noised") & (s.attention != "causal"))
+    whole = Piece(s.token[:stop], s.position[:stop], s.ranges[:stop], s.next[:stop],
+                  term=np.where((s.kind[:stop] == SLOT) & noised, Term.SPAN, Term.PLAN),
+                  group=(s.round * 1000 if s.attention == "dense" else s.span)[:stop])  # fmt: skip
+    spans = np.unique(s.span[(s.span >= 0) & (s.round == round_)])
+    if s.attention != "causal":
+        spans = spans[rng.random(len(spans)) < causal] if causal else spans[:0]
+    pieces = [whole.keep(~np.isin(s.span[:stop], spans))]
+    for number in spans:
+        pieces.append(causal_span(s, number, sum(map(len, pieces)), ahead, tokenizer, rng))
+    if ahead:
+        pieces += after_text(s, stop, sum(map(len, pieces)), ahead, tokenizer, rng)
+    return join(pieces)
+
+
+def pad(rows: list[Piece], tokenizer: Tokenizer) -> tuple[Batch, np.ndarray]:
+    """A batch of arrays that holds the rows, and the group (B, T) of each slot: no two rows have one in common."""
+    shape = (len(rows), max(map(len, rows)))
+    ranges = np.tile([1, 0, 0], (*shape, 1))  # padding sees the first token: a query that sees nothing is NaN
+    columns = {"token": np.full(shape, tokenizer.pad), "position": np.zeros(shape, np.int64), "ranges": ranges,
+               "target": np.full(shape, IGNORE), "term": np.full(shape, Term.PLAN),
+               "group": np.full(shape, -1)}  # fmt: skip
+    for b, row in enumerate(rows):
+        for name, column in columns.items():
+            column[b, : len(row)] = getattr(row, name)
+    group = columns.pop("group") + 1_000_000 * np.arange(len(rows))[:, None]
+    return Batch(**columns, weight=np.ones(shape, np.float32), n_tokens=sum(map(len, rows))), group

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from batches import TrainingData
-from loss import JointLoss, counts, validate
+from drafts import TERMS
+from loss import JointLoss, counts, validate, validate_streams
 from methods import MethodConfig
 from model import ModelConfig, Transformer
 from optim import Optimizer
@@ -45,7 +46,9 @@ class TrainConfig:
     extra_pads: int = setting(0, "ablation, as the authors' code with 10: a training span is its text and 0 to this "
                                  "many [PAD], drawn once per span; 0: it has its planned length",
                               at_least=0, at_most=1000)  # fmt: skip
-    span_weight: float = setting(1.0, "weight of the span loss beside the plan loss", at_least=0)
+    span_weight: float = setting(1.0, "weight of the loss of spans beside that of the plan", at_least=0)
+    ahead: int = setting(0, "tokens that the model learns to draft ahead; 0: none", at_least=0, at_most=64)
+    draft_weight: float = setting(1.0, "weight of the loss of drafts beside that of the plan", at_least=0)
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)", at_least=0)
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding", at_least=0)
@@ -91,20 +94,20 @@ class Trainer:
         self.stopping = False  # since an update noticed Ctrl-C
 
     def update(self) -> torch.Tensor:
-        """One update. Returns (3,): plan and span loss of the global batch, in nats per token, its share of padding."""
+        """One update. Returns the loss of the global batch by terms, in nats per token, and its share of padding."""
         c, processes, step = self.config, self.processes, self.progress.step
         batches = self.data.micro_batches(step, processes.rank, processes.count)
         sizes = [sum(b.n_tokens for b in batches), sum(b.token.numel() for b in batches), self.ctrl_c.pressed()]
         total = torch.cat([sum(counts(b, c.weight) for b in batches), torch.tensor(sizes).double()])
         total = processes.sum(total)
-        targets, (tokens, positions, stopping) = total[:2].clamp(min=1), total[2:].tolist()
-        weights = (torch.tensor([1.0, c.span_weight]) / targets).tolist()
-        losses = torch.zeros(2, device=self.device)
+        targets, (tokens, positions, stopping) = total[: len(TERMS)].clamp(min=1), total[len(TERMS) :].tolist()
+        weights = torch.tensor([1.0, *[c.span_weight] * 2, *[c.draft_weight] * 2]) / targets.float()
+        weights, losses = weights.to(self.device), torch.zeros(len(TERMS), device=self.device)
         for i, batch in enumerate(batches):
             self.shared_loss.require_backward_grad_sync = i == len(batches) - 1  # exchange gradients once per update
-            sums = torch.stack(self.shared_loss(batch.to(self.device)))
+            sums = self.shared_loss(batch.to(self.device))
             # DDP takes the mean over processes, but the targets are already those of all
-            (processes.count * (sums[0] * weights[0] + sums[1] * weights[1])).backward()
+            (processes.count * (sums * weights).sum()).backward()
             losses += sums.detach()
         losses = processes.sum(losses / targets.float().to(self.device))
         nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
@@ -115,10 +118,12 @@ class Trainer:
         self.progress.add(losses, int(tokens), sum(map(self.loss.flops, batches)))
         return losses
 
-    def validate(self) -> tuple[float, float]:
-        """Plan loss and span ELBO of the validation examples, in nats per token."""
-        plan, span, _ = validate(self.loss, self.data.validation, self.tokenizer, self.device)
-        return plan, span
+    def validate(self) -> dict[str, float]:
+        """The terms of the loss on the validation examples, in nats per token; of noised spans the ELBO."""
+        inputs, method = (self.loss, self.data.validation, self.tokenizer, self.device), self.data.method
+        plan, span, _ = validate(*inputs)
+        losses = {"plan": plan, "causal" if method.attention == "causal" else "span": span}
+        return losses | validate_streams(*inputs, method.causal, self.config.ahead)
 
 
 class Run:
@@ -218,8 +223,10 @@ class Run:
             if self.log:
                 row = progress.row()
                 if self.due(c.validate_every):
-                    row["val_plan"], row["val_span"] = self.trainer.validate()
-                    self.say(f"validation: plan {row['val_plan']:.4f}, span ELBO {row['val_span']:.4f} nats per token")
+                    losses = self.trainer.validate()
+                    row |= {f"val_{name}": value for name, value in losses.items()}
+                    said = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                    self.say(f"validation: {said} nats per token")
                 self.log.write(row)
             progress.recent = []
         if self.log and progress.step == c.steps and not self.model.exists():  # the run was killed before it wrote that

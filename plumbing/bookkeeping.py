@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from drafts import TERMS
 from loss import JointLoss
 from plumbing.device import find, utilization
 from plumbing.files import write_whole
@@ -76,22 +77,23 @@ class Progress:
 
     def row(self) -> dict[str, float]:
         """Means since the last row, for the log. Raises ValueError if they are not finite."""
-        plan, span, padding = torch.stack(self.recent).mean(0).tolist()  # waits for the device
+        *losses, padding = torch.stack(self.recent).mean(0).tolist()  # waits for the device
         self.seconds = time.perf_counter() - self.started
-        if not math.isfinite(plan + span):
-            raise ValueError(f"the loss is {plan + span} after {self.step} updates: the training has diverged. The last "
-                             "checkpoint is kept; take a lower --lr and --adam_lr, and another --out")  # fmt: skip
-        return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), "plan": plan, "span": span,
-                "padding": padding}  # fmt: skip
+        if not math.isfinite(sum(losses)):
+            raise ValueError(f"the loss is {sum(losses)} after {self.step} updates: the training has diverged. The "
+                             "last checkpoint is kept; take a lower --lr and --adam_lr, and another --out")  # fmt: skip
+        return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), "padding": padding,
+                **dict(zip(TERMS, losses))}  # fmt: skip
 
     def line(self, row: dict[str, float]) -> str:
         """A row and the speed for a reader."""
         step, tokens, seconds = self.first
         passed = max(self.seconds - seconds, 1e-9)
         left = passed / (self.step - step) * (self.steps - self.step)
-        return (f"step {self.step:6}/{self.steps}  plan {row['plan']:.4f}  span {row['span']:.4f}  "
-                f"{row['padding']:4.1%} padding  {(self.tokens - tokens) / passed:6.0f} tokens/s  "
-                f"{utilization(self.flops / passed, self.device)}  {left / 60:.1f} min left")  # fmt: skip
+        losses = "  ".join(f"{name} {row[name]:.4f}" for name in TERMS if row[name])
+        return (f"step {self.step:6}/{self.steps}  {losses}  {row['padding']:4.1%} padding  "
+                f"{(self.tokens - tokens) / passed:6.0f} tokens/s  {utilization(self.flops / passed, self.device)}  "
+                f"{left / 60:.1f} min left")  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, for JSON."""
@@ -105,7 +107,7 @@ class Progress:
 class Log:
     """log.csv: a row of losses every so many updates. Rows that a resumed run writes again are dropped first."""
 
-    COLUMNS = ("step", "tokens", "seconds", "plan", "span", "val_plan", "val_span")
+    COLUMNS = ("step", "tokens", "seconds", *TERMS, *(f"val_{name}" for name in TERMS))
 
     def __init__(self, path: Path, step: int):
         """Keep the whole rows up to `step`, whatever else is in the file."""

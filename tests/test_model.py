@@ -114,7 +114,7 @@ def test_logits_can_be_restricted_to_the_first_ids_and_are_tied_to_the_embedding
 def test_the_plan_loss_is_over_the_whole_vocabulary_and_the_span_loss_over_text_and_pad_alone(model, tokenizer):
     batch = make_batch([Sequence(encode_example(OTTER, tokenizer))], [1], tokenizer, np.random.default_rng(3))
     with torch.no_grad():
-        plan, span = JointLoss(model, tokenizer.pad + 1)(batch)
+        plan, span = JointLoss(model, tokenizer.pad + 1)(batch)[:2]
         logits = model(batch.token, batch.position, batch.ranges)[0] @ model.embedding.weight.T
     expected = [0.0, 0.0]
     for i, target in enumerate(batch.target[0].tolist()):
