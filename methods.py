@@ -1,11 +1,11 @@
 """The methods of the comparison: each cuts an answer in another way, over the same layout, mask, loss and sampler.
 
-| method        | plan            | spans          | within a span      | closest published method                 |
+| method        | plan            | spans          | within a span      | closest published method                  |
 |---------------|-----------------|----------------|--------------------|------------------------------------------|
 | `planned`     | the model's     | many per round | both directions    | planned diffusion                        |
 | `dense`       | the model's     | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
 | `parallel-ar` | the model's     | many per round | left to right      | PASTA (tags within the text, no plan)    |
-| `joint`       | the model's     | many per round | either of the two  | one model for all three methods above    |
+| `joint`       | the model's     | many per round | either             | one model for `planned` and `parallel-ar` |
 | `ar`          | none            | none           |                    | autoregressive decoding                  |
 | `block`       | given: a block  | one per round  | both directions    | BD3LM (1/t weights)                      |
 | `diffusion`   | given: one span | one per answer | both directions    | LLaDA (1/t weights)                      |
@@ -31,13 +31,14 @@ class Method:
     attention: str = "sparse"  # how span tokens see spans (masks.ATTENTION)
     block: int = 0  # slots of a given span; 0: as many as the longest answer needs
     causal: float = 0.0  # share of training spans that are causal although the attention is sparse
+    decodes: tuple[str, ...] = ()  # the methods that a model so trained can be sampled by; (): its own
 
 
 METHODS = {
     "planned": Method("written"),
     "dense": Method("written", "dense"),
     "parallel-ar": Method("written", "causal"),
-    "joint": Method("written", causal=0.5),
+    "joint": Method("written", causal=0.5, decodes=("planned", "parallel-ar")),
     "ar": Method("none"),
     "block": Method("given", block=32),
     "diffusion": Method("given"),
@@ -88,6 +89,17 @@ def trained_by(info: dict[str, Any], path: str) -> MethodConfig:
         return MethodConfig(**info["method"])
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not say by which method it was trained: train it again") from None
+
+
+def decoded_as(config: MethodConfig, name: str) -> MethodConfig:
+    """The method by which a model trained by `config` is sampled; `name` picks one, "" takes the first.
+
+    Raises ValueError if the model was not trained for it.
+    """
+    known = METHODS[config.method].decodes or (config.method,)
+    if name and name not in known:
+        raise ValueError(f"--decode {name}: a model trained with --method {config.method} decodes as {', '.join(known)}")
+    return replace(config, method=name or known[0])
 
 
 def encode(example: Example, tokenizer: Tokenizer, config: MethodConfig,

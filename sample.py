@@ -17,7 +17,7 @@ import torch
 from answer import Answer
 from decode import Reply, next_round
 from kernels.graphs import Replayed, bucket
-from methods import MethodConfig, trained_by
+from methods import MethodConfig, decoded_as, trained_by
 from model import KVCache
 from plumbing import device as devices
 from plumbing.checkpoint import load_checkpoint
@@ -33,6 +33,7 @@ LONGEST = 4096  # positions of prompt and answer together: the dense mask of a p
 class SampleConfig:
     """Sampling."""
 
+    decode: str = setting("", "method to decode by, of those that the model was trained for; default: the first of them")
     steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots",
                                  above=0, at_most=1)  # fmt: skip
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
@@ -72,7 +73,7 @@ class Sampler:
     def load(cls, path, config, device="cpu", drafter=None):
         """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        return cls(model.to(devices.sampling_dtype(device)), tokenizer, config, trained_by(info, path), drafter)
+        return cls(model.to(devices.sampling_dtype(device)), tokenizer, config, decoded_as(trained_by(info, path), config.decode), drafter)
 
     def reserve(self, batch, length):
         """Have a KV cache for so many answers and entries: the last one if it is large enough, because graphs know it."""
