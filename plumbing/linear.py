@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Outputs [first, last) of x (..., n_in): all by default."""
-        weight = self.weight[first:last]
+        weight = self.weight if (first, last) == (0, None) else self.weight[first:last]
         large = x.numel() * len(weight) >= LARGE
         if self.packed is None or not large or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(x, weight)
