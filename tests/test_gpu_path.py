@@ -32,6 +32,6 @@ def folder(tokenizer, tmp_path_factory):
 def test_sampling(emulated_kernel, recordings, folder, settings):
     config = SampleConfig(max_tokens=40, **settings)
     sampler = Sampler.load(folder / "planned.safetensors", config)
-    assert isinstance(sampler.compute, Replayed) if sampler.cache else sampler.replayed is Replayed
+    assert sampler.passes.replayed is Replayed
     answers = sampler.answer(["the otter", "", "fish and crabs"])
     assert recordings and all(json.dumps(answer.result()) and answer.phase is None for answer in answers)

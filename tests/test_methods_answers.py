@@ -44,6 +44,9 @@ class Perfect:
     def attend_by(self, backend, dtype, sampling):
         pass
 
+    def modules(self):
+        return []
+
     def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
         return (position if columns is None else position.gather(1, columns))[..., None]
 
