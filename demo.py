@@ -19,6 +19,12 @@ PROMPTS = {  # data sets with shipped checkpoints: a prompt of the test split
     "recipes": "What is the recipe for Cabbage Omelette?",
 }
 
+RUNS = {  # name: checkpoint and how it is sampled
+    "planned diffusion": ("planned", SampleConfig()),
+    "planned, drafts": ("joint", SampleConfig(ahead=8)),
+    "autoregressive": ("ar", SampleConfig()),
+}
+
 
 def measure(sampler: Sampler, prompt: str, repeats: int = 5) -> dict:
     """The answer and its median seconds, after one run of warm-up."""
@@ -43,10 +49,9 @@ def table(results: dict[str, dict]) -> list[str]:
 
 
 def show(data: str, prompt: str, delay: float, device: torch.device) -> None:
-    """Answer a prompt with both models of a data set, and compare what it took."""
-    files = {"planned diffusion": "planned", "autoregressive": "ar"}
-    samplers = {name: Sampler.load(f"checkpoints/{data}/{file}.safetensors", SampleConfig(), device)
-                for name, file in files.items()}  # fmt: skip
+    """Answer a prompt with the models of a data set, and compare what it took."""
+    samplers = {name: Sampler.load(f"checkpoints/{data}/{file}.safetensors", config, device)
+                for name, (file, config) in RUNS.items()}  # fmt: skip
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
         sampler.answer([prompt], watch=Screen(delay=delay))
@@ -67,7 +72,7 @@ def main() -> None:
     if not 0 <= args.delay < math.inf:
         raise ValueError(f"--delay {args.delay}: expected 0 or more")
     device = find(args.device)
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)  # these models are so small that more threads wait longer than they work
     for data in [args.data] if args.data else PROMPTS:
         show(data, args.prompt or PROMPTS[data], args.delay, device)
 

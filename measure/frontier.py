@@ -82,6 +82,7 @@ class Entry:
     warm: bool = True  # start from the warm-up
 
 
+DRAFTED = ("--steps_ratio 0.5 --ahead 8", "--threshold 0.9 --ahead 8", "--decode parallel-ar --ahead 8")
 AHEAD = tuple(f"--ahead {tokens}" for tokens in (4, 8, 16, 32))
 METHODS = {
     "autoregressive": Entry("--method ar"),
@@ -92,6 +93,8 @@ METHODS = {
     "block diffusion": Entry("--method block", SWEEP),
     "planned diffusion": Entry("--method planned", SWEEP),
     "planned diffusion, dense": Entry("--method dense", SWEEP),
+    "autoregressive, drafts": Entry("--method ar --ahead 8", ("--ahead 8",)),
+    "joint, drafts": Entry("--method joint --ahead 8", DRAFTED),
 }
 HALF = ("--steps_ratio 0.5",)
 UNCONSTRAINED = ("--steps_ratio 0.5 --no-constrained",)

@@ -14,6 +14,7 @@ import pytest
 from conftest import SENTENCES, small_model
 
 import decode
+from decode import DECODERS
 from demo import PROMPTS
 from methods import METHODS, MethodConfig
 from sample import SampleConfig, Sampler
@@ -60,7 +61,7 @@ def known(frame):
 
 # ---------------------------------------------------------------- the recording
 
-WAYS = [(method, {}) for method in METHODS]
+WAYS = [(method, {}) for method in DECODERS]
 WAYS += [(method, {"ahead": 3}) for method in ("planned", "parallel-ar", "ar")]
 WAYS += [("planned", {"threshold": 0.9, "temperature": 1.0})]
 
@@ -243,7 +244,7 @@ def test_the_picture_needs_nothing_else_and_fits_its_size(race):
         assert 0 <= float(element.get("y")) <= height
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DECODERS)
 def test_every_method_has_a_picture(tokenizer, method):
     frames = record(random_sampler(tokenizer, method), SENTENCES[0])
     picture = Picture(svg.draw(SENTENCES[0], [(method, frames)]))
@@ -338,7 +339,7 @@ def plain(text):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Tty])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DECODERS)
 def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer, method, stream):
     """Also if it has fewer lines than the answer: nothing overwrites the last frame, so all of it is printed."""
     monkeypatch.setenv("COLUMNS", "80")
