@@ -103,10 +103,10 @@ def after_text(sequence: Sequence, stop: int, entry: int, ahead: int, tokenizer:
 
 
 def causal_span(sequence: Sequence, number: int, entry: int, ahead: int, tokenizer: Tokenizer,
-                rng: np.random.Generator, whole: float = WHOLE) -> Piece:  # fmt: skip
+                rng: np.random.Generator) -> Piece:  # fmt: skip
     """A span as a stream from `entry` on: its head and text, with `ahead` cut at a random place and drafted from there.
 
-    Its last target is the first [PAD] or, where the text fills the span, the text's last token. Of a share of `whole`
+    Its last target is the first [PAD] or, where the text fills the span, the text's last token. Of a share of WHOLE
     of the spans all text is known. `number`: of the span in `sequence.span`.
     """
     entries = np.flatnonzero(sequence.span == number)
@@ -114,7 +114,7 @@ def causal_span(sequence: Sequence, number: int, entry: int, ahead: int, tokeniz
     text = token[slots]
     text = text[: int((text != tokenizer.pad).sum()) + 1]  # with the first [PAD]
     known = len(text)  # how many of its tokens are predicted by known tokens
-    if ahead and rng.random() >= whole and known > 1:
+    if ahead and rng.random() >= WHOLE and known > 1:
         known = int(rng.integers(1, known))
     target = np.concatenate([np.full(slots[0] - 1, IGNORE), text[: known + ahead]])
     token = token[: slots[0] - 1 + known]

@@ -1,11 +1,11 @@
 """The methods of the comparison: each cuts an answer in another way, over the same layout, mask, loss and sampler.
 
-| method        | plan            | spans          | within a span      | closest published method                  |
+| method        | plan            | spans          | within a span      | closest published method                 |
 |---------------|-----------------|----------------|--------------------|------------------------------------------|
 | `planned`     | the model's     | many per round | both directions    | planned diffusion                        |
 | `dense`       | the model's     | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
 | `parallel-ar` | the model's     | many per round | left to right      | PASTA (tags within the text, no plan)    |
-| `joint`       | the model's     | many per round | either             | one model for `planned` and `parallel-ar` |
+| `joint`       | the model's     | many per round | either, by a coin  | `planned` and `parallel-ar` in one model |
 | `ar`          | none            | none           |                    | autoregressive decoding                  |
 | `block`       | given: a block  | one per round  | both directions    | BD3LM (1/t weights)                      |
 | `diffusion`   | given: one span | one per answer | both directions    | LLaDA (1/t weights)                      |

@@ -95,7 +95,7 @@ def test_the_last_frame_is_the_answer_and_each_pass_has_a_frame(tokenizer, metho
 def test_what_a_frame_knows_stays_so_drafts_are_in_none(monkeypatch, tokenizer, method, config):
     monkeypatch.setattr(decode, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
     rejected = 0
-    for seed in range(4):
+    for seed in range(12):
         frames = []
         sampler = random_sampler(tokenizer, method, seed, **config)
         (answer,) = sampler.answer([SENTENCES[1]], watch=lambda answer: frames.append(frame(answer)))
