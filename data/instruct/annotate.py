@@ -8,11 +8,11 @@ A text that shows no such structure, or whose plan would cost more than it saves
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from data.instruct.plans import Cut, build
-from data.instruct.structure import RULES, TEXT, Part, parts_by
+from data.instruct.structure import RULES, TEXT, Part, paragraphs, parts_by
 from data.instruct.topics import lead, name, strip_marker
 from tags import Round
 from tokenizer import MAX_LENGTH, Tokenizer
@@ -61,15 +61,26 @@ def objection(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
     A plan pays if plan, text and the longest span of each round are fewer tokens than the answer: the critical path
     is then shorter than one token per pass, even with one denoising step per slot.
     """
+    if why := unaskable(rounds, tokenizer):
+        return why
     path = total = 0
     for round_ in rounds:
         sizes = [len(tokenizer.encode(span.text)) for span in round_.spans]
-        if max(sizes, default=0) > MAX_LENGTH * tokenizer.unit:
-            return "a span too long to ask for"
         plan = sum(3 + len(tokenizer.encode(span.topic)) for span in round_.spans)  # 3: <topic>, length, </topic>
         text = len(tokenizer.encode(round_.text))
         path, total = path + text + plan + max(sizes, default=0), total + text + sum(sizes)
     return "" if path < total else "the plan costs what it saves"
+
+
+def unaskable(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
+    """Why no plan can ask for one of the spans, "" if plans can."""
+    for span in (span for round_ in rounds for span in round_.spans):
+        try:
+            tokenizer.encode_span(replace(span, length=tokenizer.units(span.text)))
+        except ValueError as error:
+            too_long = tokenizer.units(span.text) > MAX_LENGTH
+            return f"a span of more than {MAX_LENGTH} units" if too_long else str(error)
+    return ""
 
 
 # ---------------------------------------------------------------- from parts to rounds
@@ -77,7 +88,7 @@ def objection(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
 
 def cuts_by(rule: str, prompt: str, text: str) -> list[Cut]:
     """The cuts that a rule gives a text; [] if it finds no two parts that can be written side by side."""
-    cuts, parts = [], parts_by(rule, text, prompt)
+    cuts, parts = [], with_closing(parts_by(rule, text, prompt), text)
     for kind, run in groupby(parts, key=lambda part: part.kind):
         run = list(run)
         end = next((part.begin for part in parts if part.begin > run[-1].begin), len(text))
@@ -89,6 +100,14 @@ def cuts_by(rule: str, prompt: str, text: str) -> list[Cut]:
             sync = bool(cuts) and cuts[-1].topic is not None
             cuts += [Cut(begin, name, sync and i == 0) for i, ((begin, *_), name) in enumerate(zip(group, names))]
     return cuts if any(cut.topic for cut in cuts) else []
+
+
+def with_closing(parts: list[Part], text: str) -> list[Part]:
+    """The parts, the last paragraph of the last one apart if it refers back: "Overall, ..." below the last heading."""
+    begins = [paragraph.begin for paragraph in paragraphs(text) if parts and paragraph.begin > parts[-1].begin]
+    if begins and refers_back(text[begins[-1] :], [text[: begins[-1]]], last=False):
+        return [*parts, Part(begins[-1], TEXT)]
+    return parts
 
 
 def rounds_of(kind: str, run: list[Part], text: str) -> list[list[tuple[int, str, str]]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.instruct.readers import rows
+from tags import ASYNC, EOS, TOPIC, Round, parse_answer
 
 FIELDS = {  # form -> fields of the prompt, of what belongs to it, of the answer
     "alpaca": ("instruction", "input", "output"),
@@ -38,6 +39,7 @@ class Record:
     answer: str
     group: str  # records of one conversation or prompt: they belong in one split
     family: str = ""
+    rounds: tuple[Round, ...] = ()  # of an answer that carries control tags
     share: float = 0.0  # how much of its file has been read with it
 
 
@@ -61,12 +63,18 @@ def read(path: str | Path, form: str = "") -> Iterator[Record | Bad]:
             continue
         try:
             for record in records(row.fields, form):
-                record.prompt.encode(), record.answer.encode()  # ValueError: half a character
-                yield replace(record, place=row.place, share=row.share)
+                record.prompt.encode(), record.answer.encode(), record.family.encode()  # or: half a character
+                rounds = tuple(parse_answer(record.answer)) if tagged(record.answer) else ()
+                yield replace(record, rounds=rounds, place=row.place, share=row.share)
         except UnicodeEncodeError:
             yield Bad(row.place, "bytes or escapes that are no UTF-8", row.share)
         except ValueError as error:
             yield Bad(row.place, str(error), row.share)
+
+
+def tagged(answer: str) -> bool:
+    """Whether an answer carries control tags: it ends in <eos>, or has topics and spans. Else a tag in it is text."""
+    return answer.rstrip().endswith(EOS) or (TOPIC in answer and ASYNC in answer)
 
 
 # ---------------------------------------------------------------- forms

@@ -95,7 +95,7 @@ class Annotations:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.rows, self.used = path, self._read(), 0
+        self.path, self.rows = path, self._read()
         self.next = next(self.rows, None)
 
     def _read(self) -> Iterator[tuple[int, object]]:
@@ -121,5 +121,8 @@ class Annotations:
         if self.next is None or self.next[0] != number:
             return None
         said, self.next = self.next[1], next(self.rows, None)
-        self.used += 1
         return quoted(text, said)
+
+    def unused(self) -> int:
+        """The first record, of those not read along with, that a plan is for; 0: none."""
+        return self.next[0] if self.next else 0
