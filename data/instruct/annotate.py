@@ -17,6 +17,7 @@ from data.instruct.topics import lead, name, strip_marker
 from tags import Round
 from tokenizer import MAX_LENGTH, Tokenizer
 
+COSTS = "the plan costs what it saves"
 PROSE = ("paragraph", "line")  # kinds whose parts may lean on the part before
 
 
@@ -36,18 +37,25 @@ class Annotation:
 def annotate(prompt: str, text: str, tokenizer: Tokenizer) -> Annotation:
     """Cut an answer by the first rule whose plan can be asked for and pays.
 
-    The decision is the rule's name, or why the first rule that saw structure was not followed.
+    The decision is the rule's name, or why the text stays as it is. Where the plan of a rule costs too much, that of a
+    finer one would cost more.
     """
-    refused = ""
+    why = "no parallel structure"
     for rule in RULES:
-        if not (cuts := cuts_by(rule, prompt, text)):
+        parts = parts_by(rule, text, prompt)
+        if not any(a.kind == b.kind != TEXT for a, b in zip(parts, parts[1:])):
             continue
+        cuts = cuts_from(parts, text)
+        if not any(cut.topic for cut in cuts):
+            why = "its parts lean on each other"
+            break
         rounds, gaps = build(text, cuts)
         why = objection(rounds, tokenizer)
         if not why:
             return Annotation(rounds, gaps, rule)
-        refused = refused or f"text: {why}"
-    return as_text(text, refused or "text: no parallel structure")
+        if why == COSTS:
+            break
+    return as_text(text, f"text: {why}")
 
 
 def as_text(text: str, decision: str) -> Annotation:
@@ -69,7 +77,7 @@ def objection(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
         plan = sum(3 + len(tokenizer.encode(span.topic)) for span in round_.spans)  # 3: <topic>, length, </topic>
         text = len(tokenizer.encode(round_.text))
         path, total = path + text + plan + max(sizes, default=0), total + text + sum(sizes)
-    return "" if path < total else "the plan costs what it saves"
+    return "" if path < total else COSTS
 
 
 def unaskable(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
@@ -86,9 +94,9 @@ def unaskable(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
 # ---------------------------------------------------------------- from parts to rounds
 
 
-def cuts_by(rule: str, prompt: str, text: str) -> list[Cut]:
-    """The cuts that a rule gives a text; [] if it finds no two parts that can be written side by side."""
-    cuts, parts = [], with_closing(parts_by(rule, text, prompt), text)
+def cuts_from(parts: list[Part], text: str) -> list[Cut]:
+    """Spans of parts that can be written side by side, text of all else."""
+    cuts, parts = [], with_closing(parts, text)
     for kind, run in groupby(parts, key=lambda part: part.kind):
         run = list(run)
         end = next((part.begin for part in parts if part.begin > run[-1].begin), len(text))
@@ -99,7 +107,7 @@ def cuts_by(rule: str, prompt: str, text: str) -> list[Cut]:
             names = named([(content, topic) for _, content, topic in group]) if spans else [None]
             sync = bool(cuts) and cuts[-1].topic is not None
             cuts += [Cut(begin, name, sync and i == 0) for i, ((begin, *_), name) in enumerate(zip(group, names))]
-    return cuts if any(cut.topic for cut in cuts) else []
+    return cuts
 
 
 def with_closing(parts: list[Part], text: str) -> list[Part]:
@@ -154,8 +162,7 @@ SUMS_UP = re.compile(
 )
 POINTS_BACK = re.compile(
     r"\b(?:the (?:first|previous|other|last) (?:two|three|step|point|one|option|item)s?|(?:step|point|item|part)s? \d+|"
-    r"(?:mentioned|described|listed|shown|given) (?:above|earlier|before)|(?:all|any|each) of the above|"
-    r"the (?:above|former|latter))\b",
+    r"(?:mentioned|described|listed|shown|given) (?:above|earlier|before)|(?:all|any|each) of the above)\b",
     re.IGNORECASE,
 )
 CONTINUES = re.compile(

@@ -2,8 +2,8 @@
 
     sections     headings of one level, with what is below them
     items        list items, numbered steps, rows of a table, labelled entries
-    asked        sentences that answer one part of the question each
     paragraphs   paragraphs; in a text of one paragraph its lines
+    asked        sentences of one line that begin with the parts of the question
 """
 
 import re
@@ -21,6 +21,8 @@ class Part(NamedTuple):
 
 
 TEXT = "text"
+WRAPPED = 100  # characters of the longest line of a text whose line breaks may be there for the looks
+OPENING = 6  # words of a sentence in which a part of the question has to appear
 FENCE = re.compile(r"\s*(```|~~~)")
 BULLET = re.compile(r"([ \t]*)[-*+•–][ \t]+\S")
 NUMBER = re.compile(r"([ \t]*)(?:\*\*)?(?:step\s+)?\(?(\d{1,3}|[a-z](?=[.)]\s))[.):](?:\s|\*\*)", re.IGNORECASE)
@@ -139,23 +141,52 @@ def more_steps(all_lines: list[Line], number: int) -> bool:
     return not below and all_lines[number - 1].text.strip() != "" or str(int(before[0]) + 1) in below[:1]
 
 
-def asked(text: str, prompt: str) -> list[Part]:
-    """Sentences of a paragraph that answer the parts of a question, in its order.
+def paragraphs(text: str) -> list[Part]:
+    """Paragraphs; in a text of one paragraph its lines, where they are not wrapped. Lines of code stay together.
 
-    >>> answer = "It lives in a river. Its food is fish. Eagles eat it."
-    >>> [said for said, _ in cut(answer, asked, "Tell me about the river, the food and the eagles of it.")]
-    ['It lives in a river.', 'Its food is fish.', 'Eagles eat it.']
+    >>> cut("An otter.\\nIt swims.\\n\\nA bear.", paragraphs)
+    [('An otter.\\nIt swims.', 'paragraph'), ('A bear.', 'paragraph')]
+    >>> cut("An otter\\nswims.\\nA bear.", paragraphs)
+    [('An otter\\nswims.', 'line'), ('A bear.', 'line')]
+    """
+    kind = "paragraph" if re.search(r"\n[ \t]*\n", text.strip()) else "line"
+    parts, before, width = [], "", max(len(line) for line in text.split("\n"))
+    for line in lines(text):
+        begins = not before.strip() or (kind == "line" and not wrapped(before, line.text, width))
+        if line.text.strip() and (not parts or (begins and not line.code)):
+            parts.append(Part(line.begin, kind))
+        before = line.text
+    return parts
+
+
+def wrapped(before: str, line: str, width: int) -> bool:
+    """Whether a line goes on with the one before: it is indented, or that one is full and no sentence ends there.
+
+    >>> wrapped("The otter is an", "animal.", 20), wrapped("The otter.", "It swims.", 20), wrapped("An otter", "swims", 20)
+    (True, False, False)
+    """
+    full = width <= WRAPPED and len(before) + 1 + len((line.split() or [""])[0]) > width
+    return line[:1].isspace() or (full and (line[:1].islower() or not re.search(r"[.!?:;][\"')*_]*\s*$", before)))
+
+
+def asked(text: str, prompt: str) -> list[Part]:
+    """Sentences of a single paragraph that begin with the parts of a question, in its order.
+
+    >>> answer = "The river is long. Its food is fish. There are eagles. They are big."
+    >>> [said for said, _ in cut(answer, asked, "Tell me about the river, the food and the eagles of Brivok.")]
+    ['The river is long.', 'Its food is fish.', 'There are eagles. They are big.']
     """
     keys, parts = asked_for(prompt), []
+    if len(keys) < 2 or "\n" in text.strip():
+        return []
     begins = [0, *(match.end() for match in re.finditer(r"[.!?][\"')]?\s+(?=\S)", text))]
-    sentences = [(begin, text[begin:end].lower()) for begin, end in zip(begins, [*begins[1:], len(text)])]
+    openings = [(begin, " ".join(text[begin : begin + 80].lower().split()[:OPENING])) for begin in begins]
     for word in keys:
         last = parts[-1].begin if parts else -1
-        begin = next((begin for begin, s in sentences if begin > last and stem(word) in s), None)
-        if begin is not None:
-            parts.append(Part(begin, "sentence", word))
-    if len(keys) < 2 or len(parts) < len(keys):
-        return []
+        begin = next((begin for begin, opening in openings if begin > last and stem(word) in opening), None)
+        if begin is None:
+            return []
+        parts.append(Part(begin, "sentence", word))
     return parts if parts[0].begin == 0 else [Part(0, TEXT), *parts]
 
 
@@ -177,25 +208,7 @@ def stem(word: str) -> str:
     return re.sub(r"(?<=\w{3})(?:ies|es|s|ing|ed|y)$", "", word)
 
 
-def paragraphs(text: str) -> list[Part]:
-    """Paragraphs; in a text of one paragraph its lines. Lines of code stay together.
-
-    >>> cut("An otter.\\nIt swims.\\n\\nA bear.", paragraphs)
-    [('An otter.\\nIt swims.', 'paragraph'), ('A bear.', 'paragraph')]
-    """
-    kind = "paragraph" if re.search(r"\n[ \t]*\n", text.strip()) else "line"
-    parts, blank = [], True
-    for line in lines(text):
-        if line.text.strip():
-            if (blank or kind == "line") and not (line.code and parts):
-                parts.append(Part(line.begin, kind))
-            blank = False
-        else:
-            blank = True
-    return parts
-
-
-RULES = {"sections": sections, "items": items, "asked": asked, "paragraphs": paragraphs}
+RULES = {"sections": sections, "items": items, "paragraphs": paragraphs, "asked": asked}
 
 
 def parts_by(rule: str, text: str, prompt: str) -> list[Part]:
