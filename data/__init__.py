@@ -148,7 +148,7 @@ class _Sizes:
 
     def row(self) -> str:
         means = (total / max(self.examples, 1) for total in (self.prompt, self.plan, self.answer))
-        pads = 1 - self.filled / max(self.slots, 1)
+        pads = 1 - self.filled / self.slots if self.slots else 0
         return f"{self.examples:9}{''.join(f'{mean:8.1f}' for mean in means)}{pads:8.1%}"
 
 

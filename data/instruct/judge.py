@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Example, read_split
 from data.instruct.annotate import COSTS, annotate, objection
-from data.instruct.plans import restore
+from data.instruct.plans import cuts_of, restore
 from settings import add_settings, check, command, locate, pick, setting
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
@@ -51,19 +51,14 @@ class JudgeConfig:
 
 def facts(rounds: tuple[Round, ...], gaps: tuple[str, ...], tokenizer: Tokenizer) -> dict[str, set]:
     """What a plan says of a text, per kind, as sets that can be compared. The first border, at 0, is no merit."""
-    gaps = gaps or ("", *["\n"] * len(pieces(rounds)))
-    said, at = {kind: set() for kind in KINDS}, 0
-    places = iter(gaps)
-    for number, round_ in enumerate(rounds):
-        for piece in [*([round_.text] if round_.text else []), *round_.spans]:
-            at += len(next(places))
-            text = piece.text if isinstance(piece, Span) else piece
-            said["borders"] |= {at} if at > len(gaps[0]) else set()
-            said["rounds"].add((at, number))
-            if isinstance(piece, Span):
-                said["spans"].add((at, at + len(text)))
-                said["lengths"].add((at, tokenizer.units(text)))
-            at += len(text)
+    said, number = {kind: set() for kind in KINDS}, 0
+    for n, (cut, text) in enumerate(zip(cuts_of(rounds, gaps), pieces(rounds))):
+        number += cut.sync
+        said["rounds"].add((cut.begin, number))
+        said["borders"] |= {cut.begin} if n else set()
+        if cut.topic is not None:
+            said["spans"].add((cut.begin, cut.begin + len(text)))
+            said["lengths"].add((cut.begin, tokenizer.units(text)))
     return said
 
 

@@ -62,6 +62,20 @@ def restore(rounds: Iterable[Round], gaps: Iterable[str] = ()) -> str:
     return gaps[0] + "".join(part + gap for part, gap in zip(parts, gaps[1:]))
 
 
+def cuts_of(rounds: Iterable[Round], gaps: Iterable[str] = ()) -> list[Cut]:
+    """The cuts in `restore(rounds, gaps)` of which `build` makes these rounds again; the inverse of `build`."""
+    rounds, cuts = list(rounds), []
+    gaps = iter(tuple(gaps) or ("", *["\n"] * len(pieces(rounds))))
+    at = 0
+    for number, round_ in enumerate(rounds):
+        for place, (topic, text) in enumerate([(None, round_.text), *((span.topic, span.text) for span in round_.spans)]):
+            if text:
+                at += len(next(gaps))
+                cuts.append(Cut(at, topic, bool(number) and place == int(not round_.text)))
+                at += len(text)
+    return cuts
+
+
 # ---------------------------------------------------------------- plans made elsewhere
 
 

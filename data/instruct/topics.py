@@ -74,7 +74,8 @@ def strip_marker(text: str) -> str:
 
 
 def tidy(title: str) -> str:
-    """A heading as a name: no mark-up, small letters at its beginning, at most MOST_WORDS words."""
+    """A heading as a name: no mark-up, nothing in brackets, in small letters if only its first is a capital, short."""
+    title = re.sub(r"(?<=\w)\s*\([^()]*\)", "", title)
     words = re.sub(r"[*_`#\[\]{}<>|\"]+", " ", title).strip(" .:;,-–—()").split()
     title = " ".join(words[:MOST_WORDS])[:MOST_CHARACTERS].strip(" .:;,-–—(")
     return title if title[1:] != title[1:].lower() else title.lower()
