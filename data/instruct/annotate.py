@@ -161,7 +161,7 @@ SUMS_UP = re.compile(
     re.IGNORECASE,
 )
 POINTS_BACK = re.compile(
-    r"\b(?:the (?:first|previous|other|last) (?:two|three|step|point|one|option|item)s?|(?:step|point|item|part)s? \d+|"
+    r"\b(?:the (?:first|previous|other|last) (?:two|three|step|point|one|option|item)s?|(?:step|point|part)s? \d+|"
     r"(?:mentioned|described|listed|shown|given) (?:above|earlier|before)|(?:all|any|each) of the above)\b",
     re.IGNORECASE,
 )

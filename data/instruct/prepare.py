@@ -62,21 +62,23 @@ class PrepareConfig:
 
 
 class Progress:
-    """One line on stderr that is rewritten once per second, for files that take longer."""
+    """One line on stderr that is rewritten once per second, for files that take longer; in a log a line per minute."""
 
     def __init__(self, doing: str):
-        self.doing, self.start, self.count, self.last = doing, time.monotonic(), 0, time.monotonic()
+        self.doing, self.count, self.start = doing, 0, time.monotonic()
+        self.last, self.live = self.start, sys.stderr.isatty()
 
     def step(self, share: float) -> None:
         self.count, now = self.count + 1, time.monotonic()
-        if now - self.last > 1:
+        if now - self.last > (1 if self.live else 60):
             self.last, passed = now, now - self.start
             left = passed * (1 - share) / max(share, 1e-9)
-            print(f"\r{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second, "
-                  f"{left:.0f} s left   ", end="", file=sys.stderr, flush=True)  # fmt: skip
+            line = f"{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second"
+            line += f", {left:.0f} s left"
+            print(f"\r{line}   " if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def done(self) -> None:
-        if self.last - self.start > 1:
+        if self.live and self.last > self.start:
             print(file=sys.stderr)
 
 

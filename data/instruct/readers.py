@@ -62,7 +62,7 @@ def array_rows(path: Path) -> Iterator[Row]:
     """A JSON array, record by record: no more of the file is held than a record needs, and CHUNK."""
     size, eof, block = max(path.stat().st_size, 1), False, CHUNK
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        held = file.read(CHUNK)
+        held = file.read(4096)  # the bracket is in it: `rows` has looked
         at = held.index("[") + 1
         line = 1 + held.count("\n", 0, at)
         while True:
@@ -115,9 +115,9 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     size = max(path.stat().st_size, 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.reader(file, delimiter=delimiter, strict=True)
-        names, line = None, 1
+        names = None
         while True:
-            where, line = f"{path}, line {line}", table.line_num + 1
+            where = f"{path}, line {table.line_num + 1}"  # a row may take several lines
             try:
                 cells = next(table)
             except StopIteration:

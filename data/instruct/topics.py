@@ -49,7 +49,8 @@ def lead(text: str) -> tuple[str, str]:
         heading = (
             re.match(r"(\*\*|__)(?P<title>[^*_\n]{1,60})\1[:.]?", rest)
             or re.match(r":\w+ (?P<title>[\w*]+):", rest)  # :param x:
-            or re.match(r"(?P<title>[^\s:][^:.!?;\n]{0,39}?)\s?:(?=\s|$)", rest)
+            or re.match(r"(?P<title>[^\n]{1,60})\n(?:={3,}|-{3,})[ \t]*(?:\n|$)", rest)
+            or re.match(r"(?P<title>(?:[^\s:.!?;]+ ){0,4}[^\s:.!?;]+)\s?:(?=\s|$)", rest)
             or re.match(r"(?P<title>\w[^:.!?;,\n]{0,39}?) [–—-] ", rest)
             or re.match(r"(?P<title>[^|\n]{1,40}?)\s*\|", rest)  # first cell of a table's row
             or re.match(r"(?P<title>[*\w., ]{1,40})\n(?=[ \t]+\S)", rest)  # a term, its description indented
