@@ -132,7 +132,9 @@ class Annotations:
 
     def of(self, number: int, text: str) -> list[Cut] | None:
         """The cuts of record `number` (counted from 1), None if there are none. Raises ValueError if they do not fit."""
-        if self.next is None or self.next[0] != number:
+        while self.next and self.next[0] < number:  # of a record that was left out
+            self.next = next(self.rows, None)
+        if not self.next or self.next[0] != number:
             return None
         said, self.next = self.next[1], next(self.rows, None)
         return quoted(text, said)

@@ -50,8 +50,8 @@ class PrepareConfig:
     show: int = setting(0, "print the first so many annotated examples", at_least=0)
     max_bad: int = setting(100, "most records that may be unusable", at_least=0)
     max_tokens: int = setting(1024, "leave out records with more tokens of prompt and answer", at_least=1)
-    val: int = setting(200, "prompts for validation, at most a tenth of the data", at_least=1)
-    test: int = setting(200, "prompts for the test, at most a tenth of the data", at_least=1)
+    val: int = setting(200, "prompts for validation, at most about a tenth of all", at_least=1)
+    test: int = setting(200, "prompts for the test, at most about a tenth of all", at_least=1)
     sample: int = setting(20_000, "records that the tokenizer is trained on, drawn at random", at_least=1)
     vocab_size: int = setting(4096, "tokens in the tokenizer", at_least=330)
     unit: int = setting(10, "tokens in one unit of planned length", at_least=1)
@@ -113,7 +113,8 @@ class Survey:
         progress.done()
         if not self.good:
             raise ValueError(f"{', '.join(map(str, paths))}: no record that can be used")
-        tenth = max(1, self.good // 10)
+        full = len(lowest) == config.val + config.test  # then how dense the lowest are says how many prompts there are
+        tenth = max(1, (int(len(lowest) * 2**64 / (lowest[-1] + 1)) if full else len(lowest)) // 10)
         self.test = {*lowest[: min(config.test, tenth)]}
         self.val = {*lowest[len(self.test) : len(self.test) + min(config.val, tenth)]}
 
@@ -148,10 +149,9 @@ class Decider:
     def decide(self, record: Record) -> tuple[Annotation | None, str]:
         """The answer with its plan, None if the record is left out; and what was wrong with it or its plan, or ""."""
         self.number += 1
-        annotation, complaint = self.plan(record)
         tokens = len(self.tokenizer.encode(record.prompt)) + len(self.tokenizer.encode(record.answer))
-        if annotation and tokens > self.config.max_tokens:
-            annotation, complaint = None, f"longer than {self.config.max_tokens} tokens"
+        too_long = tokens > self.config.max_tokens
+        annotation, complaint = (None, f"longer than {self.config.max_tokens} tokens") if too_long else self.plan(record)
         if annotation is None:
             self.answers[f"left out: {re.sub('.*: ', '', complaint)}"] += 1
             return None, complaint

@@ -27,7 +27,6 @@ FENCE = re.compile(r"\s*(```|~~~)")
 BULLET = re.compile(r"([ \t]*)[-*+•–][ \t]+\S")
 NUMBER = re.compile(r"([ \t]*)(?:\*\*)?(?:step\s+)?\(?(\d{1,3}|[a-z](?=[.)]\s))[.):](?:\s|\*\*)", re.IGNORECASE)
 ROW = re.compile(r"[ \t]*\|.*\|[ \t]*$")
-RULE = re.compile(r"[ \t]*\|?[ \t:|-]*--[ \t:|-]*$")
 BOLD = re.compile(r"(\*\*|__)[^*_]+(?:\1:?|:\1)")
 LABEL = re.compile(r"(?:[A-Z][^\s:]*(?: [^\s:.,;!?]+){0,3}:|[a-z_*][\w*]*(?: \([^()\n]*\))? ?:)\s+\S|:\w+ [\w*]+:")
 
@@ -124,12 +123,17 @@ def item_kind(all_lines: list[Line], number: int) -> str:
     if NUMBER.match(line.text):
         return "step"
     if ROW.match(line.text):
-        header = number + 1 < len(all_lines) and RULE.match(all_lines[number + 1].text)
-        return TEXT if header or RULE.match(line.text) else "row"
+        header = number + 1 < len(all_lines) and is_rule(all_lines[number + 1].text)
+        return TEXT if header or is_rule(line.text) else "row"
     own = line.text[:1].strip()
     below = all_lines[number + 1].text if number + 1 < len(all_lines) else ""
     term = below[:1] in (" ", "\t") and below.strip() and not re.search(r"[.!?:]$", line.text) and not BULLET.match(below)
     return "entry" if own and (term or LABEL.match(line.text) or re.match(BOLD.pattern + r"\S*\s+\S", line.text)) else TEXT
+
+
+def is_rule(line: str) -> bool:
+    """Whether a line is the one below the header of a table."""
+    return "--" in line and not line.strip(" \t:|-")
 
 
 def more_steps(all_lines: list[Line], number: int) -> bool:
@@ -176,8 +180,8 @@ def asked(text: str, prompt: str) -> list[Part]:
     >>> [said for said, _ in cut(answer, asked, "Tell me about the river, the food and the eagles of Brivok.")]
     ['The river is long.', 'Its food is fish.', 'There are eagles. They are big.']
     """
-    keys, parts = asked_for(prompt), []
-    if len(keys) < 2 or "\n" in text.strip():
+    keys, parts = asked_for(prompt) if "\n" not in text.strip() else [], []
+    if len(keys) < 2:
         return []
     begins = [0, *(match.end() for match in re.finditer(r"[.!?][\"')]?\s+(?=\S)", text))]
     openings = [(begin, " ".join(text[begin : begin + 80].lower().split()[:OPENING])) for begin in begins]
@@ -196,8 +200,8 @@ def asked_for(prompt: str) -> list[str]:
     >>> asked_for("Compare the price, the weight of wood and its smells.")
     ['price', 'weight', 'smells']
     """
-    listed = re.search(r"[^.?!:\n]*\b(?:and|or)\b[^.?!:\n]*", prompt)
-    chunks = re.split(r",\s*(?:and|or)\s+|,\s*|\s+(?:and|or)\s+", listed[0].strip()) if listed else []
+    listed = next((said for said in re.split(r"[.?!:\n]", prompt) if re.search(r"\b(?:and|or)\b", said)), "")
+    chunks = re.split(r",\s*(?:and|or)\s+|,\s*|\s+(?:and|or)\s+", listed.strip())
     chunks = [re.split(r"\s(?:of|in|for|at|on|to|between|from|with)\s", chunk)[0].split() for chunk in chunks]
     keys = [chunk[-1].lower().strip("\"'()") for chunk in chunks if chunk]
     return keys if all(keys) and len(set(map(stem, keys))) == len(keys) else []
