@@ -19,7 +19,13 @@ from model import save_checkpoint
 from tags import Round, Span, pieces
 
 ROOT = Path(__file__).resolve().parents[1]
-TWO = Example("p", (Round("Hi.", (Span("a", "one", 1), Span("b", "two", 2), Span("c", "three", 1))), Round("Bye.", (Span("d", "four", 1),))))
+TWO = Example(
+    "p",
+    (
+        Round("Hi.", (Span("a", "one", 1), Span("b", "two", 2), Span("c", "three", 1))),
+        Round("Bye.", (Span("d", "four", 1),)),
+    ),
+)
 
 
 # ---------------------------------------------------------------- questions
@@ -48,7 +54,9 @@ def test_the_numbers_of_what_is_asked_are_those_of_the_pieces(tokenizer):
 
 def test_a_question_shows_prompt_plan_and_what_may_be_known():
     piece = [*asked(TWO)][1]
-    assert question("p", piece, piece.others) == Example("p\nPlan: a 1, b 2, c 1\nHi.\na: one\nWrite: b", (Round("two"),))
+    assert question("p", piece, piece.others) == Example(
+        "p\nPlan: a 1, b 2, c 1\nHi.\na: one\nWrite: b", (Round("two"),)
+    )
     assert "one" not in question("p", piece, ()).prompt
 
 
@@ -64,7 +72,7 @@ def test_nats_are_those_of_one_token_after_another(tokenizer, model):
             n = len(known)
             see = torch.tensor([[[i + 1, 0, 0] for i in range(n)]])
             hidden = model(torch.tensor([known]), torch.arange(n)[None], see)
-            total -= float(model.logits(hidden)[0, -1].log_softmax(-1)[token])
+            total -= model.logits(hidden)[0, -1].log_softmax(-1)[token].item()
             known.append(token)
         assert nats == pytest.approx(total / len(answer), rel=1e-4)
 
@@ -79,7 +87,12 @@ class Copyist:
 def test_a_span_that_repeats_another_gains_and_others_do_not():
     spans = (Span("a", "x", 1), Span("b", "y", 1), Span("c", "x", 1), Span("d", "x", 1))
     (found,) = gains([Example("p", (Round("", spans), Round("z")))], Copyist())
-    assert [(gain.piece.topic, gain.all, gain.nearest) for gain in found] == [("b", 0, 0), ("c", 2, 0), ("d", 2, 2), (LATER, 0, 0)]
+    assert [(gain.piece.topic, gain.all, gain.nearest) for gain in found] == [
+        ("b", 0, 0),
+        ("c", 2, 0),
+        ("d", 2, 2),
+        (LATER, 0, 0),
+    ]
     lines = [*table([found], 0.1)]
     assert [line.split()[-1] for line in lines[1:]] == ["0%", "100%", "100%", "0%"]
 
@@ -105,7 +118,11 @@ FIVE = Example("p", (Round("Hi.", tuple(Span(text[0], text, 9) for text in LONG[
         ([gain(3, 0.5, 0.5)], [["Hi.", "ABD"], ["Bye.", ""]], "merged"),
         ([gain(2, 0.5)], [["Hi.\n" + LONG[0], ""], ["", "BCD"], ["Bye.", ""]], "later"),
         ([gain(2, 0.5, 0.5), gain(4, 0.5)], [["Hi.", "AC"], [LONG[3], ""], ["Bye.", ""]], "later"),
-        ([gain(2, 0.5, 0.5), gain(3, 0.5, 0.5), gain(4, 0.5, 0.5)], [["\n".join(["Hi.", *LONG[:4], "Bye."]), ""]], "now plain text"),
+        (
+            [gain(2, 0.5, 0.5), gain(3, 0.5, 0.5), gain(4, 0.5, 0.5)],
+            [["\n".join(["Hi.", *LONG[:4], "Bye."]), ""]],
+            "now plain text",
+        ),
     ],
 )
 def test_a_span_that_gains_too_much_is_merged_or_waits_and_the_text_stays(tokenizer, found, expected, what):
@@ -125,7 +142,11 @@ def test_any_revision_keeps_the_text_and_has_no_lone_span(tokenizer):
         rng, example = random.Random(seed), random_example(seed, tokenizer)
         if not pieces(example.rounds):
             continue
-        found = [gain(p.number, rng.choice([0, 1]), rng.choice([0, 1])) for p in asked(example) if p.others and p.topic != LATER]
+        found = [
+            gain(p.number, rng.choice([0, 1]), rng.choice([0, 1]))
+            for p in asked(example)
+            if p.others and p.topic != LATER
+        ]
         new, done = revised(example, found, 0.5, tokenizer)
         assert restore(new.rounds, new.gaps) == restore(example.rounds, example.gaps)
         assert done == "kept" or all(len(round_.spans) != 1 for round_ in new.rounds)
@@ -138,7 +159,9 @@ def test_the_command_writes_questions_and_revised_data(tmp_path, tokenizer, monk
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["dependence.py", str(data), *map(str, args)])
-        with pytest.raises(SystemExit) if "--model" not in args and "--questions" not in args else monkeypatch.context():
+        with (
+            pytest.raises(SystemExit) if "--model" not in args and "--questions" not in args else monkeypatch.context()
+        ):
             runpy.run_path(str(ROOT / "data/instruct/dependence.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -150,7 +173,9 @@ def test_the_command_writes_questions_and_revised_data(tmp_path, tokenizer, monk
     save_checkpoint(model, small_model(tokenizer.vocab_size), tokenizer, {})
     out = run("--model", model, "--out", tmp_path / "out", "--threshold", 0, "--device", "cpu")
     assert LATER in out and "plans: " in out
-    texts = [[restore(e.rounds, e.gaps) for e in read_split(folder / "val.jsonl")] for folder in (data, tmp_path / "out")]
+    texts = [
+        [restore(e.rounds, e.gaps) for e in read_split(folder / "val.jsonl")] for folder in (data, tmp_path / "out")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -176,10 +201,14 @@ def test_scores_are_precision_and_recall():
 
 def test_a_plan_that_the_rules_find_is_judged_perfect_and_a_wrong_one_named(tokenizer):
     good = Example("p", (Round("", tuple(Span(text[0], text) for text in LONG)), Round("Overall, fine.")))
-    wrong = replace(good, rounds=(Round("", good.rounds[0].spans[:2]), *(Round(text) for text in LONG[2:]), good.rounds[1]))
+    wrong = replace(
+        good, rounds=(Round("", good.rounds[0].spans[:2]), *(Round(text) for text in LONG[2:]), good.rounds[1])
+    )
     scores, (first, second) = judge([good, wrong], tokenizer)
     assert second.f1 == 1 and not second.missed + second.extra
-    assert first.f1 == pytest.approx(4 / 7) and [text[0] for text in first.extra] == ["C", "D", "E"] and not first.missed
+    assert (
+        first.f1 == pytest.approx(4 / 7) and [text[0] for text in first.extra] == ["C", "D", "E"] and not first.missed
+    )
     assert scores["spans"].recall == 1 and scores["spans"].precision == 0.7
     assert scores["borders"].f1 == 1 and scores["rounds"].precision < 1
 
@@ -190,4 +219,10 @@ def test_docstrings_give_a_span_per_parameter(form):
     assert len(examples) > 100
     (clip,) = [e for e in examples if e.prompt.startswith("numpy.clip(")]
     assert [span.topic for span in clip.rounds[0].spans[:3]] == ["a", "a_max, a_min", "out"]
-    assert clip.rounds[0].spans[0].text == {"written": "a : array_like\n    Array containing elements to clip.", "prose": "Array containing elements to clip."}[form]
+    assert (
+        clip.rounds[0].spans[0].text
+        == {
+            "written": "a : array_like\n    Array containing elements to clip.",
+            "prose": "Array containing elements to clip.",
+        }[form]
+    )

@@ -11,13 +11,17 @@ from conftest import NASTY
 from data.instruct import readers
 from data.instruct.forms import Bad, Record, read
 
-RECORDS = [("Say hi.", "Hi!"), ("Add.\n\n1 and 2", '3, "three"\nin words'), ("Otter?", "水獺, {[\"]} \\ end")]
+RECORDS = [("Say hi.", "Hi!"), ("Add.\n\n1 and 2", '3, "three"\nin words'), ("Otter?", '水獺, {["]} \\ end')]
 ROWS = {
-    "alpaca": [{"instruction": p.split("\n\n")[0], "input": "\n\n".join(p.split("\n\n")[1:]), "output": a} for p, a in RECORDS],
+    "alpaca": [
+        {"instruction": p.split("\n\n")[0], "input": "\n\n".join(p.split("\n\n")[1:]), "output": a} for p, a in RECORDS
+    ],
     "dolly": [{"instruction": p, "context": "", "response": a, "category": "qa"} for p, a in RECORDS],
     "completion": [{"prompt": p, "completion": a} for p, a in RECORDS],
     "answer": [{"prompt": p, "answer": a, "family": "f"} for p, a in RECORDS],
-    "messages": [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]} for p, a in RECORDS],
+    "messages": [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]} for p, a in RECORDS
+    ],
     "sharegpt": [{"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": a}]} for p, a in RECORDS],
 }
 
@@ -70,7 +74,14 @@ def test_a_form_that_is_named_is_the_only_one(tmp_path):
 
 
 def test_a_conversation_is_a_record_per_reply_and_all_of_them_are_of_one_group(tmp_path):
-    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"), ("assistant", "Bye."), ("user", "?")]
+    turns = [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", "Yes?"),
+        ("user", "Bye"),
+        ("assistant", "Bye."),
+        ("user", "?"),
+    ]
     path = write(tmp_path / "a.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
     first, second = read(path)
     assert (first.prompt, first.answer) == ("Be kind.\n\nHi", "Yes?")
@@ -80,7 +91,12 @@ def test_a_conversation_is_a_record_per_reply_and_all_of_them_are_of_one_group(t
 
 def test_an_answer_with_tags_is_parsed_and_one_that_only_mentions_a_tag_is_text(tmp_path):
     tagged = "<topic> a 1</topic><topic> b 1</topic><async> a: x</async><async> b: y</async><eos>"
-    answers = [tagged, tagged.removesuffix("<eos>"), "Use <topic> in XML.", "<topic> a</topic><async> a: x</async><eos>"]
+    answers = [
+        tagged,
+        tagged.removesuffix("<eos>"),
+        "Use <topic> in XML.",
+        "<topic> a</topic><async> a: x</async><eos>",
+    ]
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": answer} for answer in answers])
     good, cut, text, broken = read(path)
     assert [span.text for span in good.rounds[0].spans] == ["x", "y"]
@@ -122,7 +138,11 @@ def test_a_broken_record_is_named_by_line_and_the_rest_is_read(tmp_path, line, s
 
 def test_bytes_that_are_no_text_are_named_in_every_kind_of_file(tmp_path):
     for name, start, end in [("a.jsonl", b"", b""), ("a.json", b"[\n", b"]"), ("a.csv", b"prompt,completion\n", b"")]:
-        bad, good = (b"x,\xff\n", b"x,y\n") if ".csv" in name else (b'{"prompt":"x","completion":"\xff"}\n', b'{"prompt":"x","completion":"y"}\n')
+        bad, good = (
+            (b"x,\xff\n", b"x,y\n")
+            if ".csv" in name
+            else (b'{"prompt":"x","completion":"\xff"}\n', b'{"prompt":"x","completion":"y"}\n')
+        )
         comma = b"," if name == "a.json" else b""
         (tmp_path / name).write_bytes(start + bad + comma + good + end)
         found = list(read(tmp_path / name))
@@ -133,7 +153,10 @@ def test_a_row_of_a_table_with_too_many_cells_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"a\nb",c\nd,e,f\ng,h\n')
     assert reasons(path) == [("line 4", "3 cells, not 2")]
-    assert [record.place for record in read(path) if isinstance(record, Record)] == [f"{path}, line 2", f"{path}, line 5"]
+    assert [record.place for record in read(path) if isinstance(record, Record)] == [
+        f"{path}, line 2",
+        f"{path}, line 5",
+    ]
 
 
 def test_a_file_that_cannot_be_read_is_one_error(tmp_path):
@@ -159,7 +182,9 @@ def test_an_array_is_cut_into_the_values_that_json_finds_wherever_its_chunks_end
     values = [nasty_value(rng) for _ in range(rng.randint(0, 6))]
     indent, escaped = rng.choice([None, 1]), rng.random() < 0.5
     path = tmp_path / "a.json"
-    path.write_text("\n " * rng.randint(0, 2) + json.dumps(values, indent=indent, ensure_ascii=escaped) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n " * rng.randint(0, 2) + json.dumps(values, indent=indent, ensure_ascii=escaped) + "\n", encoding="utf-8"
+    )
     found = [row.fields for row in readers.rows(path)]
     assert found == [[value] if isinstance(value, str) else value for value in values]  # a str would be a reason
 

@@ -14,7 +14,7 @@ from data.instruct.annotate import COSTS, annotate, as_text
 from data.instruct.plans import Annotations, Cut, build, cuts_of, quoted, restore
 from data.instruct.structure import RULES, parts_by
 from tags import format_answer, parse_answer, pieces
-from tokenizer import MAX_LENGTH, Tokenizer
+from tokenizer import MAX_LENGTH
 
 MARKS = ["- ", "* ", "1. ", "2) ", "# ", "## ", "**Food:** ", "Pros: ", "x : int\n    ", "```\n", "| a | b |\n", "|---|\n",
          "Overall, ", "It also ", "Step 3: ", ":param x: ", "\n", "\n\n", "\n  ", " ", "===\n", "> ", "Notes:\n"]  # fmt: skip
@@ -38,7 +38,9 @@ def outline(rounds):
 # ---------------------------------------------------------------- nothing is lost
 
 
-@pytest.mark.parametrize("module", ["annotate", "dependence", "forms", "judge", "plans", "readers", "structure", "topics"])
+@pytest.mark.parametrize(
+    "module", ["annotate", "dependence", "forms", "judge", "plans", "readers", "structure", "topics"]
+)
 def test_the_examples_of_the_docstrings_are_so(module):
     result = doctest.testmod(importlib.import_module(f"data.instruct.{module}"))
     assert not result.failed
@@ -71,7 +73,9 @@ def test_cuts_and_rounds_are_two_ways_to_write_the_same(seed):
     assert len(rounds) == 1 + sum(cut.sync for cut in cuts)
 
 
-@pytest.mark.parametrize("cuts", [[], [Cut(2)], [Cut(0), Cut(0)], [Cut(4), Cut(0)], [Cut(0), Cut(3, "a"), Cut(4, "b")], [Cut(0, " ")]])
+@pytest.mark.parametrize(
+    "cuts", [[], [Cut(2)], [Cut(0), Cut(0)], [Cut(4), Cut(0)], [Cut(0), Cut(3, "a"), Cut(4, "b")], [Cut(0, " ")]]
+)
 def test_cuts_that_leave_something_out_or_empty_are_errors(cuts):
     with pytest.raises(ValueError):
         build("one two", cuts)
@@ -104,12 +108,18 @@ A, B, C = long("Otters swim"), long("Bears sleep"), long("Foxes hunt")
     "text, expected",
     [
         (f"Three:\n- {A}\n- {B}\n- {C}", [["Three:", ["otters swim", "bears sleep", "foxes hunt"]]]),
-        (f"1. **Home**: {A}\n   - more\n2. **Food:** {B}\n\nOverall, fine.", [["", ["home", "food"]], ["Overall, fine.", []]]),
+        (
+            f"1. **Home**: {A}\n   - more\n2. **Food:** {B}\n\nOverall, fine.",
+            [["", ["home", "food"]], ["Overall, fine.", []]],
+        ),
         (f"# All\n## Home\n{A}\n\n## Food\n{B}", [["# All", ["home", "food"]]]),
         (f"**Home**\n\n{A}\n\n**Food**\n\n{B}\n\nIn short: {C}", [["", ["home", "food"]], [f"In short: {C}", []]]),
         (f"Home\n----\n{A}\n\nFood\n----\n{B}", [["", ["home", "food"]]]),
         (f"Pros:\n- {A}\n- {B}\n\nCons:\n- {C}\n- {A}", [["", ["pros", "cons"]]]),
-        (f"| who | what |\n|---|---|\n| otter | {A} |\n| bear | {B} |", [["| who | what |\n|---|---|", ["otter", "bear"]]]),
+        (
+            f"| who | what |\n|---|---|\n| otter | {A} |\n| bear | {B} |",
+            [["| who | what |\n|---|---|", ["otter", "bear"]]],
+        ),
         (f"x : int\n    {A}\ny, z : float\n    {B}", [["", ["x", "y, z"]]]),
         (f":param x: {A}\n:param y: {B}", [["", ["x", "y"]]]),
         (f"Home: {A}\nFood: {B}", [["", ["home", "food"]]]),
@@ -117,8 +127,14 @@ A, B, C = long("Otters swim"), long("Bears sleep"), long("Foxes hunt")
         (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim", "bears sleep"]]]),
         (f"1. {A}\n\n```\n1. x\n2. y\n```\n2. {B}", [["", ["otters swim", "bears sleep"]]]),
         (f"1. {A}\n- {C}\n2. {B}\n- {C}", [["", ["otters swim", "bears sleep"]]]),
-        (f"- {A}\n- {B}\n\nThen:\n\n- {C}\n- {A}", [["", ["otters swim", "bears sleep"]], ["Then:", ["foxes hunt", "otters swim"]]]),
-        (f"- {A}\n- {B}\n- All of these: {C}\n- {A}", [["", ["otters swim", "bears sleep"]], ["", ["all of these", "otters swim"]]]),
+        (
+            f"- {A}\n- {B}\n\nThen:\n\n- {C}\n- {A}",
+            [["", ["otters swim", "bears sleep"]], ["Then:", ["foxes hunt", "otters swim"]]],
+        ),
+        (
+            f"- {A}\n- {B}\n- All of these: {C}\n- {A}",
+            [["", ["otters swim", "bears sleep"]], ["", ["all of these", "otters swim"]]],
+        ),
     ],
 )
 def test_structure_becomes_spans_and_what_refers_back_a_later_round(tokenizer, text, expected):
@@ -147,7 +163,7 @@ def test_a_text_without_structure_that_pays_is_left_alone(tokenizer, text, why):
 
 def test_parts_of_the_question_are_found_in_a_single_line(tokenizer):
     prompt = "Tell me about the river, the food and the ruler of Brivok."
-    text = f"The river is long, says {A} Its food is fish. {B} A ruler is there: {C}"
+    text = f"The river is long, says {A} Its food is fish. {B} The ruler is there: {C}"
     (round_,) = annotate(prompt, text, tokenizer).rounds
     assert [span.topic for span in round_.spans] == ["river", "food", "ruler"]
     assert annotate("Bread with butter and salt?", text, tokenizer).decision == "text: no parallel structure"
@@ -172,16 +188,30 @@ def test_topics_of_a_plan_differ(tokenizer):
 
 def test_quotes_become_cuts_and_those_not_in_the_text_are_errors():
     text = "All: an otter, a bear. In short, two."
-    said = [{"begins": "All:"}, {"topic": "otter", "begins": "an otter"}, {"topic": "bear", "begins": "a bear"}, {"begins": "In short"}]
+    said = [
+        {"begins": "All:"},
+        {"topic": "otter", "begins": "an otter"},
+        {"topic": "bear", "begins": "a bear"},
+        {"begins": "In short"},
+    ]
     assert outline(build(text, quoted(text, said))[0]) == [["All:", ["otter", "bear"]], ["In short, two.", []]]
-    for broken in ("x", [3], [{"topic": "a"}], [{"begins": "All", "topic": 3}], [{"begins": "All", "sync": "yes"}], said[::-1]):
+    for broken in (
+        "x",
+        [3],
+        [{"topic": "a"}],
+        [{"begins": "All", "topic": 3}],
+        [{"begins": "All", "sync": "yes"}],
+        said[::-1],
+    ):
         with pytest.raises(ValueError):
             build(text, quoted(text, broken))
 
 
 def test_annotations_are_read_along_with_the_records(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"record": 2, "pieces": [{"begins": "b"}]}\n\n{"record": 5, "pieces": []}\n{"record": 9, "pieces": []}\n')
+    path.write_text(
+        '{"record": 2, "pieces": [{"begins": "b"}]}\n\n{"record": 5, "pieces": []}\n{"record": 9, "pieces": []}\n'
+    )
     annotations = Annotations(path)
     assert [annotations.of(number, "a b") for number in (1, 2, 3)] == [None, [Cut(2)], None]
     assert annotations.unused() == 5

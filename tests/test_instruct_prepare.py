@@ -25,9 +25,18 @@ def alpaca(n=50):
     rows = []
     for i in range(n):
         animal = ANIMALS[i % len(ANIMALS)]
-        steps = "".join(f"{k}. **{name}**: {fact} So does the {animal}.\n" for k, (name, fact) in enumerate(zip(("Home", "Food", "Play"), FACTS), 1))
-        parts = "\n\n".join(f"## {name}\n{fact} So does the {animal}." for name, fact in zip(("Home", "Food", "Play"), FACTS))
-        output = [f"About the {animal}:\n\n{steps}\nOverall, the {animal} is playful.", parts, f"The {animal} is an animal."][i % 3]
+        steps = "".join(
+            f"{k}. **{name}**: {fact} So does the {animal}.\n"
+            for k, (name, fact) in enumerate(zip(("Home", "Food", "Play"), FACTS), 1)
+        )
+        parts = "\n\n".join(
+            f"## {name}\n{fact} So does the {animal}." for name, fact in zip(("Home", "Food", "Play"), FACTS)
+        )
+        output = [
+            f"About the {animal}:\n\n{steps}\nOverall, the {animal} is playful.",
+            parts,
+            f"The {animal} is an animal.",
+        ][i % 3]
         rows.append({"instruction": f"Tell me about {animal} {i}.", "input": "", "output": output})
     return rows
 
@@ -72,9 +81,23 @@ def test_what_is_prepared_trains_samples_and_is_measured(run, prepare, tmp_path)
     code, out, err = run("train.py", "--data", tmp_path / "set", "--out", tmp_path / "run", "--steps", 20, *size)
     assert code == 0 and "step     20/20" in out, err
     model = tmp_path / "run" / "model.safetensors"
-    code, out, err = run("sample.py", "--checkpoint", model, "--prompt", "Tell me about otter 3.", "--max_tokens", 60, "--json")
+    code, out, err = run(
+        "sample.py", "--checkpoint", model, "--prompt", "Tell me about otter 3.", "--max_tokens", 60, "--json"
+    )
     assert code == 0 and "text" in json.loads(out), err
-    code, out, err = run("measure/eval.py", "--checkpoint", model, "--data", tmp_path / "set", "--draws", 1, "--limit", 2, "--max_tokens", 60)
+    code, out, err = run(
+        "measure/eval.py",
+        "--checkpoint",
+        model,
+        "--data",
+        tmp_path / "set",
+        "--draws",
+        1,
+        "--limit",
+        2,
+        "--max_tokens",
+        60,
+    )
     assert code == 0 and "| items |" in out + err or "| sections |" in out or "| text |" in out, err
 
 
@@ -165,14 +188,22 @@ def test_tagged_answers_keep_their_plan(prepare, tmp_path):
 
 def test_plans_made_elsewhere_are_used_where_they_fit(prepare, tmp_path):
     path = save(tmp_path / "a.jsonl", alpaca(12))
-    quotes = [{"begins": "About"}, {"topic": "all of it", "begins": "1. "}, {"topic": "its play", "begins": "3. "}, {"begins": "Overall"}]
+    quotes = [
+        {"begins": "About"},
+        {"topic": "all of it", "begins": "1. "},
+        {"topic": "its play", "begins": "3. "},
+        {"begins": "Overall"},
+    ]
     plans = [{"record": 1, "pieces": quotes}, {"record": 4, "pieces": [{"begins": "Nothing such"}]}]
     _, out, _ = prepare(path, "--out", tmp_path / "set", "--annotations", save(tmp_path / "plans.jsonl", plans))
     examples = {e.prompt: e for part in written(tmp_path / "set").values() for e in part}
     first, fourth = examples["Tell me about otter 0."], examples["Tell me about wolf 3."]
     assert [span.topic for span in first.rounds[0].spans] == ["all of it", "its play"] and first.family == "annotations"
     assert [span.topic for span in fourth.rounds[0].spans] == ["home", "food", "play"]
-    assert "line 4: its annotation is not used: piece 1: 'Nothing such' is not in the text" in (tmp_path / "set" / "rejected.txt").read_text()
+    assert (
+        "line 4: its annotation is not used: piece 1: 'Nothing such' is not in the text"
+        in (tmp_path / "set" / "rejected.txt").read_text()
+    )
 
 
 def test_plans_for_no_record_are_an_error(prepare, tmp_path):
@@ -188,7 +219,9 @@ def test_requests_hold_the_prompt_the_answer_and_the_number(prepare, tmp_path):
     assert [request["record"] for request in requests] == [*range(1, 13)]
     for request, row in zip(requests, rows):
         assert row["instruction"] in request["request"] and row["output"] in request["request"]
-        assert f'{{"record": {request["record"]}, "pieces"' in request["request"] and "{prompt}" not in request["request"]
+        assert (
+            f'{{"record": {request["record"]}, "pieces"' in request["request"] and "{prompt}" not in request["request"]
+        )
     assert "--requests" in PROMPT.read_text() and "--requests" not in requests[0]["request"]
 
 
@@ -216,6 +249,9 @@ def test_memory_does_not_grow_with_the_records(prepare, tmp_path):
 
 
 def test_control_tags_in_a_plain_answer_stay_text(prepare, tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": f"The tags {PAD} and <topic> are text, as is \\<eos> here."} for i in range(12)]
+    rows = [
+        {"prompt": f"p{i}", "completion": f"The tags {PAD} and <topic> are text, as is \\<eos> here."}
+        for i in range(12)
+    ]
     prepare(save(tmp_path / "a.jsonl", rows), "--out", tmp_path / "set")
     assert all(plain_text(e.rounds) == rows[0]["completion"] for e in written(tmp_path / "set")["train"])

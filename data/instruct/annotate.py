@@ -167,7 +167,7 @@ POINTS_BACK = re.compile(
 )
 CONTINUES = re.compile(
     r"(?:it|its|he|she|his|her|they|their|them|this|that|such|however|but|and|or|yet|nevertheless|instead|otherwise|"
-    r"then|so|also|for (?:example|instance)|similarly|conversely|on the other hand|in contrast|meanwhile|afterwards?|"
+    r"then|so|also|for (?:example|instance)|similarly|conversely|on the other hand|in contrast|afterwards?|"
     r"after (?:that|this)|because of (?:this|that))\b",
     re.IGNORECASE,
 )

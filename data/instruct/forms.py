@@ -139,7 +139,9 @@ def conversation(fields: dict, name: str, role: str, content: str) -> Iterator[R
         try:
             kind, words = ROLES.get(str(turn.get(role)).lower()), text(turn, content).strip()
             if not words or kind is None:
-                raise ValueError("it is empty" if kind else f"{role!r} is {turn.get(role)!r:.40}, not one of {', '.join(ROLES)}")
+                raise ValueError(
+                    "it is empty" if kind else f"{role!r} is {turn.get(role)!r:.40}, not one of {', '.join(ROLES)}"
+                )
             if kind == "system" and not said:
                 system += words + "\n\n"
                 continue
@@ -148,7 +150,11 @@ def conversation(fields: dict, name: str, role: str, content: str) -> Iterator[R
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from None
         if kind == "assistant":
-            asked = said[0] if len(said) == 1 else "\n\n".join(map("{}: {}".format, ("User", "Assistant") * len(said), said))
+            asked = (
+                said[0]
+                if len(said) == 1
+                else "\n\n".join(map("{}: {}".format, ("User", "Assistant") * len(said), said))
+            )
             replies += 1
             yield Record("", system + asked, words, system + said[0])
         said.append(words)

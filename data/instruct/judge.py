@@ -71,7 +71,11 @@ class Score:
     known: int = 0
 
     def add(self, found: set, known: set) -> None:
-        self.right, self.found, self.known = self.right + len(found & known), self.found + len(found), self.known + len(known)
+        self.right, self.found, self.known = (
+            self.right + len(found & known),
+            self.found + len(found),
+            self.known + len(known),
+        )
 
     @property
     def precision(self) -> float:
@@ -127,7 +131,11 @@ def docstrings(packages: list[str], form: str) -> Iterator[Example]:
         try:
             names = {*inspect.signature(function).parameters}
         except (ValueError, TypeError):
-            names = set(re.findall(r"\w+", re.match(r"[\w.]*\((.*?)\)", text, re.DOTALL)[1])) if re.match(r"[\w.]*\(", text) else set()
+            names = (
+                set(re.findall(r"\w+", re.match(r"[\w.]*\((.*?)\)", text, re.DOTALL)[1]))
+                if re.match(r"[\w.]*\(", text)
+                else set()
+            )
         section = parameters(text)
         if text in seen or not section:
             continue
@@ -205,7 +213,9 @@ def main() -> None:
     if not paying:
         raise ValueError(f"{args.what}: nothing to judge on")
     scores, verdicts = judge(paying, tokenizer)
-    print(f"{len(paying)} of {len(examples)} answers have a plan that pays: {scores['spans'].known} spans in {scores['rounds'].known} pieces")
+    print(
+        f"{len(paying)} of {len(examples)} answers have a plan that pays: {scores['spans'].known} spans in {scores['rounds'].known} pieces"
+    )
     print(f"{'':10}{'precision':>10}{'recall':>8}{'F1':>8}")
     for kind, score in scores.items():
         print(f"{kind:10}{score.precision:10.1%}{score.recall:8.1%}{score.f1:8.1%}")

@@ -68,7 +68,9 @@ def cuts_of(rounds: Iterable[Round], gaps: Iterable[str] = ()) -> list[Cut]:
     gaps = iter(tuple(gaps) or ("", *["\n"] * len(pieces(rounds))))
     at = 0
     for number, round_ in enumerate(rounds):
-        for place, (topic, text) in enumerate([(None, round_.text), *((span.topic, span.text) for span in round_.spans)]):
+        for place, (topic, text) in enumerate(
+            [(None, round_.text), *((span.topic, span.text) for span in round_.spans)]
+        ):
             if text:
                 at += len(next(gaps))
                 cuts.append(Cut(at, topic, bool(number) and place == int(not round_.text)))
@@ -92,8 +94,15 @@ def quoted(text: str, said: object) -> list[Cut]:
     cuts, at = [], 0
     for number, piece in enumerate(said, 1):
         begins, topic, sync = piece.get("begins"), piece.get("topic"), piece.get("sync", False)
-        if not isinstance(begins, str) or not begins.strip() or not isinstance(topic, str | None) or type(sync) is not bool:
-            raise ValueError(f"piece {number}: expected 'begins', a quote, and perhaps 'topic', a name, and 'sync': true")
+        if (
+            not isinstance(begins, str)
+            or not begins.strip()
+            or not isinstance(topic, str | None)
+            or type(sync) is not bool
+        ):
+            raise ValueError(
+                f"piece {number}: expected 'begins', a quote, and perhaps 'topic', a name, and 'sync': true"
+            )
         found = text.find(begins.strip(), at)
         if found < 0:
             raise ValueError(f"piece {number}: {begins[:40]!r} is not in the text after piece {number - 1}")
@@ -124,7 +133,9 @@ class Annotations:
                     if type(number) is not int or number <= last:
                         raise ValueError(f"record {number!r} after record {last}: sort the lines by record")
                 except (KeyError, TypeError):
-                    raise ValueError(f"{self.path}, line {line}: expected an object with 'record' and 'pieces'") from None
+                    raise ValueError(
+                        f"{self.path}, line {line}: expected an object with 'record' and 'pieces'"
+                    ) from None
                 except ValueError as error:
                     raise ValueError(f"{self.path}, line {line}: {error}") from None
                 last = number

@@ -73,7 +73,9 @@ class Progress:
         if now - self.last > (1 if self.live else 60):
             self.last, passed = now, now - self.start
             left = passed * (1 - share) / max(share, 1e-9)
-            line = f"{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second"
+            line = (
+                f"{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second"
+            )
             line += f", {left:.0f} s left"
             print(f"\r{line}   " if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
@@ -151,7 +153,9 @@ class Decider:
         self.number += 1
         tokens = len(self.tokenizer.encode(record.prompt)) + len(self.tokenizer.encode(record.answer))
         too_long = tokens > self.config.max_tokens
-        annotation, complaint = (None, f"longer than {self.config.max_tokens} tokens") if too_long else self.plan(record)
+        annotation, complaint = (
+            (None, f"longer than {self.config.max_tokens} tokens") if too_long else self.plan(record)
+        )
         if annotation is None:
             self.answers[f"left out: {re.sub('.*: ', '', complaint)}"] += 1
             return None, complaint
@@ -180,7 +184,10 @@ class Decider:
     def table(self) -> str:
         """The decisions and how often each was taken."""
         rows = [f"{'decision':52}{'answers':>9}{'spans':>9}"]
-        rows += [f"{what:52}{n:9,}{self.spans[what] or '':>9}" for what, n in sorted(self.answers.items(), key=lambda x: -x[1])]
+        rows += [
+            f"{what:52}{n:9,}{self.spans[what] or '':>9}"
+            for what, n in sorted(self.answers.items(), key=lambda x: -x[1])
+        ]
         return "\n".join(rows)
 
 
@@ -251,7 +258,9 @@ def main() -> None:
     decider = write(args.files, config, survey, tokenizer)
     print(f"{survey.good:,} records, {survey.bad:,} more cannot be used", decider.table(), sep="\n")
     if config.annotations and decider.annotations.unused():
-        raise ValueError(f"{config.annotations}: its lines from record {decider.annotations.unused()} on are for no record")
+        raise ValueError(
+            f"{config.annotations}: its lines from record {decider.annotations.unused()} on are for no record"
+        )
 
 
 if __name__ == "__main__":

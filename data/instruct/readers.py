@@ -96,7 +96,7 @@ def record_end(held: str, at: int) -> int | None:
     >>> record_end('{"a": "}"}, {}', 0)
     10
     """
-    if held[at] not in "{[\"":
+    if held[at] not in '{["':
         plain = PLAIN.match(held, at)
         return at + 1 if held[at] == "]" else plain and plain.end()
     depth = 0

@@ -1,9 +1,9 @@
 """The parallel structure that a text shows, coarsest first: each rule cuts a text into parts of a kind.
 
-    sections     headings of one level, with what is below them
-    items        list items, numbered steps, rows of a table, labelled entries
-    paragraphs   paragraphs; in a text of one paragraph its lines
-    asked        sentences of one line that begin with the parts of the question
+sections     headings of one level, with what is below them
+items        list items, numbered steps, rows of a table, labelled entries
+paragraphs   paragraphs; in a text of one paragraph its lines
+asked        sentences of one line that begin with the parts of the question
 """
 
 import re
@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
 TEXT = "text"
 WRAPPED = 100  # characters of the longest line of a text whose line breaks may be there for the looks
-OPENING = 6  # words of a sentence in which a part of the question has to appear
+BEFORE_NAME = r"(?:the|an?|its?|his|her|their|your|as for|about|in terms of|regarding|main|first|second|third)"
 FENCE = re.compile(r"\s*(```|~~~)")
 BULLET = re.compile(r"([ \t]*)[-*+•–][ \t]+\S")
 NUMBER = re.compile(r"([ \t]*)(?:\*\*)?(?:step\s+)?\(?(\d{1,3}|[a-z](?=[.)]\s))[.):](?:\s|\*\*)", re.IGNORECASE)
@@ -99,11 +99,15 @@ def items(text: str) -> list[Part]:
         now = parts[-1].kind if parts else ""
         if line.code and now:
             continue
-        nested = now not in ("", TEXT) and (own > indent or (now == "step" and kind == "item" and more_steps(all_lines, number)))
+        nested = now not in ("", TEXT) and (
+            own > indent or (now == "step" and kind == "item" and more_steps(all_lines, number))
+        )
         if kind != TEXT and not nested:
             parts.append(Part(line.begin, kind))
             indent = own
-        elif not now or (kind == TEXT and now != TEXT and not nested and (blank or now == "row" or now == "entry" and own == indent)):
+        elif not now or (
+            kind == TEXT and now != TEXT and not nested and (blank or now == "row" or now == "entry" and own == indent)
+        ):
             parts.append(Part(line.begin, TEXT))
         blank = False
     return parts
@@ -127,8 +131,12 @@ def item_kind(all_lines: list[Line], number: int) -> str:
         return TEXT if header or is_rule(line.text) else "row"
     own = line.text[:1].strip()
     below = all_lines[number + 1].text if number + 1 < len(all_lines) else ""
-    term = below[:1] in (" ", "\t") and below.strip() and not re.search(r"[.!?:]$", line.text) and not BULLET.match(below)
-    return "entry" if own and (term or LABEL.match(line.text) or re.match(BOLD.pattern + r"\S*\s+\S", line.text)) else TEXT
+    term = (
+        below[:1] in (" ", "\t") and below.strip() and not re.search(r"[.!?:]$", line.text) and not BULLET.match(below)
+    )
+    return (
+        "entry" if own and (term or LABEL.match(line.text) or re.match(BOLD.pattern + r"\S*\s+\S", line.text)) else TEXT
+    )
 
 
 def is_rule(line: str) -> bool:
@@ -176,18 +184,18 @@ def wrapped(before: str, line: str, width: int) -> bool:
 def asked(text: str, prompt: str) -> list[Part]:
     """Sentences of a single paragraph that begin with the parts of a question, in its order.
 
-    >>> answer = "The river is long. Its food is fish. There are eagles. They are big."
+    >>> answer = "The river is long. Its food is fish. As for the eagles, none. They left."
     >>> [said for said, _ in cut(answer, asked, "Tell me about the river, the food and the eagles of Brivok.")]
-    ['The river is long.', 'Its food is fish.', 'There are eagles. They are big.']
+    ['The river is long.', 'Its food is fish.', 'As for the eagles, none. They left.']
     """
     keys, parts = asked_for(prompt) if "\n" not in text.strip() else [], []
     if len(keys) < 2:
         return []
     begins = [0, *(match.end() for match in re.finditer(r"[.!?][\"')]?\s+(?=\S)", text))]
-    openings = [(begin, " ".join(text[begin : begin + 80].lower().split()[:OPENING])) for begin in begins]
     for word in keys:
         last = parts[-1].begin if parts else -1
-        begin = next((begin for begin, opening in openings if begin > last and stem(word) in opening), None)
+        opening = re.compile(rf"(?:{BEFORE_NAME}\s+)*{re.escape(stem(word))}", re.IGNORECASE)
+        begin = next((begin for begin in begins if begin > last and opening.match(text, begin)), None)
         if begin is None:
             return []
         parts.append(Part(begin, "sentence", word))
