@@ -36,7 +36,8 @@ class JudgeConfig:
     """Judging."""
 
     split: str = setting("val", "split of a data set")
-    packages: str = setting("numpy,torch", "whose docstrings")
+    modules: str = setting("numpy,numpy.linalg,numpy.ma,torch,torch.nn,torch.nn.functional,torch.distributions",
+                           "whose docstrings")  # fmt: skip
     form: str = setting("written", "what the annotator sees: all as it is, the descriptions of docstrings as prose, one "
                         "paragraph each, or all pieces joined to one line", among=("written", "prose", "joined"))  # fmt: skip
     limit: int = setting(0, "only the first so many answers (0: all)", at_least=0)
@@ -120,28 +121,21 @@ def judge(examples: list[Example], tokenizer: Tokenizer) -> tuple[dict[str, Scor
 # ---------------------------------------------------------------- docstrings
 
 
-def docstrings(packages: list[str], form: str) -> Iterator[Example]:
+def docstrings(modules: list[str], form: str) -> Iterator[Example]:
     """Functions with two or more parameters described: their signature, and one span per parameter.
 
-    The borders come from the names in the signature, not from how the text looks.
+    The borders are the lines that begin with a name of the signature, or with a star: not how a text looks.
     """
     seen = set()
-    for name, function in functions(packages):
+    for name, function in functions(modules):
         text = inspect.getdoc(function) or ""
-        try:
-            names = {*inspect.signature(function).parameters}
-        except (ValueError, TypeError):
-            names = (
-                set(re.findall(r"\w+", re.match(r"[\w.]*\((.*?)\)", text, re.DOTALL)[1]))
-                if re.match(r"[\w.]*\(", text)
-                else set()
-            )
+        names = names_of(function, text)
         section = parameters(text)
         if text in seen or not section:
             continue
         seen.add(text)
         lines = section.split("\n")
-        begins = [n for n, line in enumerate(lines) if described(line) and described(line) <= names]
+        begins = [n for n, line in enumerate(lines) if line[:1] == "*" or set() < described(line) <= names]
         if len(begins) < 2 or begins[0] != 0:
             continue
         entries = ["\n".join(lines[a:b]).strip() for a, b in zip(begins, [*begins[1:], len(lines)])]
@@ -153,16 +147,21 @@ def docstrings(packages: list[str], form: str) -> Iterator[Example]:
             yield Example(prompt, (Round(spans=tuple(spans)),), name.split(".")[0])
 
 
-def functions(packages: list[str]) -> Iterator[tuple[str, object]]:
-    """(name, function) of all public functions of the modules of packages that are already imported by them."""
-    for package in packages:
-        root = import_module(package)
-        modules = [root, *(value for _, value in sorted(vars(root).items()) if inspect.ismodule(value)
-                           and value.__name__.startswith(package + "."))]  # fmt: skip
-        for module in modules:
-            for name, value in sorted(vars(module).items()):
-                if callable(value) and not name.startswith("_") and isinstance(getattr(value, "__doc__", None), str):
-                    yield f"{package}.{name}", value
+def names_of(function: object, text: str) -> set[str]:
+    """The parameters of a signature; of functions in C it is the first line of the docstring."""
+    try:
+        return {*inspect.signature(function).parameters}
+    except (ValueError, TypeError):
+        first = re.match(r"[\w.]*\((.*?)\)", text, re.DOTALL)
+        return set(re.findall(r"\b[A-Za-z_]\w*", first[1])) if first else set()
+
+
+def functions(modules: list[str]) -> Iterator[tuple[str, object]]:
+    """(name, function or class) of all that modules offer under a public name."""
+    for module in modules:
+        for name, value in sorted(vars(import_module(module)).items()):
+            if callable(value) and not name.startswith("_") and isinstance(getattr(value, "__doc__", None), str):
+                yield f"{module}.{name}", value
 
 
 def parameters(text: str) -> str:
@@ -202,7 +201,7 @@ def main() -> None:
     args = parser.parse_args()
     config = pick(JudgeConfig, args)
     if args.what == "docstrings":
-        examples = list(docstrings(config.packages.split(","), config.form))
+        examples = list(docstrings(config.modules.split(","), config.form))
         tokenizer = Tokenizer.train((text for e in examples for text in pieces(e.rounds)), 4096)
     else:
         folder = locate("data/recipes" if args.what == "recipes" else args.what)

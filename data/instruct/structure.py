@@ -89,27 +89,21 @@ def items(text: str) -> list[Part]:
     >>> [(said[:1], kind) for said, kind in cut("Eat:\\n- fish\\n- crabs\\n  and more\\n\\nBye", items)]
     [('E', 'text'), ('-', 'item'), ('-', 'item'), ('B', 'text')]
     """
-    parts, indent, blank, all_lines = [], 0, True, list(lines(text))
+    parts, indent, all_lines = [], 0, list(lines(text))
     for number, line in enumerate(all_lines):
-        words = line.text.strip()
-        if not words:
-            blank = True
+        if not line.text.strip():
             continue
         kind, own = item_kind(all_lines, number), len(line.text) - len(line.text.lstrip())
-        now = parts[-1].kind if parts else ""
-        if line.code and now:
-            continue
-        nested = now not in ("", TEXT) and (
-            own > indent or (now == "step" and kind == "item" and more_steps(all_lines, number))
-        )
-        if kind != TEXT and not nested:
+        now = parts[-1].kind if parts else TEXT
+        below_step = now == "step" and kind == "item" and more_steps(all_lines, number)
+        if now != TEXT and (line.code or own > indent or below_step):
+            continue  # it belongs to the item
+        blank = number == 0 or not all_lines[number - 1].text.strip()
+        if kind != TEXT:
             parts.append(Part(line.begin, kind))
             indent = own
-        elif not now or (
-            kind == TEXT and now != TEXT and not nested and (blank or now == "row" or now == "entry" and own == indent)
-        ):
+        elif not parts or (now != TEXT and (blank or now in ("row", "entry"))):
             parts.append(Part(line.begin, TEXT))
-        blank = False
     return parts
 
 
@@ -129,14 +123,10 @@ def item_kind(all_lines: list[Line], number: int) -> str:
     if ROW.match(line.text):
         header = number + 1 < len(all_lines) and is_rule(all_lines[number + 1].text)
         return TEXT if header or is_rule(line.text) else "row"
-    own = line.text[:1].strip()
     below = all_lines[number + 1].text if number + 1 < len(all_lines) else ""
-    term = (
-        below[:1] in (" ", "\t") and below.strip() and not re.search(r"[.!?:]$", line.text) and not BULLET.match(below)
-    )
-    return (
-        "entry" if own and (term or LABEL.match(line.text) or re.match(BOLD.pattern + r"\S*\s+\S", line.text)) else TEXT
-    )
+    term = below[:1] in (" ", "\t") and below.strip() and not BULLET.match(below) and line.text[-1] not in ".!?:"
+    labelled = LABEL.match(line.text) or re.match(BOLD.pattern + r"\S*\s+\S", line.text)
+    return "entry" if line.text[:1].strip() and (term or labelled) else TEXT
 
 
 def is_rule(line: str) -> bool:
