@@ -138,7 +138,7 @@ A, B, C = long("Otters swim"), long("Bears sleep"), long("Foxes hunt")
     ],
 )
 def test_structure_becomes_spans_and_what_refers_back_a_later_round(tokenizer, text, expected):
-    found = outline(annotate("p", text, tokenizer).rounds)
+    found = outline(annotate("What do otters, bears and foxes do?", text, tokenizer).rounds)
     assert [[said, len(topics)] for said, topics in found] == [[said, len(topics)] for said, topics in expected]
     labels = {"home", "food", "pros", "cons", "otter", "bear", "x", "y", "y, z"}
     for (_, topics), (_, names) in zip(found, expected):
@@ -159,6 +159,14 @@ def test_a_text_without_structure_that_pays_is_left_alone(tokenizer, text, why):
     annotation = annotate("p", text, tokenizer)
     assert annotation.decision == f"text: {why}" and not annotation.planned
     assert annotation == as_text(text, annotation.decision)
+
+
+def test_paragraphs_that_open_nothing_of_their_own_are_one_tale(tokenizer):
+    tale = f"{A}\n\n{long('The door')}\n\n{long('A stone')}\n\n{B}"
+    assert annotate("Tell me about otters and bears.", tale, tokenizer).decision == "text: its parts lean on each other"
+    assert annotate("Tell me about otters, doors, stones and bears.", tale, tokenizer).decision == "paragraphs"
+    counted = tale.replace("The door", "Another door").replace("A stone", "Finally, a stone")
+    assert annotate("Bears?", counted, tokenizer).decision == "paragraphs"
 
 
 def test_parts_of_the_question_are_found_in_a_single_line(tokenizer):

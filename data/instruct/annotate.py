@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from data.instruct.plans import Cut, build
-from data.instruct.structure import RULES, TEXT, Part, paragraphs, parts_by
-from data.instruct.topics import lead, name, strip_marker
+from data.instruct.structure import RULES, TEXT, Part, paragraphs, parts_by, stem
+from data.instruct.topics import lead, name, strip_marker, words_of
 from tags import Round
 from tokenizer import MAX_LENGTH, Tokenizer
 
@@ -45,7 +45,7 @@ def annotate(prompt: str, text: str, tokenizer: Tokenizer) -> Annotation:
         parts = parts_by(rule, text, prompt)
         if not any(a.kind == b.kind != TEXT for a, b in zip(parts, parts[1:])):
             continue
-        cuts = cuts_from(parts, text)
+        cuts = cuts_from(parts, text, prompt)
         if not any(cut.topic for cut in cuts):
             why = "its parts lean on each other"
             break
@@ -94,13 +94,13 @@ def unaskable(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
 # ---------------------------------------------------------------- from parts to rounds
 
 
-def cuts_from(parts: list[Part], text: str) -> list[Cut]:
+def cuts_from(parts: list[Part], text: str, prompt: str) -> list[Cut]:
     """Spans of parts that can be written side by side, text of all else."""
     cuts, parts = [], with_closing(parts, text)
     for kind, run in groupby(parts, key=lambda part: part.kind):
         run = list(run)
         end = next((part.begin for part in parts if part.begin > run[-1].begin), len(text))
-        for group in [[(run[0].begin, "", "")]] if kind == TEXT else rounds_of(kind, run, text[:end]):
+        for group in [[(run[0].begin, "", "")]] if kind == TEXT else rounds_of(kind, run, text[:end], prompt):
             spans = len(group) > 1
             if not spans and cuts and cuts[-1].topic is None:
                 continue  # text after text: one piece
@@ -118,16 +118,17 @@ def with_closing(parts: list[Part], text: str) -> list[Part]:
     return parts
 
 
-def rounds_of(kind: str, run: list[Part], text: str) -> list[list[tuple[int, str, str]]]:
+def rounds_of(kind: str, run: list[Part], text: str, prompt: str) -> list[list[tuple[int, str, str]]]:
     """Neighbouring parts of one kind as groups of (begin, content, topic), one group per round, in the order of the text.
 
-    A part that refers back begins a new group. In prose what continues the part before belongs to that part, and an
-    introduction is a group of its own.
+    A part that refers back begins a new group. In prose what continues the part before belongs to that part, as does a
+    paragraph that opens nothing of its own; an introduction is a group of its own.
     """
     ends, groups, before = [*(part.begin for part in run[1:]), len(text)], [[]], []
     for (begin, _, topic), end in zip(run, ends):
         content, prose = text[begin:end], kind in PROSE
-        if prose and groups[-1] and continues(content):
+        announced = kind != "paragraph" or opens(content, prompt) or refers_back(content, before, last=False)
+        if prose and groups[-1] and (continues(content) or not announced):
             start = groups[-1][-1][0]
             groups[-1][-1] = start, text[start:end], ""
             continue
@@ -136,7 +137,7 @@ def rounds_of(kind: str, run: list[Part], text: str) -> list[list[tuple[int, str
             groups.append([])
         groups[-1].append((begin, content, topic))
         before.append(content)
-    return groups
+    return groups if 3 * len(before) >= 2 * len(run) else [groups[0][:1]]  # more goes on than begins: one tale
 
 
 def named(spans: list[tuple[str, str]]) -> list[str]:
@@ -171,7 +172,13 @@ CONTINUES = re.compile(
     r"after (?:that|this)|because of (?:this|that))\b",
     re.IGNORECASE,
 )
-INTRODUCES = re.compile(r"(?:sure|certainly|of course|absolutely|yes|no|here (?:is|are)|here's|below)\b", re.IGNORECASE)
+COUNTS = re.compile(
+    r"(?:first|second|third|fourth|fifth|last|final)(?:ly)?\b|one\b|another\b|additionally|moreover|furthermore|besides|"
+    r"in addition|in terms of|as for|regarding|when it comes to|on the one hand|likewise",
+    re.IGNORECASE,
+)
+OPENING = 5  # words in which a paragraph says what it is about
+INTRODUCES = re.compile(r"(?:sure|certainly|of course|absolutely|yes|no|here (?:is|are)|here['’]s|below)\b", re.IGNORECASE)
 
 
 def refers_back(text: str, before: list[str], last: bool) -> bool:
@@ -204,6 +211,17 @@ def continues(text: str) -> bool:
     (True, False)
     """
     return bool(CONTINUES.match(words(text)))
+
+
+def opens(text: str, prompt: str) -> bool:
+    """Whether a paragraph opens a part of its own: it begins with a label, a word that counts, or words of the prompt.
+
+    >>> opens("Another risk is rain.", ""), opens("The bear sleeps.", "Bears and otters?"), opens("The door fell.", "A tale")
+    (True, True, False)
+    """
+    opening = words(text).split()[:OPENING]
+    asked = {stem(word) for word in words_of(prompt)}
+    return bool(lead(text)[0] or COUNTS.match(words(text)) or asked & {stem(word) for word in words_of(" ".join(opening))})
 
 
 def introduces(text: str) -> bool:

@@ -162,13 +162,13 @@ def paragraphs(text: str) -> list[Part]:
 
 
 def wrapped(before: str, line: str, width: int) -> bool:
-    """Whether a line goes on with the one before: it is indented, or that one is full and no sentence ends there.
+    """Whether a line goes on with the one before, which is full or ends no sentence.
 
-    >>> wrapped("The otter is an", "animal.", 20), wrapped("The otter.", "It swims.", 20), wrapped("An otter", "swims", 20)
-    (True, False, False)
+    >>> wrapped("The otter is an", "animal.", 99), wrapped("It swims (as we", "saw). It", 15), wrapped("An otter.", "It", 99)
+    (True, True, False)
     """
     full = width <= WRAPPED and len(before) + 1 + len((line.split() or [""])[0]) > width
-    return line[:1].isspace() or (full and (line[:1].islower() or not re.search(r"[.!?:;][\"')*_]*\s*$", before)))
+    return line[:1].isspace() or (full and line[:1].islower()) or not re.search(r"[.!?:;][\"')*_`]*\s*$", before)
 
 
 def asked(text: str, prompt: str) -> list[Part]:
