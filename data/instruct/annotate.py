@@ -205,12 +205,12 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
 
 
 def continues(text: str) -> bool:
-    """Whether a part of prose goes on with what the part before says.
+    """Whether a part of prose goes on with what the part before says. A step of a calculation does.
 
-    >>> continues("They also eat crabs."), continues("Otters eat crabs.")
-    (True, False)
+    >>> continues("They also eat crabs."), continues("Otters eat crabs."), continues("2x = 4")
+    (True, False, True)
     """
-    return bool(CONTINUES.match(words(text)))
+    return bool(CONTINUES.match(words(text)) or EQUATION.search(text))
 
 
 def opens(text: str, prompt: str) -> bool:
@@ -233,6 +233,7 @@ def introduces(text: str) -> bool:
     return bool(INTRODUCES.match(words(text))) or text.rstrip(" *_\n").endswith(":")
 
 
+EQUATION = re.compile(r"[\w)] *= *[-(\d]")
 NUMBERS = re.compile(r"\d+(?:[.,]\d+)*")
 
 
