@@ -45,7 +45,7 @@ class DependenceConfig:
     questions: str = setting("", "folder to write the data set of questions to, for which a model is trained")
     model: str = setting("", "autoregressive checkpoint trained on those questions")
     out: str = setting("", "folder to write the data set to with plans revised")
-    threshold: float = setting(0.1, "most nats per token that a span may gain from the spans before it", at_least=0)
+    threshold: float = setting(0.2, "most nats per token that a span may gain from the spans before it", at_least=0)
     split: str = setting("val", "split of the table", among=SPLITS)
     limit: int = setting(0, "only the first so many examples of the split (0: all)", at_least=0)
     batch: int = setting(16, "questions computed together", at_least=1)
