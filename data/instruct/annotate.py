@@ -178,7 +178,9 @@ COUNTS = re.compile(
     re.IGNORECASE,
 )
 OPENING = 5  # words in which a paragraph says what it is about
-INTRODUCES = re.compile(r"(?:sure|certainly|of course|absolutely|yes|no|here (?:is|are)|here['’]s|below)\b", re.IGNORECASE)
+INTRODUCES = re.compile(
+    r"(?:sure|certainly|of course|absolutely|yes|no|here (?:is|are)|here['’]s|below)\b", re.IGNORECASE
+)
 
 
 def refers_back(text: str, before: list[str], last: bool) -> bool:
@@ -192,6 +194,8 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
     True
     >>> refers_back("Ready in 20 minutes with 90 kcal.", ["It has 90 kcal and takes 20 minutes."], last=True)
     True
+    >>> refers_back("It has 90 kcal and takes 20 minutes.", ["Cook it for 20 minutes, to 90 kcal."], last=False)
+    False
     >>> refers_back("3. Totals are not summed.", ["..."], last=True)
     False
     """
@@ -221,7 +225,9 @@ def opens(text: str, prompt: str) -> bool:
     """
     opening = words(text).split()[:OPENING]
     asked = {stem(word) for word in words_of(prompt)}
-    return bool(lead(text)[0] or COUNTS.match(words(text)) or asked & {stem(word) for word in words_of(" ".join(opening))})
+    return bool(
+        lead(text)[0] or COUNTS.match(words(text)) or asked & {stem(word) for word in words_of(" ".join(opening))}
+    )
 
 
 def introduces(text: str) -> bool:
