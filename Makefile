@@ -1,5 +1,5 @@
-# `make demo` shows the project at work, `make test` runs its tests, `make frontier` compares all methods.
-# Each sets up .venv first.
+# `make demo` shows the project at work, `make test` runs its tests, `make data` prepares the data sets, and
+# `make frontier` compares all methods. Each sets up .venv first. `make clean` removes .venv and runs/.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -17,7 +17,7 @@ data: $(VENV)/ready
 	$(RUN) data/recipes/prepare.py
 
 frontier: $(VENV)/ready
-	$(RUN) -m pip install --quiet matplotlib sacrebleu
+	$(RUN) -m pip install --quiet --requirement requirements-extra.txt
 	$(RUN) measure/frontier.py
 
 $(VENV)/ready: requirements.txt

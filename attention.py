@@ -1,4 +1,4 @@
-"""Attention under the mask of three integers a query, computed in one of three ways; `--attention` picks.
+"""Attention under the mask of three integers per query, computed in one of three ways; `--attention` picks.
 
 | backend  | what computes it                                               | where                       |
 |----------|----------------------------------------------------------------|-----------------------------|
@@ -17,8 +17,8 @@ import kernels
 from masks import sees, visible
 
 
-def dense_mask(see, n_keys):
-    return visible(see, n_keys)[:, None]  # (B, 1, T, S)
+def dense_mask(ranges, n_keys):
+    return visible(ranges, n_keys)[:, None]  # (B, 1, T, S)
 
 
 def dense(q, k, v, mask):
@@ -29,15 +29,15 @@ def dense(q, k, v, mask):
 
 
 @torch.compiler.disable
-def block_mask(see, n_keys):
+def block_mask(ranges, n_keys):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    prefix, begin, end = see.unbind(-1)
+    prefix, begin, end = ranges.unbind(-1)
 
     def mask(b, h, query, key):
         return sees(key, prefix[b, query], begin[b, query], end[b, query])
 
-    return create_block_mask(mask, see.shape[0], None, see.shape[1], n_keys, device=see.device)
+    return create_block_mask(mask, ranges.shape[0], None, ranges.shape[1], n_keys, device=ranges.device)
 
 
 @cache
@@ -52,56 +52,80 @@ def flex(q, k, v, mask):
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def three_integers(see, n_keys):
-    return see.int()
+def kernel_ranges(ranges, n_keys):
+    return ranges.int()
 
 
-def fused(q, k, v, see):
-    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, see)
+def kernel(q, k, v, ranges):
+    return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, ranges)
 
 
 def spans_of_queries(ranges, n_keys):
-    """Consecutive queries that see the same keys, as (row, first, last + 1, prefix, begin, end); or the dense mask
-    where these are so short that a product for each would take longer."""
-    changes = (ranges[:, 1:] != ranges[:, :-1]).any(-1)  # (B, T - 1)
-    if 16 * int(changes.sum() + len(ranges)) > ranges[..., 0].numel():
+    """For each row of the batch its R runs of queries that see the same keys: (R, N) where the queries are, (R, S)
+    where their keys are, (R, 1, 1, S) which of these are no padding, and where the T queries are among the R * N.
+    Or the dense mask, where the runs are too short to pay."""
+    rows = [row.unique_consecutive(dim=0, return_counts=True) for row in ranges]
+    if 16 * sum(len(runs) for runs, _ in rows) > ranges[..., 0].numel():
         return dense_mask(ranges, n_keys)
-    runs = []
-    for row, (line, change) in enumerate(zip(ranges.tolist(), changes)):
-        borders = [0, *(change.nonzero()[:, 0] + 1).tolist(), len(line)]
-        runs += [(row, first, last, *line[first]) for first, last in zip(borders, borders[1:])]
-    return runs
+    return [places_of_runs(runs, lengths, ranges.shape[1]) for runs, lengths in rows]
 
 
-def by_span(q, k, v, runs):
-    """Each run of queries with just the keys that it sees, so without a mask: spans do not pay for their siblings."""
-    if torch.is_tensor(runs):
-        return dense(q, k, v, runs)
-    y = torch.empty_like(q)
-    for row, first, last, prefix, begin, end in runs:
-        seen = [torch.cat([x[row, :, :prefix], x[row, :, max(begin, prefix) : end]], dim=1)[None] for x in (k, v)]
-        y[row, :, first:last] = F.scaled_dot_product_attention(q[row, None, :, first:last], *seen, enable_gqa=True)[0]
-    return y
+def places_of_runs(runs, lengths, n_queries):
+    """`runs` (R, 3): what each sees, `lengths` (R,): how many queries it has. None for what needs no padding."""
+    prefix, begin, end = runs[:, :, None].unbind(1)  # (R, 1) each
+    begin = begin.maximum(prefix)  # what lies in both parts is seen once
+    n_seen = prefix + (end - begin).clamp_min(0)
+    number = torch.arange(int(n_seen.max()))
+    keys = torch.where(number < prefix, number, begin - prefix + number)
+    seen = number < n_seen
+    queries = (lengths.cumsum(0) - lengths)[:, None] + torch.arange(int(lengths.max()))
+    own = torch.arange(queries.shape[1]) < lengths[:, None]
+    return (
+        queries.clamp_max(n_queries - 1),
+        keys.where(seen, 0),
+        None if seen.all() else seen[:, None, None],
+        None if own.all() else own.flatten().nonzero()[:, 0],
+    )
 
 
-BACKENDS = {  # what a backend makes of (see, n_keys) once a pass, and what it computes with that in each layer
+def by_span(q, k, v, rows):
+    """Each run of queries with just the keys that it sees: spans do not pay for their siblings."""
+    if torch.is_tensor(rows):
+        return dense(q, k, v, rows)
+    outputs = []
+    for row, (queries, keys, seen, own) in enumerate(rows):
+        pick = lambda x, index: x[row].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+        y = F.scaled_dot_product_attention(pick(q, queries), pick(k, keys), pick(v, keys), seen, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(0, 1)  # (R, H, N, hd) -> (R * N, H, hd)
+        outputs.append(y if own is None else y[own])
+    return torch.stack(outputs).transpose(1, 2)  # (B, H, T, hd)
+
+
+BACKENDS = {  # what a backend makes of (ranges, n_keys) once per pass, and what it computes with that in each layer
     "dense": (dense_mask, dense),
     "spans": (spans_of_queries, by_span),
     "flex": (block_mask, flex),
-    "kernel": (three_integers, fused),
+    "kernel": (kernel_ranges, kernel),
 }
 
 
-def choose(name, device, dtype, head_size, sampling=False):
-    """The backend of a name; `auto` takes the fastest that works here. Raises ValueError on an unknown name.
+def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, sampling: bool = False) -> str:
+    """The backend of a name; `auto` takes the fastest that works here.
 
     sampling: without FlexAttention, which takes long to begin with each new shape.
+    Raises ValueError if the name is unknown, or if that backend does not work for this device, type or head size.
     """
+    on_gpu = torch.device(device).type == "cuda"
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
+    if name == "flex" and not on_gpu:
+        raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
+    if name == "kernel" and (dtype not in kernels.ELEMENTS or head_size not in kernels.HEAD_SIZES):
+        raise ValueError(f"--attention kernel: computes in bfloat16 or float16 with heads of 32, 64 or 128 dimensions, "
+                         f"not in {dtype} with heads of {head_size}: take auto or dense")  # fmt: skip
     if name != "auto":
         return name
-    if torch.device(device).type != "cuda":
+    if not on_gpu:
         return "spans" if sampling and torch.device(device).type == "cpu" else "dense"
     if kernels.available(dtype, head_size):
         return "kernel"

@@ -4,27 +4,29 @@ Uses the trained checkpoints that come with the project; `make demo` runs it.
 """
 
 import argparse
+import math
 import statistics
-import sys
 
 import torch
 
+from plumbing.device import find, name_of
+from plumbing.settings import command
 from sample import SampleConfig, Sampler
 from show.terminal import Screen
 
-PROMPTS = {  # checkpoints that ship: a prompt of the test split
+PROMPTS = {  # data sets with shipped checkpoints: a prompt of the test split
     "tasks": "Tell me about the craft, the food, the ruler, the festival and the animal of Marast.",
     "recipes": "What is the recipe for Cabbage Omelette?",
 }
 
 
-def measure(sampler, prompt, repeats=5):
+def measure(sampler: Sampler, prompt: str, repeats: int = 5) -> dict:
     """The answer and its median seconds, after one run of warm-up."""
-    runs = [sampler.answer([prompt])[0] for _ in range(repeats + 1)][1:]
-    return runs[0].result() | {"seconds": statistics.median(run.seconds for run in runs)}
+    runs = [sampler.answer([prompt])[0].result() for _ in range(repeats + 1)][1:]
+    return runs[0] | {"seconds": statistics.median(run["seconds"] for run in runs)}
 
 
-def table(results):
+def table(results: dict[str, dict]) -> list[str]:
     """Lines that set methods side by side; results: name -> `Answer.result()`."""
     rows = {
         "forward passes": lambda r: f"{r['plan_passes'] + r['denoise_passes']}",
@@ -33,42 +35,42 @@ def table(results):
         "critical path": lambda r: f"{r['critical_path']}",
         "positions computed": lambda r: f"{r['positions']}",
         "content tokens": lambda r: f"{r['content_tokens']}",
-        "content tokens a pass": lambda r: f"{r['content_tokens'] / (r['plan_passes'] + r['denoise_passes']):.1f}",
+        "content tokens per pass": lambda r: f"{r['content_tokens'] / (r['plan_passes'] + r['denoise_passes']):.1f}",
         "seconds": lambda r: f"{r['seconds']:.3f}",
     }
-    yield f"{'':24}" + "".join(f"{name:>20}" for name in results)
-    for name, show in rows.items():
-        yield f"{name:24}" + "".join(f"{show(result):>20}" for result in results.values())
+    head = f"{'':24}" + "".join(f"{name:>20}" for name in results)
+    return [head, *(f"{name:24}" + "".join(f"{cell(r):>20}" for r in results.values()) for name, cell in rows.items())]
 
 
-def main():
+def show(data: str, prompt: str, delay: float, device: torch.device) -> None:
+    """Answer a prompt with both models of a data set, and compare what it took."""
+    files = {"planned diffusion": "planned", "autoregressive": "ar"}
+    samplers = {name: Sampler.load(f"checkpoints/{data}/{file}.safetensors", SampleConfig(), device)
+                for name, file in files.items()}  # fmt: skip
+    for name, sampler in samplers.items():
+        print(f"\n=== {data}: {name}\n")
+        sampler.answer([prompt], watch=Screen(delay=delay))
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else name_of(device)
+    print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {where})\n")
+    print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", help="a prompt of your own for the chosen data set")
     parser.add_argument("--data", choices=PROMPTS, help="show only this data set's models (default: all)")
     parser.add_argument("--delay", type=float, default=0.06, help="seconds a frame stays (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")
     args = parser.parse_args()
     if args.prompt and not args.data:
         parser.error(f"--prompt needs --data {' or '.join(PROMPTS)}: each model knows one data set")
+    if not 0 <= args.delay < math.inf:
+        raise ValueError(f"--delay {args.delay}: expected 0 or more")
+    device = find(args.device)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     for data in [args.data] if args.data else PROMPTS:
-        show(data, args.prompt or PROMPTS[data], args.delay)
-
-
-def show(data, prompt, delay):
-    names = {"planned diffusion": "planned", "autoregressive": "ar"}
-    samplers = {
-        name: Sampler.load(f"checkpoints/{data}/{file}.safetensors", SampleConfig()) for name, file in names.items()
-    }
-    for name, sampler in samplers.items():
-        print(f"\n=== {data}: {name}\n")
-        sampler.answer([prompt], watch=Screen(delay=delay))
-    threads = torch.get_num_threads()
-    print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {threads} CPU threads)\n")
-    print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
+        show(data, args.prompt or PROMPTS[data], args.delay, device)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"demo.py: {error}")
+    command(main)

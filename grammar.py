@@ -29,7 +29,7 @@ class Grammar:
         self.tokenizer, self.positions_left, self.plans = tokenizer, max(positions_left, 1), plans
         self.slots = _slots(tokenizer.unit, length_scale)
         self.state = "text"
-        self.name = self.length = 0  # of the open topic: tokens of its name, and its length in units
+        self.name_tokens = self.length = 0  # of the open topic: tokens of its name so far, and its length in units
         self.blank: bytes | None = b""  # bytes of its name as long as all may be white space, then None
         self._allowed: np.ndarray | None = None
 
@@ -60,12 +60,12 @@ class Grammar:
             raise ValueError(f"the grammar does not allow {tok.name(token)!r} here ({self.state})")
         self.positions_left, self._allowed = self.positions_left - 1, None
         if self.state == "name" and token < tok.pad:
-            self.name, self.blank = self.name + 1, _still_blank(self.blank, tok.tokens[token])
+            self.name_tokens, self.blank = self.name_tokens + 1, _still_blank(self.blank, tok.tokens[token])
         elif self.state == "name":
             self.state, self.length = "close", tok.length_of(token)
         elif self.state == "close":
-            self.positions_left -= _scaffold(self.name) + self.slots[self.length - 1]
-            self.state, self.name, self.blank = "planned", 0, b""
+            self.positions_left -= _scaffold(self.name_tokens) + self.slots[self.length - 1]
+            self.state, self.name_tokens, self.blank = "planned", 0, b""
         elif token == tok.topic:
             self.state = "name"
         elif token == tok.sync:
@@ -78,11 +78,11 @@ class Grammar:
         if self.state == "close":
             mask[tok.topic_end] = True
         elif self.state == "name":
-            mask[: tok.pad] = self._fits(self.name + 1)
+            mask[: tok.pad] = self._fits(self.name_tokens + 1)
             if self.blank is not None:
-                mask[: tok.pad] &= ~_blank_after(tok, self.blank) | self._fits(self.name + 2)
+                mask[: tok.pad] &= ~_blank_after(tok, self.blank) | self._fits(self.name_tokens + 2)
             if self.blank is None or self.blank.decode(errors="replace").strip():
-                longest = bisect_right(self.slots, self._slots_left(self.name))
+                longest = bisect_right(self.slots, self._slots_left(self.name_tokens))
                 mask[tok.eos + 1 : tok.eos + 1 + longest] = True
         elif self.state != "done":
             mask[tok.eos] = True
@@ -91,19 +91,19 @@ class Grammar:
             mask[: tok.pad] = self.state == "text" and self.positions_left >= 2
         return mask
 
-    def _fits(self, name: int, before: int = 0) -> bool:
+    def _fits(self, name_tokens: int, before: int = 0) -> bool:
         """Whether the topic that is open, or opens after `before` tokens, may have a name of that many tokens."""
-        return name <= MAX_NAME and self._slots_left(name, before) >= self.slots[0]
+        return name_tokens <= MAX_NAME and self._slots_left(name_tokens, before) >= self.slots[0]
 
-    def _slots_left(self, name: int, before: int = 0) -> int:
+    def _slots_left(self, name_tokens: int, before: int = 0) -> int:
         """Positions left for the slots of a topic whose name comes to have that many tokens."""
-        plan = before + (name - self.name) + 2  # 2: its length and </topic>
-        return self.positions_left - plan - _scaffold(name) - 1  # 1: <eos>
+        plan = before + (name_tokens - self.name_tokens) + 2  # 2: its length and </topic>
+        return self.positions_left - plan - _scaffold(name_tokens) - 1  # 1: <eos>
 
 
-def _scaffold(name: int) -> int:
+def _scaffold(name_tokens: int) -> int:
     """Positions of a span besides its slots: `<async>`, the name, the colon and `</async>`."""
-    return 1 + name + 1 + 1
+    return 1 + name_tokens + 1 + 1
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
 """Where everything is in a sequence, and who sees whom: the hybrid mask.
 
-`Layout` is the one place that knows where prompt, plans, spans and rounds are. Every token has three
-integers: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffusion, section 3):
+`Layout` is the one place that knows where prompt, plans, spans and rounds are. Every token has three integers, its
+ranges: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffusion, section 3):
 
     prompt, plan, text at i    prefix = i + 1                         nothing more
     span token                 prefix = first <async> of its round    its own span, both directions
@@ -11,9 +11,13 @@ integers: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diff
 Run `python show/mask.py` to see the mask of an example.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from data import Example
+from tokenizer import Tokenizer
 
 PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic
 ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
@@ -24,26 +28,26 @@ ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
 
 @dataclass
 class Layout:
-    """A sequence built from left to right, a column a fact; `attention` is one of ATTENTION.
+    """A sequence built from left to right, one column per fact; `attention` is one of ATTENTION.
 
     Training writes a whole example; the sampler writes tokens as they come and scaffolds as they
     are planned. Token i of the layout is entry i of the KV cache.
     """
 
     attention: str = "sparse"
-    token: list = field(default_factory=list)
-    kind: list = field(default_factory=list)
-    round: list = field(default_factory=list)
-    span: list = field(default_factory=list)  # number of the span within its round, -1 outside spans
-    position: list = field(default_factory=list)  # for RoPE
-    prefix: list = field(default_factory=list)
-    begin: list = field(default_factory=list)
-    end: list = field(default_factory=list)
+    token: list[int] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)  # PROMPT, PLAN, GIVEN or SLOT
+    round: list[int] = field(default_factory=list)
+    span: list[int] = field(default_factory=list)  # number of the span within its round, -1 outside spans
+    position: list[int] = field(default_factory=list)  # for RoPE
+    prefix: list[int] = field(default_factory=list)
+    begin: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.token)
 
-    def write(self, tokens, kind, round_):
+    def write(self, tokens: Sequence[int], kind: int, round_: int) -> None:
         """Append prompt, plan or text tokens: each sees all before it and itself."""
         start, n = len(self), len(tokens)
         self._columns(tokens, [kind] * n, round_, -1, start)
@@ -51,34 +55,36 @@ class Layout:
         self.begin += [0] * n
         self.end += [0] * n
 
-    def scaffold(self, spans, tokenizer, round_, at=None):
+    def scaffold(self, spans: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Tokenizer, round_: int,
+                 at: Sequence[int] | None = None) -> list[tuple[int, int]]:  # fmt: skip
         """Append the spans of a round's plan: `<async> topic:`, slots, `</async>` each.
 
-        `spans`: a (topic tokens, slot tokens) pair a span; the slots may hold text, [PAD] or [MASK],
-        and without topic tokens the span has no head. Returns where each span begins and ends, its tags included.
-        With `at`, span n is a copy of the one at entry at[n]: it has the same positions and sees what is before that.
+        `spans`: a pair (topic tokens, slot tokens) per span; the slots may hold text, [PAD] or [MASK], and without
+        topic tokens the span has no head. Returns where each span begins and ends, its tags included. With `at`,
+        span n is a copy of the one at entry at[n]: it has the same positions and sees what is before that.
         """
         first, places = len(self), []
         for number, (topic, slots) in enumerate(spans):
-            head, start = [tokenizer.async_, *([*topic, tokenizer.colon] if topic else [])], len(self)
-            tokens = [*head, *slots, tokenizer.async_end]
+            start = len(self)
+            head = [tokenizer.async_, *topic, tokenizer.colon] if topic else [tokenizer.async_]
             kinds = [GIVEN] * len(head) + [SLOT] * len(slots) + [GIVEN]
-            self._columns(tokens, kinds, round_, number, start if at is None else at[number])
-            stop, n = len(self), len(tokens)
+            original = start if at is None else at[number]
+            self._columns([*head, *slots, tokenizer.async_end], kinds, round_, number, original)
+            stop = len(self)
             places.append((start, stop))
-            self.prefix += [first if at is None else at[number]] * n
-            self.begin += [first if self.attention == "dense" else start] * n
-            self.end += range(start + 1, stop + 1) if self.attention == "causal" else [stop] * n
+            self.prefix += [first if at is None else original] * (stop - start)
+            self.begin += [first if self.attention == "dense" else start] * (stop - start)
+            self.end += range(start + 1, stop + 1) if self.attention == "causal" else [stop] * (stop - start)
         if self.attention == "dense":
             self.end[first:] = [len(self)] * (len(self) - first)
         return places
 
-    def cut(self, length):
+    def cut(self, length: int) -> None:
         """Drop all entries from `length` on."""
         for column in (self.token, self.kind, self.round, self.span, self.position, self.prefix, self.begin, self.end):
             del column[length:]
 
-    def _columns(self, tokens, kinds, round_, span, position):
+    def _columns(self, tokens: Sequence[int], kinds: list[int], round_: int, span: int, position: int) -> None:
         n = len(tokens)
         self.token += tokens
         self.kind += kinds
@@ -87,15 +93,17 @@ class Layout:
         self.position += range(position, position + n)
 
 
-def encode_prompt(prompt, tokenizer):
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.user, *tokenizer.encode(prompt), tokenizer.assistant]
 
 
-def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
+def encode_example(example: Example, tokenizer: Tokenizer, attention: str = "sparse", repeat_topic: bool = True,
+                   draw_pads: Callable[[], int] | None = None) -> Layout:  # fmt: skip
     """Layout of a whole example (`prompt`, `rounds`), its last token `<eos>`.
 
-    `repeat_topic`: whether a span begins with its topic. Raises ValueError, naming prompt and topic, if no plan could
-    ask for one of the spans.
+    `repeat_topic`: whether a span begins with its topic. A span's slots are as many as its plan says, [PAD] after its
+    text; with `draw_pads` they are its text and as many [PAD] as that returns, whatever the plan says.
+    Raises ValueError, naming prompt and topic, if no plan could ask for one of the spans.
     """
     layout, number = Layout(attention), 0
     layout.write(encode_prompt(example.prompt, tokenizer), PROMPT, 0)
@@ -110,13 +118,15 @@ def encode_example(example, tokenizer, attention="sparse", repeat_topic=True):
             except ValueError as error:
                 raise ValueError(f"prompt {example.prompt[:60]!r}, {error}") from None
             layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
+            if draw_pads is not None:
+                slots = [i for i in slots if i != tokenizer.pad] + [tokenizer.pad] * draw_pads()
             spans.append((topic if repeat_topic else [], slots))
         layout.scaffold(spans, tokenizer, number)
     layout.write([tokenizer.eos], PLAN, number)
     return layout
 
 
-def encode_blocks(prompt, text, tokenizer, size):
+def encode_blocks(prompt: str, text: str, tokenizer: Tokenizer, size: int) -> Layout:
     """Layout of an answer under a given plan, block after block of `size` slots, that trains all its blocks at once.
 
     Each block but the last (whose [PAD] ends the answer) stands there twice: later blocks see its clean copy, and
@@ -135,12 +145,12 @@ def encode_blocks(prompt, text, tokenizer, size):
 
 
 def sees(key, prefix, begin, end):
-    """The rule: whether a query with these three integers sees a key (numbers or tensors)."""
+    """The rule: whether a query with these ranges sees a key (all numbers, or all tensors)."""
     return (key < prefix) | ((key >= begin) & (key < end))
 
 
-def visible(see, n_keys):
-    """The dense mask. see: (B, T, 3) integers prefix, begin, end. Returns (B, T, n_keys), True where query sees key."""
-    prefix, begin, end = see.unsqueeze(-2).unbind(-1)  # (B, T, 1) each
-    key = torch.arange(n_keys, device=see.device)
+def visible(ranges: torch.Tensor, n_keys: int) -> torch.Tensor:
+    """The dense mask (B, T, n_keys), True where query sees key. ranges: (B, T, 3), a query's prefix, begin, end."""
+    prefix, begin, end = ranges.unsqueeze(-2).unbind(-1)  # (B, T, 1) each
+    key = torch.arange(n_keys, device=ranges.device)
     return sees(key, prefix, begin, end)

@@ -4,20 +4,15 @@ RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings (Touvron et al. 
 Nothing here knows about plans or spans: `see` (masks.py) says what each token sees.
 """
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from attention import BACKENDS, choose
-from settings import setting
-from tokenizer import Tokenizer
+from plumbing.linear import Linear
+from plumbing.settings import check, setting
 
 
 @dataclass
@@ -25,21 +20,20 @@ class ModelConfig:
     """Model."""
 
     vocab_size: int = 2048  # comes from the data set's tokenizer
-    n_layer: int = setting(6, "transformer blocks")
-    n_head: int = setting(4, "attention heads")
-    n_kv_head: int = setting(4, "heads of keys and values, each shared by n_head / n_kv_head query heads")
-    d_model: int = setting(128, "width of the residual stream")
-    d_ff: int = setting(384, "hidden size of SwiGLU")
-    rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi")
+    n_layer: int = setting(6, "transformer blocks", at_least=1, at_most=1000)
+    n_head: int = setting(4, "attention heads", at_least=1)
+    n_kv_head: int = setting(4, "heads of keys and values, each shared by n_head / n_kv_head query heads", at_least=1)
+    d_model: int = setting(128, "width of the residual stream", at_least=1)
+    d_ff: int = setting(384, "hidden size of SwiGLU", at_least=1)
+    rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi", above=1)
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Qwen3); Llama has none")
 
-    def __post_init__(self):
-        sizes = self.vocab_size, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff
-        if min(sizes) < 1 or self.d_model % (2 * self.n_head) or self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"all sizes must be 1 or more, d_model {self.d_model} an even multiple of n_head {self.n_head}, "
-                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
-            )
+    def __post_init__(self) -> None:
+        check(self)
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"--d_model {self.d_model}: expected an even multiple of --n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_head {self.n_head}: expected a multiple of --n_kv_head {self.n_kv_head}")
 
 
 class KVCache:
@@ -49,7 +43,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (batch, config.n_kv_head, length + 1, config.d_model // config.n_head)
+        shape = (batch, length + 1, config.n_kv_head, config.d_model // config.n_head)
         zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
         self.k, self.v = ([zeros() for _ in range(config.n_layer)] for _ in "kv")
         self.batch, self.junk = batch, length
@@ -63,21 +57,21 @@ class KVCache:
         """Write k, v (B, Hkv, T, hd) of the selected rows at entries index (B, T); return theirs up to n_keys."""
         caches = self.k[layer], self.v[layer]
         for cache, new in zip(caches, (k, v)):
-            cache[self.rows, :, index] = new.transpose(1, 2).to(cache.dtype)
-        return [cache[self.read, :, :n_keys] for cache in caches]  # (B, Hkv, n_keys, hd) each
+            cache[self.rows, index] = new.transpose(1, 2).to(cache.dtype)
+        return [cache[self.read, :n_keys].transpose(1, 2) for cache in caches]  # (B, Hkv, n_keys, hd) each
 
 
 def rope(position, head_dim, theta):
-    """cos and sin (B, 1, T, head_dim / 2) of RoPE (arXiv 2104.09864) at the given positions (B, T)."""
+    """The factors of `rotate` (B, 1, T, head_dim) for RoPE (arXiv 2104.09864) at the given positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
     angle = position[:, None, :, None] * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + hd/2}), as Llama's published weights expect."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 def pick_columns(columns, *tensors):
@@ -93,8 +87,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.d_model // config.n_head
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
+        self.out = Linear(config.d_model, config.d_model)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
@@ -114,9 +108,9 @@ class Attention(nn.Module):
         heads = lambda y, *n: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(n, dim=1)
         if columns is None:
             return heads(self.qkv(x), self.n_head, self.n_kv_head, self.n_kv_head)
-        weight = self.qkv.weight.split([self.n_head * self.head_dim, 2 * self.n_kv_head * self.head_dim])
-        (q,) = heads(F.linear(*pick_columns(columns, x), weight[0]), self.n_head)
-        return q, *heads(F.linear(x, weight[1]), self.n_kv_head, self.n_kv_head)
+        n_queries = self.n_head * self.head_dim
+        (q,) = heads(self.qkv(*pick_columns(columns, x), 0, n_queries), self.n_head)
+        return q, *heads(self.qkv(x, n_queries), self.n_kv_head, self.n_kv_head)
 
 
 class Block(nn.Module):
@@ -124,8 +118,8 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.ff_norm = nn.RMSNorm(config.d_model, 1e-5), nn.RMSNorm(config.d_model, 1e-5)
         self.attention = Attention(config)
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
 
     def forward(self, x, rotation, attend, mask, store, columns=None):
         """x (B, T, D) after this block, or only its `columns` (B, R): (B, R, D)."""
@@ -189,44 +183,3 @@ class Transformer(nn.Module):
     def flops_per_token(self, n_keys):
         """Forward FLOPs of a token that sees n_keys keys (multiply-adds count 2; training costs 3x)."""
         return 2 * self.n_params() + 4 * self.config.n_layer * self.config.d_model * n_keys
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this project; says what to do."""
-
-
-def save_checkpoint(path, model, tokenizer, info, state=None, dtype=None):
-    """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`, as one safetensors file.
-
-    It holds tensors and text only, so loading executes no code; it appears whole or not at all.
-    `dtype` converts the weights (float16 halves what is shipped).
-    """
-    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
-    tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
-    text = {"config": json.dumps(asdict(model.config)), "tokenizer": tokenizer.to_json(), "info": json.dumps(info)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{path}.part", text)
-    os.replace(f"{path}.part", path)
-
-
-def load_checkpoint(path, device="cpu"):
-    """Read (model in float32, tokenizer, info, state). Raises CheckpointError."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        tokenizer = Tokenizer.from_json(text["tokenizer"])
-        model = Transformer(ModelConfig(**json.loads(text["config"]))).to(device)
-        weights = {name[6:]: value.float() for name, value in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights)
-        info = json.loads(text["info"])
-        if tokenizer.vocab_size != model.config.vocab_size or not isinstance(info, dict):
-            raise ValueError("its tokenizer is not its model's, or nothing says how it was made")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: train one with `python train.py`, or see checkpoints/") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
-    return model, tokenizer, info, {name[6:]: value for name, value in tensors.items() if name.startswith("state.")}

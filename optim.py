@@ -1,22 +1,30 @@
 """Muon for the matrices of the blocks, AdamW for embedding and norms, one schedule for both."""
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import torch
 
-from device import fast_dtype
+from model import Transformer
+from plumbing.device import fast_dtype
+
+if TYPE_CHECKING:
+    from train import TrainConfig
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
+    """Nesterov momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024).
 
     torch has it only since 2.9.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, rows=None):
+    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 rows: list[int] | None = None):  # fmt: skip
         """`rows`: if each parameter is several matrices, one below the other, how many rows each of them has."""
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, rows=rows))
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             matrices, updates = [], []
             for p in group["params"]:
@@ -36,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                     matrices[i].add_(u, alpha=step)
 
 
-def orthogonalize(g):
+def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """The nearest matrices with singular values near 1, by a quintic iteration. g: (..., rows, columns)."""
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.mT if g.shape[-2] > g.shape[-1] else x
@@ -49,7 +57,7 @@ def orthogonalize(g):
 class Optimizer:
     """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
 
-    def __init__(self, model, config):
+    def __init__(self, model: Transformer, config: "TrainConfig"):
         attention, c = [block.attention for block in model.blocks], model.config
         kv = c.d_model // c.n_head * c.n_kv_head
         groups = [
@@ -63,24 +71,28 @@ class Optimizer:
         adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
         self.parts, self.config = (muon, adam), config
 
-    def step(self, step):
+    def step(self, step: int) -> None:
+        """Update the weights with their gradients at the rates of update number `step`."""
         c = self.config
-        share = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
+        fraction = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
         for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
             for group in part.param_groups:
-                group["lr"] = peak * share
+                group["lr"] = peak * fraction
             part.step()
 
-    def state(self):
-        """All state as named tensors."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """All state as named tensors: `part.parameter.name`."""
         return {f"{i}.{n}.{name}": value for i, part in enumerate(self.parts)
                 for n, state in part.state_dict()["state"].items() for name, value in state.items()}  # fmt: skip
 
-    def load(self, tensors):
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on with what `state` returned. Raises ValueError if the names or shapes are those of another model."""
         for i, part in enumerate(self.parts):
-            saved = part.state_dict()
+            saved, params = part.state_dict(), [p for group in part.param_groups for p in group["params"]]
             for key, value in tensors.items():
                 number, n, name = key.split(".")
                 if int(number) == i:
+                    if int(n) >= len(params) or value.ndim and value.shape != params[int(n)].shape:
+                        raise ValueError(f"its optimizer state {key} is that of another model")
                     saved["state"].setdefault(int(n), {})[name] = value
             part.load_state_dict(saved)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-import device as devices
 from answer import Answer
 from decode import Reply, next_round
-from kernels.graphs import Replayed, bucket
-from methods import MethodConfig, trained_by
-from model import KVCache, load_checkpoint
-from settings import add_settings, check, command, locate, pick, setting
+from methods import MethodConfig, decoded_as, trained_by
+from passes import Passes
+from plumbing import device as devices
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from show.terminal import Screen
 from unmask import ORDERS, check_drafts, fill
 
@@ -31,6 +31,7 @@ LONGEST = 4096  # positions of prompt and answer together: the dense mask of a p
 class SampleConfig:
     """Sampling."""
 
+    decode: str = setting("", "method to decode by, of those that the model was trained for; default: the first of them")
     steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots",
                                  above=0, at_most=1)  # fmt: skip
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
@@ -57,25 +58,17 @@ class Sampler:
     def __init__(self, model, tokenizer, config, method=MethodConfig(), drafter=None):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.method, self.drafter, self.device = method, drafter, model.embedding.weight.device
-        model.attend_by("auto", model.embedding.weight.dtype, sampling=True)
-        graphs = devices.has_graphs(self.device)
+        self.passes = Passes(model)
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
-        self.turns = ((False, True),) if graphs else ((False,), (True,))  # of phases in spans or not
-        self.rounded, self.replayed = (bucket, Replayed) if graphs else (int, lambda function: function)
-        self.cache = None
+        together = devices.has_graphs(self.device)
+        self.turns = ((False, True),) if together else ((False,), (True,))  # of phases in spans or not
 
     @classmethod
     def load(cls, path, config, device="cpu", drafter=None):
         """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        return cls(model.to(devices.sampling_dtype(device)), tokenizer, config, trained_by(info, path), drafter)
-
-    def reserve(self, batch, length):
-        """Have a KV cache for so many answers and entries: the last one if it is large enough, because graphs know it."""
-        if self.cache is None or self.cache.batch < batch or self.cache.junk < length:
-            dtype = self.model.embedding.weight.dtype
-            self.cache = KVCache(self.model.config, self.rounded(batch), self.rounded(length), self.device, dtype)
-            self.compute = self.replayed(self.one_pass)
+        method = decoded_as(trained_by(info, path), config.decode)
+        return cls(model.to(devices.sampling_dtype(device)), tokenizer, config, method, drafter)
 
     def begin(self, prompts):
         """Answers to prompts in their first phase. Raises ValueError if a prompt is too long."""
@@ -87,7 +80,7 @@ class Sampler:
                                  f"with --max_tokens {self.config.max_tokens} they are more than {LONGEST}")  # fmt: skip
             answer.phase = next_round(answer)
             answers.append(answer)
-        self.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
+        self.passes.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
         return answers
 
     @torch.inference_mode()
@@ -118,46 +111,9 @@ class Sampler:
             if watch:
                 watch(answer)
 
-    # ------------------------------------------------------------ what a pass computes
-
     def forward(self, live, entries, readings, rows):
-        """Hidden states (B, R, D) of the entries that are read, of a pass over all `entries`; the rest is padding.
-
-        rows: where the answers are in the cache.
-        """
-        size, width = self.rounded(len(rows)), self.rounded(max(map(len, entries)))
-        table = torch.zeros(6, size, width, dtype=torch.long)
-        table[2], table[5] = 1, self.cache.junk  # padding sees one entry, and writes to one that nothing sees
-        for row, (answer, computed) in enumerate(zip(live, entries)):
-            y = answer.layout
-            columns = [[column[i] for i in computed] for column in (y.token, y.position, y.prefix, y.begin, y.end)]
-            table[:, row, : len(computed)] = torch.tensor([*columns, computed])
-        n_keys = self.rounded(int(table[2:5].max()))  # here: later the host would have to wait for the device
-        rows = [*rows, *[row for row in range(self.cache.batch) if row not in rows][: size - len(rows)]]
-        inputs = [table, torch.tensor(rows)]
-        if width > 1:
-            inputs.append(self.columns_read(entries, readings, size))
-        inputs = [tensor.to(self.device) for tensor in inputs]
-        return self.compute(*inputs, n_keys=n_keys, first=rows == list(range(size)))
-
-    def columns_read(self, entries, readings, size):
-        """(B, R) where in a pass the entries are that are read."""
-        read = []
-        for computed, mine in zip(entries, readings):
-            column = {entry: n for n, entry in enumerate(computed)}
-            read.append([column[entry] for reading in mine for entry in reading.entries])
-        columns = torch.zeros(size, self.rounded(max(map(len, read))), dtype=torch.long)
-        for row, mine in enumerate(read):
-            columns[row, : len(mine)] = torch.tensor(mine)
-        return columns
-
-    def one_pass(self, table, rows, columns=None, *, n_keys, first):
-        """What the device does in a pass."""
-        self.cache.select(rows, first)
-        token, position, ranges, entry = table[0], table[1], table[2:5].movedim(0, -1), table[5]
-        return self.model(token, position, ranges, self.cache, entry, n_keys, columns)
-
-    # ------------------------------------------------------------ what a pass predicts
+        """Hidden states (B, R, D) of the entries that are read, of a pass over `entries` of answers in these rows."""
+        return self.passes.forward([answer.layout for answer in live], entries, readings, rows)
 
     def predict(self, live, hidden, readings):
         """For each answer a `Reply` to each of its readings. Raises ValueError if the model predicts no numbers."""

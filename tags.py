@@ -129,7 +129,7 @@ def parse_answer(tagged: str) -> list[Round]:
         for number, (topic, length) in enumerate(topics, 1):
             content = reader.text()
             if not content.startswith(topic + ":"):
-                reader.fail(f"expected the span of topic {topic!r} to begin with '{topic}:'", reader.next - 1)
+                reader.fail(f"expected the span of topic {topic[:40]!r} to begin with '{topic[:40]}:'", reader.next - 1)
             spans.append(Span(topic, content[len(topic) + 1 :].strip(), length))
             reader.tag(ASYNC_END)
             tag = reader.tag_alone(ASYNC) if number < len(topics) else reader.tag_alone(SYNC, EOS)

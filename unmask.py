@@ -37,13 +37,14 @@ def certainty(logits: Tensor, token: Tensor, config, generators: Generators) -> 
     """
     if config.order == "random" and not config.threshold:
         return uniform(generators, logits.device)
-    log_probs = torch.log_softmax(logits, dim=-1)
+    probs = torch.softmax(logits, dim=-1)
     if config.threshold or config.order == "confidence":
-        return log_probs.gather(-1, token[:, None])[:, 0].exp()
+        return probs.gather(-1, token[:, None])[:, 0]
     if config.order == "margin":
-        likeliest, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+        likeliest, second = probs.topk(2, dim=-1).values.unbind(-1)
         return likeliest - second
-    return torch.linalg.vecdot(log_probs.exp(), log_probs)  # negative entropy; slots exclude no token, so no 0 * -inf
+    # negative entropy; slots exclude no token, so no 0 * -inf
+    return torch.linalg.vecdot(probs, torch.log_softmax(logits, dim=-1))
 
 
 def ranks(sure: Tensor, group: Tensor) -> Tensor:

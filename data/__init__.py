@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import atomic
+from plumbing.files import atomic
 from tags import Round, Span, format_answer, parse_answer, pieces
 from tokenizer import Tokenizer, check_length
 
@@ -84,15 +84,20 @@ def _check_splits(splits: dict[str, list[Example]]) -> None:
 
 
 def _check_texts(example: Example) -> None:
-    try:
-        texts = [example.prompt, example.family, *(r.text for r in example.rounds)]
-        topics = [s.topic for s in _spans(example)]
-        texts += topics + [s.text for s in _spans(example)]
-    except (AttributeError, TypeError):
-        raise ValueError("expected an Example with a tuple of Rounds, each with a tuple of Spans") from None
-    if not example.rounds:
-        raise ValueError("expected one Round or more")
-    for text in texts:
+    def several(values: object, kind: type) -> bool:  # an iterator would be empty when it is read again
+        return isinstance(values, (tuple, list)) and all(isinstance(value, kind) for value in values)
+
+    rounds = example.rounds if isinstance(example, Example) else None
+    if not several(rounds, Round) or not rounds or not all(several(r.spans, Span) for r in rounds):
+        raise ValueError("expected an Example with a tuple of one or more Rounds, each with a tuple of Spans")
+    topics = [span.topic for span in _spans(example)]
+    for text in [
+        example.prompt,
+        example.family,
+        *(r.text for r in rounds),
+        *topics,
+        *(s.text for s in _spans(example)),
+    ]:
         if not isinstance(text, str):
             raise ValueError(f"expected a text, found {text!r:.60}")
         text.encode()  # half a surrogate pair is no character: UnicodeEncodeError, which is a ValueError

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import kernels
 from kernels.graphs import record
 from masks import ATTENTION, PLAN, PROMPT, Layout, sees, visible
+from plumbing.settings import command
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SAMPLING = [(64, 512), (128, 512), (64, 2048), (256, 2048), (64, 8192), (128, 8192), (512, 8192)]
@@ -34,8 +35,8 @@ FREE = SimpleNamespace(async_=0, async_end=0, colon=0)  # a layout does not look
 # ---------------------------------------------------------------- masks
 
 
-def training_see(T, seed, attention):
-    """see (T, 3) of a prompt, a plan, three to eight spans of unequal lengths, and a second round of the same kind."""
+def training_bounds(T, seed, attention):
+    """Bounds (T, 3) of a prompt, a plan, three to eight spans of unequal lengths, and another such round."""
     g = torch.Generator().manual_seed(seed)
     layout = Layout(attention)
     layout.write([0] * (T // 16 + int(torch.randint(T // 8, (), generator=g))), PROMPT, 0)
@@ -49,8 +50,8 @@ def training_see(T, seed, attention):
     return torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])[:T]
 
 
-def sampling_see(n_queries, n_keys, n_spans=4):
-    """see (n_queries, 3) of a denoising pass: all tokens of a round's spans, after a cached prompt and plan."""
+def sampling_bounds(n_queries, n_keys, n_spans=4):
+    """Bounds (n_queries, 3) of a denoising pass: all tokens of a round's spans, after a cached prompt and plan."""
     layout = Layout()
     layout.write([0] * (n_keys - n_queries), PROMPT, 0)
     layout.scaffold([([0], [0] * (n_queries // n_spans - 4))] * n_spans, FREE, 0)
@@ -75,12 +76,12 @@ def forced(backend, call):
         return call()
 
 
-def methods(q, k, v, see):
+def methods(q, k, v, bounds):
     """name -> a function without arguments that computes attention. The masks themselves are made beforehand."""
     (B, H, T, _), S = q.shape, k.shape[2]
-    see, gqa = see.int(), H != k.shape[1]
-    mask = visible(see, S)[:, None]
-    prefix, begin, end = see.unbind(-1)
+    bounds, gqa = bounds.int(), H != k.shape[1]
+    mask = visible(bounds, S)[:, None]
+    prefix, begin, end = bounds.unbind(-1)
 
     def rule(b, h, i, j):
         return sees(j, prefix[b, i], begin[b, i], end[b, i])
@@ -89,7 +90,7 @@ def methods(q, k, v, see):
     flex = torch.compile(flex_attention, dynamic=False)
     dense = partial(sdpa, q, k, v, attn_mask=mask, enable_gqa=gqa)
     return {
-        "kernel": partial(kernels.attention, q, k, v, see),
+        "kernel": partial(kernels.attention, q, k, v, bounds),
         "SDPA": dense,
         "cuDNN": partial(forced, SDPBackend.CUDNN_ATTENTION, dense),
         "Flex": partial(flex, q, k, v, block_mask=block_mask, enable_gqa=gqa),
@@ -159,7 +160,7 @@ def measure(calls, repeats, divide=1):
 
 
 def report(label, results, flops):
-    """A line a method."""
+    """One line per method."""
     ours = results["kernel"][1]
     for name, (low, median, high) in results.items():
         print(f"{label:>24} {name:>8} {median:10.1f} us ({low:.1f} to {high:.1f}) {flops / median / 1e6:8.1f} TFLOP/s"
@@ -170,11 +171,11 @@ def bench_training(args):
     print(f"\nTraining, {args.attention}: microseconds (quartiles), TFLOP/s of visible pairs, time / kernel's time")
     for T in args.lengths:
         B = max(1, args.tokens // T)
-        see = torch.stack([training_see(T, seed, args.attention) for seed in range(B)]).cuda()
-        pairs = sum(int(visible(row[None], T).sum()) for row in see)
+        bounds = torch.stack([training_bounds(T, seed, args.attention) for seed in range(B)]).cuda()
+        pairs = sum(int(visible(row[None], T).sum()) for row in bounds)
         q, k, v = leaves = inputs(B, T, T, args)
         flops = 4 * pairs * args.heads * args.head_size
-        calls = methods(q, k, v, see)
+        calls = methods(q, k, v, bounds)
         calls["causal"], causal_leaves = causal(B, pairs, args)
         calls, seen = compared(calls), pairs / (B * T * T)
         report(f"{B} x {T}, {seen:.0%}, forward", measure(calls, args.repeats), flops)
@@ -188,11 +189,11 @@ def bench_sampling(args):
     print("\nSampling under CUDA graphs: queries on cached keys, microseconds of one call")
     for B in (1, 8):
         for T, S in SAMPLING:
-            see = sampling_see(T, S)[None].repeat(B, 1, 1).cuda()
+            bounds = sampling_bounds(T, S)[None].repeat(B, 1, 1).cuda()
             q, k, v = inputs(B, T, S, args)
             ten_times = lambda name, call: record(lambda: [call() for _ in range(10)])[0]
-            graphs = prepare(compared(methods(q, k, v, see)), ten_times)
-            flops = 4 * int(visible(see, S).sum()) * args.heads * args.head_size
+            graphs = prepare(compared(methods(q, k, v, bounds)), ten_times)
+            flops = 4 * int(visible(bounds, S).sum()) * args.heads * args.head_size
             report(f"{B} x {T} on {S}", measure(graphs, args.repeats, divide=10), flops)
 
 
@@ -203,7 +204,9 @@ def main(arguments=None):
     parser.add_argument("--head-size", type=int, default=64, choices=kernels.HEAD_SIZES, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="(default: %(default)s)")
     parser.add_argument("--attention", default="sparse", choices=ATTENTION, help="the mask (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="a batch, as far as possible (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="per batch, as far as possible (default: %(default)s)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of sequences (default: 512 to 16k)")
     parser.add_argument("--repeats", type=int, default=30, help="of each call (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -215,10 +218,10 @@ def main(arguments=None):
     device = torch.cuda.get_device_properties(0)
     print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}, "
           f"{args.heads} heads ({args.kv_heads} of keys) of {args.head_size}, {args.dtype}")  # fmt: skip
-    torch._dynamo.config.recompile_limit = 64  # one compiled FlexAttention a shape
+    torch._dynamo.config.recompile_limit = 64  # one compiled FlexAttention per shape
     bench_training(args)
     bench_sampling(args)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

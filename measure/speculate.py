@@ -12,8 +12,9 @@ import torch
 
 from answer import Answer
 from masks import PLAN
-from model import KVCache, load_checkpoint
-from settings import locate
+from model import KVCache
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import locate
 from tokenizer import Tokenizer
 from unmask import draw, probabilities
 

@@ -1,10 +1,11 @@
 """Draw the hybrid mask of an example, in the terminal or as a picture.
 
-    python show/mask.py --attention causal
+python show/mask.py --attention causal
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +14,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, encode_example, visible
+from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, Layout, encode_example, visible
+from plumbing.files import atomic
+from plumbing.settings import command
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
+KINDS = {  # of a key: its name, how it is drawn, as what where blocks cannot be, and its colour in a terminal
+    PROMPT: ("prompt", "░░", "pp", 37),
+    PLAN: ("plan and text", "▒▒", "tt", 36),
+    GIVEN: ("tags and topic of a span", "▓▓", "gg", 33),
+    SLOT: ("slot", "██", "ss", 32),
+}
 
-def otter(attention):
-    """The example of every picture: two rounds, the first with two spans. Returns its layout and tokenizer."""
+
+def otter(attention: str) -> tuple[Layout, Tokenizer]:
+    """The example of every picture, and a tokenizer for it: two rounds, the first with two spans."""
     spans = (Span("habitat", "rivers and quiet coasts", 2), Span("food", "fish", 1))
     example = SimpleNamespace(prompt="tell me about otters", rounds=(Round("", spans), Round("playful river animals")))
     words = [example.prompt, *pieces(example.rounds), "habitat food"]
@@ -27,45 +37,65 @@ def otter(attention):
     return encode_example(example, tokenizer, attention), tokenizer
 
 
-def show(layout, tokenizer, colours=False):
-    """Lines of the mask: a row a query, a column a key, drawn by the kind of the key."""
-    see = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])
-    inks = {PROMPT: ("░░", 37), PLAN: ("▒▒", 36), GIVEN: ("▓▓", 33), SLOT: ("██", 32)}
-    inks = {kind: f"\x1b[{colour}m{ink}\x1b[0m" if colours else ink for kind, (ink, colour) in inks.items()}
-    for token, row in zip(layout.token, visible(see[None], len(layout))[0].tolist()):
-        cells = (inks[kind] if seen else "· " for seen, kind in zip(row, layout.kind))
+def seen(layout: Layout) -> torch.Tensor:
+    """(T, T) bool: which key (column) each query (row) of a layout sees."""
+    ranges = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])
+    return visible(ranges[None], len(layout))[0]
+
+
+def show(layout: Layout, tokenizer: Tokenizer, colours: bool = False, blocks: bool = True) -> Iterator[str]:
+    """Lines of the mask: a row per query, a column per key, drawn by the kind of the key.
+
+    blocks: whether what is written to can encode block characters.
+    """
+    ink = {kind: block if blocks else letters for kind, (_, block, letters, _) in KINDS.items()}
+    if colours:
+        ink = {kind: f"\x1b[{KINDS[kind][-1]}m{cell}\x1b[0m" for kind, cell in ink.items()}
+    none = "· " if blocks else ". "
+    for token, row in zip(layout.token, seen(layout).tolist()):
+        cells = (ink[kind] if sees else none for sees, kind in zip(row, layout.kind))
         yield f"{tokenizer.name(token).strip():>12} " + "".join(cells)
-    names = ("prompt", "plan and text", "tags and topic of a span", "slot")
-    yield "rows see columns: " + "  ".join(f"{ink} {name}" for ink, name in zip(inks.values(), names))
+    yield "rows see columns: " + "  ".join(f"{ink[kind]} {name}" for kind, (name, *_) in KINDS.items())
 
 
-def save_png(path, layouts, tokenizer):
-    """The masks of several layouts (name -> Layout) side by side, as a picture. Needs matplotlib."""
-    import matplotlib.pyplot as plt
+def encodes_blocks(encoding: str | None) -> bool:
+    try:
+        "·░▒▓█".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def save_png(path: str, layouts: dict[str, Layout], tokenizer: Tokenizer) -> None:
+    """Draw the masks of several layouts (name -> Layout) side by side. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--png needs matplotlib: pip install matplotlib") from None
 
     palette = np.array([[1, 1, 1], [0.6, 0.6, 0.6], [0.2, 0.6, 0.75], [0.9, 0.7, 0.25], [0.35, 0.7, 0.35]])
-    figure, axes = plt.subplots(1, len(layouts), figsize=(6 * len(layouts), 6.6), squeeze=False)
+    figure = Figure(figsize=(6 * len(layouts), 6.6), layout="tight")
+    axes = figure.subplots(1, len(layouts), squeeze=False)
     for axis, (name, layout) in zip(axes[0], layouts.items()):
-        see = torch.tensor([*zip(layout.prefix, layout.begin, layout.end)])[None]
-        axis.imshow(palette[visible(see, len(layout))[0].numpy() * (np.array(layout.kind) + 1)])
+        axis.imshow(palette[seen(layout).numpy() * (np.array(layout.kind) + 1)])
         names = [tokenizer.name(token).strip() for token in layout.token]
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_title(f"{name}: rows see columns")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic(Path(path)) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the mask of an example: who sees whom.")
     about = "how span tokens see spans (default: %(default)s)"
     parser.add_argument("--attention", choices=ATTENTION, default=ATTENTION[0], help=about)
     parser.add_argument("--png", help="also draw all three variants into this file (needs matplotlib)")
     args = parser.parse_args()
-    print("\n".join(show(*otter(args.attention), sys.stdout.isatty())))
+    print("\n".join(show(*otter(args.attention), sys.stdout.isatty(), encodes_blocks(sys.stdout.encoding))))
     if args.png:
         save_png(args.png, {name: otter(name)[0] for name in ATTENTION}, otter("sparse")[1])
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

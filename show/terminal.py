@@ -1,104 +1,129 @@
 """An answer in the terminal while it is made: the plan appears, then its spans fill in place.
 
-In a terminal frames overwrite each other in colours. When piped, a few frames are printed as plain text.
+In a terminal each frame overwrites the last one, in colours. When piped, a few frames are printed as plain text.
 """
 
+from __future__ import annotations
+
+import re
 import shutil
 import sys
 import time
+import unicodedata
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
-from masks import SLOT
+from show.record import Frame, frame, printable
 
-FADED, BOLD, NEW, PLAN_COLOUR = "2", "1", "1;32", "36"
+if TYPE_CHECKING:
+    from answer import Answer
+
+FADED, BOLD, NEW, PLAN = "2", "1", "1;32", "36"  # how text looks, in terminal codes
 MASKED = " ____"  # a slot not yet filled
+MARGIN = 14  # columns for what a line is: prompt, plan, text, or the topic of a span
+PIPED_WIDTH = 100  # columns where there is no terminal
 
 
 class Screen:
-    """Shows answers: pass it as `watch` to `Sampler.answer`. `delay`: seconds a frame stays, in a terminal."""
+    """Shows answers: pass it as `watch` to `Sampler.answer`. `delay`: seconds that a frame stays, in a terminal."""
 
-    def __init__(self, stream=sys.stdout, delay=0.06):
-        self.stream, self.delay, self.live = stream, delay, stream.isatty()
-        self.height, self.before, self.shown = 0, {}, None
+    def __init__(self, stream: TextIO | None = None, delay: float = 0.06):
+        self.stream, self.delay = stream or sys.stdout, delay
+        self.live = self.stream.isatty()
+        self.forget()
 
-    def __call__(self, answer):
+    def forget(self) -> None:
+        """Begin another answer below what is on the screen."""
+        self.height, self.texts, self.stage = 0, {}, None  # of the last frame: lines, text of each token, stage
+
+    def __call__(self, answer: Answer) -> None:
+        now = frame(answer)
         if self.live:
-            size = shutil.get_terminal_size()
-            lines = self.frame(answer, size.columns)[-(size.lines - 1) :]
-            up = f"\x1b[{self.height}A\x1b[J" if self.height else ""
-            self.stream.write(up + "\n".join(lines) + "\n")
-            self.stream.flush()
-            self.height = len(lines) if answer.phase else 0
-            time.sleep(self.delay)
-        elif self.key_frame(answer):
-            passes = f"-- after {answer.plan_passes} plan and {answer.denoise_passes} denoising passes\n"
-            self.stream.write(passes + "\n".join(self.frame(answer, 100)) + "\n")
+            self.overwrite(answer.prompt, now)
+        elif self.worth_printing(now):
+            passes = f"-- after {now.plan_passes} plan and {now.denoise_passes} denoising passes"
+            self.stream.write("\n".join([passes, *self.lines(answer.prompt, now, PIPED_WIDTH)]) + "\n")
+        if now.ending:
+            self.forget()
 
-    def key_frame(self, answer):
-        """Whether to print a frame if nothing can be overwritten: at a new stage, and halfway through the spans."""
-        state = (len(answer.rounds), type(answer.phase), self.halfway(answer))
-        self.shown, before = state, self.shown
-        return not answer.phase or (state != before and not (before is None and not answer.rounds[-1].spans))
+    def overwrite(self, prompt: str, now: Frame) -> None:
+        """Draw a frame over the last one. Until the end only as many lines as can be overwritten."""
+        size = shutil.get_terminal_size()
+        lines = self.lines(prompt, now, size.columns)
+        if not now.ending:
+            lines = lines[-max(1, size.lines - 1) :]
+        up = f"\x1b[{self.height}A\x1b[J" if self.height else ""
+        self.stream.write(up + "\n".join(lines) + "\n")
+        self.stream.flush()
+        self.height = len(lines)
+        time.sleep(self.delay)
 
-    def halfway(self, answer):
-        """Whether half of the newest spans' slots are filled."""
-        slots = [i for round_ in answer.rounds[-1:] for span in round_.spans for i in answer.contents(span)]
-        return 2 * slots.count(answer.tokenizer.mask) <= len(slots)
+    def worth_printing(self, now: Frame) -> bool:
+        """Whether spans have just begun, half of their slots have been filled, or a round or the answer has ended."""
+        spans = now.rounds[-1].spans if now.rounds else ()
+        slots = [slot for span in spans for slot in span]
+        halfway = 2 * slots.count(None) <= len(slots)
+        stage, last = (len(now.rounds), bool(spans), halfway), self.stage
+        self.stage = stage
+        return bool(now.ending) or (stage != last and (last is not None or bool(spans)))
 
-    def frame(self, answer, width):
-        """The lines of an answer as it stands."""
-        lines, now = [], {}
-        for label, style, entries in self.rows(answer):
-            cells = []
-            for key, text, token_style in entries:
-                now[key] = text
-                fresh = self.before.get(key, MASKED) == MASKED and text != MASKED and style is None
-                cells.append((text, NEW if fresh and self.live else token_style))
-            lines += self.wrap(label, cells, width)
-        self.before = now
+    def lines(self, prompt: str, now: Frame, width: int) -> list[str]:
+        """The lines of a frame, each of at most `width` columns; tokens that are new in it stand out."""
+        lines, texts = [], {}
+        for label, style, tokens in rows(prompt, now):
+            texts.update(tokens)
+            styles = [style or self.style(key, text) for key, text in tokens]
+            lines += self.wrap(label, [(text, style) for (_, text), style in zip(tokens, styles)], width)
+        self.texts = texts
         return lines
 
-    def rows(self, answer):
-        """(label, style, [(key, text, style) of a token]) of the prompt and of each plan, text and span."""
-        tok, layout = answer.tokenizer, answer.layout
-        yield "prompt", BOLD, [(None, answer.prompt, BOLD)]
-        for number, round_ in enumerate(answer.rounds):
-            if round_.text:
-                yield "text", None, [((number, n), tok.name(i), None) for n, i in enumerate(round_.text)]
-            if round_.topics:
-                plan = [f"{tok.decode(name)} {length or ''} " for name, length in round_.topics]
-                yield "plan", PLAN_COLOUR, [(None, text + " ", PLAN_COLOUR) for text in plan]
-            for (name, _), (start, stop) in zip(round_.topics, round_.spans):
-                slots = [(i, layout.token[i]) for i in range(start, stop) if layout.kind[i] == SLOT]
-                yield tok.decode(name), None, [(i, *self.slot(tok, token)) for i, token in slots if token != tok.pad]
+    def style(self, key: tuple, text: str) -> str:
+        """How a token of text or of a span looks."""
+        if text == MASKED:
+            return FADED
+        return NEW if self.texts.get(key, MASKED) == MASKED else ""
 
-    def slot(self, tok, token):
-        return (MASKED, FADED) if token == tok.mask else (tok.name(token), None)
-
-    def wrap(self, label, cells, width):
-        """Lines of at most `width` columns, the label in a column of its own."""
-        margin, lines, line, used = 14, [], "", 0
-        for text, style in (part for text, style in cells for part in split(text, style, width - margin - 1)):
-            if used + len(text) > width - margin - 1 and used:
+    def wrap(self, label: str, cells: list[tuple[str, str]], width: int) -> list[str]:
+        """Lines of (text, style) cells, with the label in a margin of its own."""
+        lines, line, used, free = [], "", 0, max(2, width - MARGIN - 1)
+        for text, style in (part for text, style in cells for part in split(text, style, free)):
+            if text == "\n" or (used and used + columns(text) > free):
                 lines, line, used = [*lines, line], "", 0
-            text = text if used else text.lstrip(" ")
-            if text == "\n":
-                lines, line, used = [*lines, line], "", 0
-                continue
-            line, used = line + self.paint(text, style), used + len(text)
-        head = self.paint(f"{label[: margin - 2]:>{margin - 2}}  ", FADED)
-        return [(head if n == 0 else " " * margin) + line for n, line in enumerate([*lines, line])]
+            text = text.lstrip(" \n") if not used else text
+            line, used = line + self.paint(text, style), used + columns(text)
+        head = self.paint(f"{printable(label)[: MARGIN - 2]:>{MARGIN - 2}}  ", FADED)
+        return [(head if n == 0 else " " * MARGIN) + line for n, line in enumerate([*lines, line])]
 
-    def paint(self, text, style):
-        return f"\x1b[{style}m{text}\x1b[0m" if style and self.live else text
+    def paint(self, text: str, style: str) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if style and self.live and text else text
 
 
-def split(text, style, width):
-    """Cut text into line breaks and words of at most `width` characters, as (text, style) each."""
-    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # no control codes to the terminal
-    for n, line in enumerate(text.split("\n")):
-        if n:
-            yield "\n", None
-        for m, word in enumerate(line.split(" ")):
-            part = (" " if m else "") + word
-            for start in range(0, len(part), width):
-                yield part[start : start + width], style
+def rows(prompt: str, now: Frame) -> Iterator[tuple[str, str, list[tuple]]]:
+    """(label, style, [(key, text) of each token]) of the prompt and of each plan, text and span."""
+    yield "prompt", BOLD, [(("prompt",), prompt)]
+    for r, round_ in enumerate(now.rounds):
+        if round_.text:
+            yield "text", "", [((r, n), text) for n, text in enumerate(round_.text)]
+        if round_.topics:
+            topics = [f"{''.join(topic.name)} {topic.length or ''}  ".lstrip() for topic in round_.topics]
+            yield "plan", PLAN, [((r, "plan", n), text) for n, text in enumerate(topics)]
+        for k, span in enumerate(round_.spans):
+            label = " ".join("".join(round_.topics[k].name).split()) if round_.topics else ""
+            slots = [((r, k, n), MASKED if slot is None else slot) for n, slot in enumerate(span)]
+            yield label, "", [(key, text) for key, text in slots if text]  # without [PAD]
+
+
+def split(text: str, style: str, width: int) -> Iterator[tuple[str, str]]:
+    """Cut text into line breaks and words, each of at most `width` columns, as (text, style)."""
+    for word in re.findall(r"\n| ?[^ \n]*", printable(text)):
+        while columns(word) > width:
+            end = next(n for n in range(len(word), 0, -1) if columns(word[:n]) <= width)
+            yield word[:end], style
+            word = word[end:]
+        if word:
+            yield word, style
+
+
+def columns(text: str) -> int:
+    """How many columns text takes in a terminal: letters of some scripts take two, accents none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)

@@ -126,7 +126,7 @@ def recordings(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(recordings, monkeypatch):
     """Samplers have the shapes and the graphs that they have on a GPU."""
-    monkeypatch.setattr("device.has_graphs", lambda device: True)
+    monkeypatch.setattr("plumbing.device.has_graphs", lambda device: True)
 
 
 @pytest.fixture
@@ -135,5 +135,5 @@ def emulated_kernel(as_on_a_gpu, monkeypatch):
     if not shutil.which("g++"):
         pytest.skip("needs g++, which emulates the kernel")
     monkeypatch.setattr("model.choose", lambda *args, **options: "kernel")
-    monkeypatch.setattr("device.sampling_dtype", lambda device: torch.float16)
-    monkeypatch.setattr("device.fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("plumbing.device.sampling_dtype", lambda device: torch.float16)
+    monkeypatch.setattr("plumbing.device.fast_dtype", lambda device: torch.bfloat16)

@@ -78,8 +78,8 @@ def oracle_target(places, tokens):
 
 
 def mask_of(layout):
-    see = torch.tensor([layout.prefix, layout.begin, layout.end]).T
-    return visible(see[None], len(layout))[0].numpy()
+    ranges = torch.tensor([layout.prefix, layout.begin, layout.end]).T
+    return visible(ranges[None], len(layout))[0].numpy()
 
 
 def laid_out(example, tokenizer, attention):

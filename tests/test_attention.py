@@ -31,26 +31,25 @@ def batch_of(tokenizer, spans):
 @torch.no_grad()
 def test_flex_attention_gives_the_hidden_states_of_the_dense_mask(tokenizer, uncompiled, spans):
     model, batch = small_model(tokenizer.vocab_size), batch_of(tokenizer, spans)
-    expected = model(batch.token, batch.position, batch.see)
-    model.attend_by("flex")
-    torch.testing.assert_close(model(batch.token, batch.position, batch.see), expected, rtol=1e-4, atol=1e-4)
+    expected = model(batch.token, batch.position, batch.ranges)
+    model.backend = BACKENDS["flex"]
+    torch.testing.assert_close(model(batch.token, batch.position, batch.ranges), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the kernel's emulation needs g++")
 @torch.no_grad()
 def test_the_kernel_gives_what_the_dense_mask_gives(tokenizer):
-    see = batch_of(tokenizer, "sparse").see
-    (B, T, _), S = see.shape, int(see.max())
-    q, k, v = (torch.randn(B, heads, n, 32).bfloat16() for heads, n in ((4, T), (2, S), (2, S)))
-    expected, fused = (
-        attend(q, k, v, prepare(see, S)).float() for prepare, attend in (BACKENDS["dense"], BACKENDS["kernel"])
+    ranges, rng = batch_of(tokenizer, "sparse").ranges, torch.Generator().manual_seed(0)
+    (B, T, _), S = ranges.shape, int(ranges.max())
+    q, k, v = (torch.randn(B, heads, n, 32, generator=rng).bfloat16() for heads, n in ((4, T), (2, S), (2, S)))
+    expected, given = (
+        attend(q, k, v, prepare(ranges, S)).float() for prepare, attend in (BACKENDS["dense"], BACKENDS["kernel"])
     )
-    assert (fused - expected).norm() < 0.01 * expected.norm()
+    assert (given - expected).norm() < 0.01 * expected.norm()
 
 
 def test_auto_is_the_dense_mask_without_a_gpu_and_other_names_are_refused():
     assert choose("auto", "cpu", torch.float32, 32) == "dense"
-    assert choose("flex", "cpu", torch.float32, 32) == "flex"
     with pytest.raises(ValueError, match="--attention fast: expected one of auto, dense, spans, flex, kernel"):
         choose("fast", "cpu", torch.float32, 32)
 
@@ -60,3 +59,20 @@ def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
         monkeypatch.setattr(attention.kernels, "available", lambda dtype, head_size: made)
         assert choose("auto", "cuda", torch.bfloat16, 64) == ("kernel" if made else "flex")
     assert choose("auto", "cuda", torch.float32, 64) == "dense"
+
+
+@pytest.mark.parametrize("name, device, dtype, head_size, said", [
+    ("flex", "cpu", torch.float32, 32, "--attention flex.*CUDA GPU.*not on cpu"),
+    ("flex", "mps", torch.float32, 32, "--attention flex.*not on mps"),
+    ("kernel", "cuda", torch.float32, 32, "--attention kernel.*not in torch.float32"),
+    ("kernel", "cuda", torch.bfloat16, 48, "--attention kernel.*heads of 48"),
+])  # fmt: skip
+def test_a_backend_that_does_not_work_there_is_refused(name, device, dtype, head_size, said):
+    with pytest.raises(ValueError, match=said):
+        choose(name, device, dtype, head_size)
+
+
+def test_what_is_named_and_works_is_taken():
+    assert choose("dense", "cuda", torch.float32, 48) == "dense"
+    assert choose("flex", "cuda", torch.float32, 48) == "flex"
+    assert choose("kernel", "cpu", torch.bfloat16, 32) == "kernel"

@@ -1,16 +1,24 @@
 """Which examples make a batch, what a batch says of itself, and what training says of its speed."""
 
+import json
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_example
+from conftest import random_example, small_model
 
-from masks import encode_example, visible
+import batches
+from batches import Batches, TrainingData
+from data import Example, write_dataset
+from loss import JointLoss
+from masks import PLAN, SLOT, encode_example, visible
+from methods import MethodConfig
 from noise import IGNORE, Sequence, make_batch
-from train import PEAKS, Batches, utilization
+from plumbing.device import PEAKS, utilization
+from tags import Round, Span
+from train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +69,122 @@ def test_little_of_a_batch_is_padding():
 
 
 def test_too_few_examples_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="2 examples.*batch of 3"):
+    with pytest.raises(ValueError, match="--batch 3.*2 examples"):
         Batches([stub(5, 1)] * 2, 3, 0)
+
+
+def test_work_counts_the_products_that_are_needed_and_no_others(sequences, tokenizer):
+    """Per token all matrices of the blocks, per visible key the attention, per target its own logits."""
+    model = small_model(tokenizer.vocab_size)
+    loss, c = JointLoss(model, tokenizer.pad + 1), model.config
+    batch = make_batch(sequences[:5], [0] * 5, tokenizer, np.random.default_rng(0))
+    matrices = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2)
+    keys = int(
+        sum(visible(batch.ranges, batch.token.shape[1])[b, : s.stop(0)].sum() for b, s in enumerate(sequences[:5]))
+    )
+    predicted = batch.target != IGNORE
+    plan, slots = int((predicted & ~batch.in_span).sum()), int((predicted & batch.in_span).sum())
+    logits = 2 * c.d_model * (plan * tokenizer.vocab_size + slots * (tokenizer.pad + 1))
+    forward = 2 * matrices * sum(s.stop(0) for s in sequences[:5]) + 4 * c.n_layer * c.d_model * keys + logits
+    assert loss.flops(batch) == pytest.approx(3 * forward, rel=0.02)  # norms are counted as if they were matrices
+    unpredicted = make_batch(sequences[:5], [0] * 5, tokenizer, np.random.default_rng(0))
+    unpredicted.target[:] = IGNORE
+    assert loss.flops(batch) - loss.flops(unpredicted) == pytest.approx(3 * logits, rel=1e-6) and logits > 0.1 * forward
+
+
+# ---------------------------------------------------------------- the data set
+
+
+def planned(n):
+    """Examples of two rounds with two spans each."""
+    words = ["otter", "fish", "river", "crab", "coast"]
+    rounds = lambda i: tuple(Round("", (Span("food", words[i % 5]), Span("play", words[i % 3]))) for _ in range(2))
+    return [Example(f"{words[i % 5]} {i}", rounds(i)) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_dataset(path, {"train": planned(60), "val": planned(5)}, 256 + 74 + 40, 4)
+    return path
+
+
+def training_data(folder, method="planned", say=lambda text: None, **changed):
+    return TrainingData(TrainConfig(data=str(folder), batch=2, **changed), MethodConfig(method), say)
+
+
+def pads_of(sequence, tokenizer):
+    """Of each span: how many [PAD] its text is followed by, and how many its plan asks for."""
+    lengths = [tokenizer.length_of(int(i)) for i in sequence.token if tokenizer.length_of(int(i))]
+    for span, length in zip(np.unique(sequence.span[sequence.span >= 0]), lengths):
+        slots = sequence.token[(sequence.span == span) & (sequence.kind == SLOT)]
+        text = int((slots != tokenizer.pad).sum())
+        assert (slots[text:] == tokenizer.pad).all()
+        yield len(slots) - text, length * tokenizer.unit - text
+
+
+def test_spans_are_padded_to_their_planned_length(folder):
+    data = training_data(folder)
+    for sequence in data.train + data.validation:
+        pads, planned = zip(*pads_of(sequence, data.tokenizer))
+        assert pads == planned
+
+
+def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_validation_are_as_before(folder):
+    data, exact = training_data(folder, extra_pads=10), training_data(folder)
+    pads = [pair for sequence in data.train for pair in pads_of(sequence, data.tokenizer)]
+    counted = Counter(drawn for drawn, _ in pads)
+    assert set(counted) == set(range(11)) and max(counted.values()) < 0.2 * len(pads)
+    assert any(drawn > planned for drawn, planned in pads) and any(drawn < planned for drawn, planned in pads)
+    for with_pads, without in zip(data.train, exact.train):
+        written = lambda s: s.token[s.kind == PLAN].tolist()
+        assert written(with_pads) == written(without)
+    assert all(np.array_equal(a.token, b.token) for a, b in zip(data.validation, exact.validation))
+    again = training_data(folder, extra_pads=10)
+    assert all(np.array_equal(a.token, b.token) for a, b in zip(data.train, again.train))
+
+
+@pytest.mark.parametrize("method", ["ar", "block", "diffusion"])
+def test_extra_pads_without_a_plan_of_the_models_own_are_refused(folder, method):
+    with pytest.raises(ValueError, match=f"--extra_pads 3: --method {method} writes no plan"):
+        training_data(folder, method, extra_pads=3)
+
+
+def test_reading_and_encoding_say_how_far_they_are(folder, monkeypatch):
+    said, clock = [], iter(range(10**6))
+    monkeypatch.setattr(batches.time, "monotonic", lambda: next(clock))
+    training_data(folder, say=said.append)
+    assert said[0] == f"reading {folder}"
+    assert said[1:4] == [f"encoded {n} of 60 examples" for n in (3, 6, 9)]
+
+
+def test_a_bad_example_is_found_before_the_training_starts(folder, tmp_path):
+    for name in ("tokenizer.json", "train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    row = {"prompt": "Otters", "answer": "<topic> food 1</topic><async> food: otter fish river crab coast</async><eos>"}
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="Otters.*food"):
+        training_data(tmp_path)
+    (tmp_path / "val.jsonl").write_text("")
+    (tmp_path / "train.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="60 training and 0 validation examples"):
+        training_data(tmp_path)
+
+
+def test_processes_share_the_micro_batches_of_an_update(folder):
+    data = training_data(folder, accumulate=4)
+    whole = data.micro_batches(3)
+    shared = [data.micro_batches(3, rank, 2) for rank in range(2)]
+    for i, batch in enumerate(whole):
+        assert torch.equal(shared[i % 2][i // 2].token, batch.token)
 
 
 def test_a_batch_knows_where_it_predicts_and_how_many_keys_it_sees(sequences, tokenizer):
     for size in (1, 5):
         rounds = [s.n_rounds - 1 for s in sequences[:size]]
         batch = make_batch(sequences[:size], rounds, tokenizer, np.random.default_rng(0))
-        assert batch.n_keys == int(visible(batch.see, batch.token.shape[1]).sum())
+        assert batch.n_keys == int(visible(batch.ranges, batch.token.shape[1]).sum())
         plan, slots = ([divmod(i, batch.token.shape[1]) for i in places.tolist()] for places in batch.places)
         predicted = [tuple(place) for place in (batch.target != IGNORE).nonzero().tolist()]
         assert plan == [place for place in predicted if not batch.in_span[place]] and plan
@@ -78,7 +193,7 @@ def test_a_batch_knows_where_it_predicts_and_how_many_keys_it_sees(sequences, to
 
 
 def test_speed_is_told_as_a_share_of_what_the_device_could_do_where_that_is_known(monkeypatch):
-    assert utilization(3.2e11, torch.device("cpu")) == "  0.32 TFLOP/s"
+    assert utilization(3.2e11, torch.device("cpu")) == "0.32 TFLOP/s"
     for name, share in (("NVIDIA H100 80GB HBM3", " (50.0% MFU)"), ("NVIDIA GeForce GTX 1080", "")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        assert utilization(PEAKS["H100"] / 2, torch.device("cuda")) == "  494 TFLOP/s" + share
+        assert utilization(PEAKS["H100"] / 2, torch.device("cuda")) == "494 TFLOP/s" + share

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -10,19 +11,32 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SENTENCES, random_example, small_model
 from safetensors.torch import save_file
 
 from data import write_dataset
 from measure.eval import EvalConfig
 from methods import MethodConfig
-from model import ModelConfig, save_checkpoint
+from model import ModelConfig
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from show.terminal import Screen
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = {"text", "rounds", "plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "slots", "pads", "seconds"}
+RESULT = {
+    "text",
+    "rounds",
+    "plan_passes",
+    "denoise_passes",
+    "critical_path",
+    "positions",
+    "content_tokens",
+    "slots",
+    "pads",
+    "seconds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +80,11 @@ def cli(monkeypatch, capsys, files):
 
 @pytest.mark.parametrize(
     "script, classes",
-    [("train.py", (TrainConfig, MethodConfig, ModelConfig)), ("sample.py", (SampleConfig,)), ("measure/eval.py", (EvalConfig, SampleConfig))],
+    [
+        ("train.py", (TrainConfig, MethodConfig, ModelConfig)),
+        ("sample.py", (SampleConfig,)),
+        ("measure/eval.py", (EvalConfig, SampleConfig)),
+    ],
 )
 def test_help_shows_every_setting_with_its_default(cli, script, classes):
     code, out, _ = cli(script, "--help")
@@ -76,7 +94,16 @@ def test_help_shows_every_setting_with_its_default(cli, script, classes):
         assert f" --{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
 
 
-@pytest.mark.parametrize("script, options", [("demo.py", ("prompt", "data", "delay")), ("show/mask.py", ("attention",))])
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("demo.py", ("prompt", "data", "delay", "device")),
+        ("show/mask.py", ("attention", "png")),
+        ("measure/plot.py", ("png",)),
+        ("measure/bench.py", ("device", "repeats")),
+        ("measure/frontier.py", ("preset", "out")),
+    ],
+)
 def test_help_of_the_small_scripts(cli, script, options):
     code, out, _ = cli(script, "--help")
     assert code == 0 and all(f"--{option}" in out for option in options)
@@ -86,7 +113,17 @@ def test_help_of_the_small_scripts(cli, script, options):
 
 
 def test_json_is_one_object_a_prompt_with_the_answer_and_its_costs(cli):
-    args = ("--checkpoint", "FILES/model.safetensors", "--json", "--max_tokens", 20, "--prompt", "otter", "--prompt", "\u00e9\u2028x")
+    args = (
+        "--checkpoint",
+        "FILES/model.safetensors",
+        "--json",
+        "--max_tokens",
+        20,
+        "--prompt",
+        "otter",
+        "--prompt",
+        "\u00e9\u2028x",
+    )
     code, out, err = cli("sample.py", *args)
     results = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
     assert (code, err) == (0, "")
@@ -98,7 +135,16 @@ def test_json_is_one_object_a_prompt_with_the_answer_and_its_costs(cli):
 
 
 def test_piped_from_another_folder_it_prints_plain_text(files, tmp_path):
-    command = [sys.executable, ROOT / "sample.py", "--checkpoint", files / "model.safetensors", "--prompt", "otter", "--max_tokens", "20"]
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--checkpoint",
+        files / "model.safetensors",
+        "--prompt",
+        "otter",
+        "--max_tokens",
+        "20",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "otter" in done.stdout and "\x1b" not in done.stdout
@@ -108,11 +154,27 @@ def test_piped_from_another_folder_it_prints_plain_text(files, tmp_path):
 
 MODEL = ("--checkpoint", "FILES/model.safetensors")
 WRONG = [
-    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist", "train.py")),
-    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/text.safetensors"), ("text.safetensors is not a checkpoint",)),
+    (
+        "sample.py",
+        ("--prompt", "x", "--checkpoint", "FILES/none.safetensors"),
+        ("none.safetensors does not exist", "train.py"),
+    ),
+    (
+        "sample.py",
+        ("--prompt", "x", "--checkpoint", "FILES/text.safetensors"),
+        ("text.safetensors is not a checkpoint",),
+    ),
     ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/cut.safetensors"), ("cut.safetensors is not a checkpoint",)),
-    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/empty.safetensors"), ("empty.safetensors is not a checkpoint",)),
-    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/other.safetensors"), ("other.safetensors is not a checkpoint",)),
+    (
+        "sample.py",
+        ("--prompt", "x", "--checkpoint", "FILES/empty.safetensors"),
+        ("empty.safetensors is not a checkpoint",),
+    ),
+    (
+        "sample.py",
+        ("--prompt", "x", "--checkpoint", "FILES/other.safetensors"),
+        ("other.safetensors is not a checkpoint",),
+    ),
     ("sample.py", ("--prompt", "x", "--checkpoint", "FILES"), ("is not a checkpoint",)),
     ("sample.py", ("--prompt", "x", *MODEL, "--steps_ratio", 0), ("--steps_ratio 0.0", "above 0 and at most 1")),
     ("sample.py", ("--prompt", "x", *MODEL, "--order", "best"), ("best", "entropy, confidence, margin, random")),
@@ -123,29 +185,131 @@ WRONG = [
     ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("--top_p 2.0",)),
+    *[
+        (
+            "measure/eval.py",
+            (*MODEL, "--data", "FILES", f"--{name}", value),
+            (f"--{name} {value}: expected at least {least}",),
+        )
+        for name, value, least in [
+            ("batch", 0, 1),
+            ("batch", -1, 1),
+            ("limit", -1, 0),
+            ("draws", 0, 1),
+            ("show", -1, 0),
+            ("ahead", -1, 0),
+        ]
+    ],
+    (
+        "measure/eval.py",
+        (*MODEL, "--data", "FILES", "--device", "abacus"),
+        ("--device abacus: expected one of auto, cpu",),
+    ),
+    ("measure/eval.py", (*MODEL, "--data", "FILES", "--answers", "FILES"), ("--answers", "expected a file")),
+    (
+        "measure/eval.py",
+        (*MODEL, "--data", "FILES", "--answers", "FILES/text.safetensors"),
+        ("text.safetensors: holds",),
+    ),
+    (
+        "measure/eval.py",
+        (*MODEL, "--data", "FILES", "--answers", "FILES/text.safetensors/a"),
+        ("text.safetensors",),
+    ),
+    ("measure/plot.py", ("FILES/none.csv",), ("none.csv: No such file",)),
+    ("measure/plot.py", ("FILES/text.safetensors",), ("text.safetensors: no losses yet",)),
+    ("measure/plot.py", ("FILES/model.safetensors",), ("model.safetensors: expected the log.csv of a training run",)),
+    ("measure/frontier.py", ("--workers", 0), ("--workers 0: expected at least 1",)),
+    ("measure/frontier.py", ("--preset", "days"), ("--preset", "days", "minutes")),
     ("train.py", ("--data", "FILES/none", "--out", "FILES/out"), ("none", "prepare.py")),
-    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("8 examples", "batch of 9")),
+    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 9), ("--batch 9", "8 examples")),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 0), ("batch",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--accumulate", 0), ("accumulate",)),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--log_every", 0), ("log_every",)),
-    ("train.py", ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--init", "FILES/none"), ("none does not exist",)),
+    (
+        "train.py",
+        ("--data", "FILES", "--out", "FILES/out", "--batch", 2, "--init", "FILES/none"),
+        ("none does not exist",),
+    ),
     ("train.py", ("--data", "FILES", "--out", "FILES/out", "--n_head", 3), ("n_head 3",)),
     ("train.py", ("--method", "magic"), ("--method magic", "planned, dense")),
     ("train.py", ("--weight", "heavy"), ("--weight heavy", "uniform, elbo")),
     ("train.py", ("--lr", "fast"), ("--lr", "fast")),
     ("demo.py", ("--prompt", "x"), ("--prompt needs --data",)),
+    ("demo.py", ("--delay", "nan"), ("--delay nan: expected 0 or more",)),
+    ("demo.py", ("--device", "abacus"), ("--device abacus: expected one of",)),
+    ("show/mask.py", ("--attention", "some"), ("--attention", "sparse")),
 ]
 
 
 @pytest.mark.parametrize("script, args, said", WRONG, ids=[" ".join(map(str, (s, *a))) for s, a, _ in WRONG])
 def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, script, args, said):
     code, out, err = cli(script, *args)
-    assert code not in (0, None) and out == ""
+    assert code not in (0, None) and re.sub(r"^reading \S+\n", "", out) == ""
     *usage, line = err.splitlines()
     assert all(u.startswith(("usage:", " ")) for u in usage)
     assert line.startswith(f"{Path(script).name}: ")
     for words in said:
         assert words in line
+
+
+DEVICES = [
+    ("measure/eval.py", (*MODEL, "--data", "FILES")),
+    ("measure/bench.py", ()),
+    ("measure/frontier.py", ()),
+    ("demo.py", ()),
+]
+
+
+@pytest.mark.parametrize("kind, found", [("cuda", torch.cuda), ("mps", torch.backends.mps)])
+@pytest.mark.parametrize("script, args", DEVICES, ids=[script for script, _ in DEVICES])
+def test_a_device_that_is_not_there_is_named_as_such(cli, monkeypatch, script, args, kind, found):
+    monkeypatch.setattr(found, "is_available", lambda: False)
+    code, out, err = cli(script, *args, "--device", kind)
+    assert (code, out) == (1, "") and "\n" not in err.strip()
+    assert err.startswith(f"{Path(script).name}: --device {kind}: this torch") and "take another, or auto" in err
+
+
+PICTURES = [("show/mask.py", ()), ("measure/plot.py", ("FILES/log.csv",))]
+
+
+@pytest.mark.parametrize("script, args", PICTURES, ids=[script for script, _ in PICTURES])
+def test_a_picture_needs_matplotlib_and_a_place_where_it_can_be_written(
+    cli, files, tmp_path, monkeypatch, script, args
+):
+    (files / "log.csv").write_text(
+        "step,tokens,seconds,plan,span,val_plan,val_span\n1,100,1,2.5,0,,\n2,200,2,2,0,2.2,0\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        code, _, err = cli(script, *args, "--png", tmp_path / "a.png")
+        assert code == 1 and "pip install matplotlib" in err and err.count("\n") == 1
+    pytest.importorskip("matplotlib")
+    wrong = {tmp_path: "is not a file", files / "log.csv" / "a.png": "log.csv"}
+    for path, said in wrong.items():
+        code, _, err = cli(script, *args, "--png", path)
+        assert code == 1 and err.startswith(f"{Path(script).name}: ") and said in err and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+    assert cli(script, *args, "--png", tmp_path / "new" / "a.picture")[0] == 0
+    assert (tmp_path / "new" / "a.picture").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with head")
+@pytest.mark.parametrize("script", ["show/mask.py", "measure/eval.py --help", "measure/frontier.py --help"])
+def test_a_reader_who_leaves_ends_a_script_without_a_word(script):
+    command = f"{sys.executable} {script} | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_terminal_without_utf_8_gets_letters_for_shades():
+    plain = subprocess.run([sys.executable, "show/mask.py"], cwd=ROOT, capture_output=True, timeout=120,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    shaded = subprocess.run([sys.executable, "show/mask.py"], cwd=ROOT, capture_output=True, timeout=120,
+                            env={**os.environ, "PYTHONIOENCODING": "utf-8"}, encoding="utf-8")  # fmt: skip
+    assert plain.returncode == shaded.returncode == 0 and "\u2588\u2588 slot" in shaded.stdout
+    letters = str.maketrans("\u2591\u2592\u2593\u2588\u00b7", "ptgs.")
+    assert plain.stdout.decode("ascii").splitlines() == shaded.stdout.translate(letters).splitlines()
 
 
 # ---------------------------------------------------------------- the terminal
@@ -216,7 +380,15 @@ def test_piped_frames_are_few_and_plain(drawn):
 
 # ---------------------------------------------------------------- bench.py
 
-BENCH = ("measure/bench.py", "--data", "FILES", "--planned", "FILES/model.safetensors", "--ar", "FILES/model.safetensors")
+BENCH = (
+    "measure/bench.py",
+    "--data",
+    "FILES",
+    "--planned",
+    "FILES/model.safetensors",
+    "--ar",
+    "FILES/model.safetensors",
+)
 
 
 def test_bench_times_training_and_sampling_beside_autoregression(cli):
@@ -231,8 +403,15 @@ def test_bench_times_training_and_sampling_beside_autoregression(cli):
     assert len({passes for _, passes, _ in sampling}) == 1
 
 
-@pytest.mark.parametrize("args, said", [(("--repeats", 1), "--repeats 1: expected 2 or more"),
-                                        (("--batch", 99), "--batch 99: more than the ")])  # fmt: skip
+@pytest.mark.parametrize("args, said", [
+    (("--repeats", 1), "--repeats 1: expected at least 2"),
+    (("--updates", 0), "--updates 0: expected at least 1"),
+    (("--prompts", -1), "--prompts -1: expected at least 1"),
+    (("--batch", 1, 0), "--batch 0: expected at least 1"),
+    (("--batch", 99), "--batch 99: more than the "),
+    (("--device", "abacus"), "--device abacus: expected one of"),
+    (("--threshold", 2), ""),
+])  # fmt: skip
 def test_bench_refuses_what_it_cannot_time(cli, args, said):
     code, _, err = cli(*BENCH, "--part", "sampling", *args)
     assert code == 1 and err.startswith(f"bench.py: {said}") and "Traceback" not in err

@@ -1,23 +1,32 @@
 """Examples and their files: what is written reads back, and what is broken is named by file and line."""
 
+import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import hostile
 
 from data import Example, read_split, write_dataset
-from tags import Round, Span, format_answer
+from masks import encode_example
+from tags import Round, Span, format_answer, pieces, plain_text
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = 3
 WORDS = ["otter", "river", "fish", "top 5 tips 3", "a <eos> typed", "<topic>", "back\\slash", "水獺", "one\ntwo"]
 ODD = ["next\x85line", "line\u2028break", "paragraph\u2029break", "feed\x0cand\x1cmark", 'quote"and\\', "tab\there"]
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # test_files.py tests that it is called
 
 
 def example(rng, words=WORDS):
@@ -123,17 +132,135 @@ def test_the_report_counts_examples_tokens_and_pads(tmp_path, capsys):
 # ---------------------------------------------------------------- interrupted writes
 
 
-def test_an_interrupted_data_set_leaves_every_file_whole(tmp_path):
+@pytest.mark.parametrize("failing", range(4))
+def test_a_disk_that_fills_up_leaves_the_old_data_set_and_nothing_else(tmp_path, monkeypatch, failing):
     write_dataset(tmp_path, make_splits(0), 400, UNIT)
-    old = files_of(tmp_path)
-    new = make_splits(1)
-    new["val"].append(Example("half a character: \ud800", (Round("x"),)))
-    with pytest.raises(UnicodeEncodeError):
-        write_dataset(tmp_path, new, 400, UNIT)
-    assert (tmp_path / "val.jsonl").read_bytes() == old["val.jsonl"]
-    for name in ["train", "val", "test"]:
-        assert read_split(tmp_path / f"{name}.jsonl")
-    Tokenizer.load(tmp_path / "tokenizer.json")
+    old, written, write_bytes = files_of(tmp_path), [], Path.write_bytes
+
+    def full(path, content):
+        if len(written) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_dataset(tmp_path, make_splits(1), 400, UNIT)
+    assert files_of(tmp_path) == old
+
+
+# ---------------------------------------------------------------- what is refused before anything is written
+
+
+UNLIKE = "".join(chr(0x4E00 + i) for i in range(200))  # no two alike, so training cannot make them few tokens
+
+
+def topic(name, text="fish"):
+    return (Round("", (Span(name, text),)),)
+
+
+REFUSED = {  # what is wrong: (an example with the prompt "odd", parts of the message)
+    "a blank topic": (Example("odd", topic("")), ["name for each topic"]),
+    "a topic of white space": (Example("odd", topic(" \u3000\t")), ["name for each topic"]),
+    "a long name": (Example("odd", topic(UNLIKE)), ["topic '一丁", "1 to 64 tokens, not"]),
+    "a long span": (Example("odd", topic("food", UNLIKE * 2)), ["topic 'food'", "1 to 64 units", "larger unit"]),
+    "no rounds": (Example("odd", ()), ["one or more Rounds"]),
+    "half a character": (Example("odd", (Round("\ud800"),)), ["surrogates"]),
+    "half a character in a topic": (Example("odd", topic("\udfff")), ["surrogates"]),
+    "a number": (Example("odd", topic("food", 5)), ["expected a text, found 5"]),
+    "no text": (Example("odd", (Round(None),)), ["expected a text, found None"]),
+    "an odd family": (Example("odd", topic("food"), 7), ["expected a text, found 7"]),
+    "a round that is no tuple": (Example("odd", Round("x")), ["tuple of one or more Rounds"]),
+    "a span that is no tuple": (Example("odd", (Round("x", Span("a", "b")),)), ["tuple of Spans"]),
+    "an iterator": (Example("odd", (Round("x", iter([Span("a", "b")])),)), ["tuple of Spans"]),
+    "a text for rounds": (Example("odd", "x"), ["tuple of one or more Rounds"]),
+    "no example": ("odd", ["expected an Example"]),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_an_example_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(tmp_path, wrong, split):
+    example, parts = REFUSED[wrong]
+    splits = make_splits()
+    splits[split].append(example)
+    with pytest.raises(ValueError) as error:
+        write_dataset(tmp_path / "new", splits, 400, UNIT)
+    assert str(error.value).startswith(f"split '{split}', prompt 'odd': ")
+    assert all(part in str(error.value) for part in parts) and len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("prompt", [5, None])
+def test_a_prompt_that_is_no_text_is_refused(tmp_path, prompt):
+    with pytest.raises(ValueError, match=f"prompt '{prompt}': expected a text"):
+        write_dataset(tmp_path / "new", {"train": [Example(prompt, (Round("x"),))]}, 400, UNIT)
+
+
+@pytest.mark.parametrize("splits", [{}, {"val": make_splits()["val"]}, {"train": []}])
+def test_a_data_set_needs_examples_to_train(tmp_path, splits):
+    with pytest.raises(ValueError, match="expected a split 'train' with examples"):
+        write_dataset(tmp_path / "new", splits, 400, UNIT)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../val", "a/b", ".", "a b", "val.jsonl"])
+def test_a_split_needs_a_name_that_a_file_can_have(tmp_path, name):
+    with pytest.raises(ValueError, match="expected a name of letters"):
+        write_dataset(tmp_path / "new", {**make_splits(), name: []}, 400, UNIT)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("unit", [1.5, 0, -1, "10", None])
+def test_an_impossible_unit_or_vocabulary_is_refused(tmp_path, unit):
+    with pytest.raises(ValueError, match="unit .*: expected a whole number"):
+        write_dataset(tmp_path / "new", make_splits(), 400, unit)
+    with pytest.raises(ValueError, match="vocab_size .*: expected a whole number"):
+        write_dataset(tmp_path / "new", make_splits(), unit, UNIT)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_written_reads_back_and_can_be_trained(tmp_path, seed):
+    rng, refused = random.Random(seed), 0
+    for number in range(60):
+
+        def any_text(most):
+            return rng.choice(["", " ", "x"]) + hostile(rng, rng.choice([0, 2, most])) + rng.choice(["", "\n", "\\"])
+
+        def any_example():
+            spans = [tuple(Span(any_text(30), any_text(200)) for _ in range(rng.randint(0, 2))) for _ in range(2)]
+            return Example(any_text(9), tuple(Round(any_text(9), s) for s in spans[: rng.randint(1, 2)]), any_text(2))
+
+        splits = {"train": [any_example()], "val": [any_example() for _ in range(rng.randint(0, 1))]}
+        folder = tmp_path / str(number)
+        try:
+            write_dataset(folder, splits, 400, UNIT)
+        except ValueError as error:
+            assert re.match("split '(train|val)', prompt ", str(error)) and not folder.exists()
+            refused += 1
+            continue
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        for split, examples in splits.items():
+            back = read_split(folder / f"{split}.jsonl")
+            assert [plain_text(e.rounds) for e in back] == [
+                "\n".join(text.strip() for text in pieces(e.rounds) if text.strip()) for e in examples
+            ]
+            for example in back:
+                assert encode_example(example, tokenizer).token[-1] == tokenizer.eos
+    assert 5 < refused < 55
+
+
+def test_training_names_prompt_and_topic_of_a_span_that_no_plan_can_ask_for(tmp_path):
+    write_dataset(tmp_path, make_splits(), 400, UNIT)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    for span, said in [
+        (Span("food", "fish " * 50, 2), "its plan only 6"),
+        (Span("food", "", 65), "1 to 64 units, not 65"),
+        (Span("food" * 50, "", 1), "1 to 64 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=f"prompt 'odd', topic 'food.*': .*{said}"):
+            encode_example(Example("odd", (Round("", (span,)),)), tokenizer)
 
 
 # ---------------------------------------------------------------- broken files
@@ -170,14 +297,41 @@ def test_a_line_needs_a_prompt_and_an_answer_and_may_have_a_family(tmp_path):
         ('{"prompt": "p", "answer": "<topic> a</topic><eos>"}', "expected a topic's name and its length"),
         ('{"prompt": "p", "answer": "a\\n</async><eos>"}', "line 2, column 1: expected <topic>"),
         (json.dumps({"prompt": "p", "answer": f"<topic> a {'9' * 5000}</topic><eos>"}), "expected"),
+        ('{"prompt": "p", "answer": "<topic> a 65</topic><async> a: b</async><eos>"}', "1 to 64 units, not 65"),
+        ('{"prompt": "p", "answer": "a<eos>", "family": 3}', "'family'"),
+        ('{"prompt": "p", "answer": "a<eos>", "family": NaN}', "'family'"),
+        ('{"prompt": NaN, "answer": "a<eos>"}', "'prompt' and 'answer'"),
+        ('{"prompt": "p", "answer": "a<eos>", "more": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"prompt": "p", "answer": "a<eos>", "more": ' + "[" * 200_000, "nested too deeply"),
+        ('{"prompt": "\\ud800", "answer": "a<eos>"}', "surrogates"),
+        ('{"prompt": "p", "answer": "\\udc00<eos>"}', "surrogates"),
+        ("\ufeff" + GOOD, "BOM"),
+        ('{"prompt": "\x01", "answer": "a<eos>"}', "control character"),
     ],
 )
 def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path, line, said):
     path = tmp_path / "broken.jsonl"
-    path.write_text("\n".join([GOOD, GOOD, line, GOOD]) + "\n")
+    path.write_text("\n".join([GOOD, GOOD, line, GOOD]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError) as error:
         read_split(path)
     assert str(error.value).startswith(f"{path}, line 3: ") and said in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
+def test_a_damaged_file_reads_or_says_where_and_why(tmp_path):
+    write_dataset(tmp_path, make_splits(), 400, UNIT)
+    rng, path, whole, broken = random.Random(3), tmp_path / "train.jsonl", (tmp_path / "train.jsonl").read_bytes(), 0
+    odd = [b"", b"[", b'"', b"\xff", b"NaN", b"1e999", b"{}", b"\\", b"\n", b"\r", b"<eos>", b"\\ud800", b"</topic>"]
+    for _ in range(400):
+        damaged, at = bytearray(whole), rng.randrange(len(whole))
+        damaged[at : at + rng.choice([0, 1, 1, 5, 500])] = rng.choice(odd)
+        path.write_bytes(damaged)
+        try:
+            read_split(path)
+        except ValueError as error:
+            assert re.match(rf"{re.escape(str(path))}, line \d+: ", str(error))
+            broken += 1
+    assert 50 < broken < 400
 
 
 def test_a_file_that_is_no_text_is_an_error_that_names_the_file(tmp_path):
@@ -188,7 +342,7 @@ def test_a_file_that_is_no_text_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_a_missing_file_is_an_error_that_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match="train.jsonl does not exist: run `python .*prepare.py` first"):
+    with pytest.raises(ValueError, match="train.jsonl does not exist: `python .*prepare.py` writes it"):
         read_split(tmp_path / "train.jsonl")
     with pytest.raises(ValueError, match="does not exist"):
         read_split(str(tmp_path / "train.jsonl"))
@@ -200,3 +354,20 @@ def test_what_a_file_holds_is_the_tagged_answer(tmp_path):
     row = json.loads((tmp_path / "train.jsonl").read_text(encoding="utf-8"))
     assert row == {"prompt": "p", "answer": format_answer(rounds), "family": "f"}
     assert row["answer"] == "Hi.<topic> food 1</topic><async> food: fish</async><sync/> Bye.<eos>"
+
+
+# ---------------------------------------------------------------- the documentation
+
+
+def test_the_example_of_the_readme_runs_as_printed(tmp_path):
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "own.py").write_text(script, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "own.py"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    (folder,) = (path for path in tmp_path.rglob("*") if path.name == "own")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    for split in ["train", "val", "test"]:
+        examples = read_split(folder / f"{split}.jsonl")
+        assert examples and all(e.rounds[0].spans for e in examples)
+        for example in examples:
+            encode_example(example, tokenizer)

@@ -13,14 +13,14 @@ from conftest import random_example, small_model
 from naive_sampler import Token, hidden_states
 
 from data import Example, read_split, write_dataset
-from data.tasks import families
 from masks import encode_prompt
 from measure import eval as evaluation
-from measure.eval import EvalConfig, checker, chrf, distinct, evaluate, lines, perplexity, row_of, score
+from measure.eval import EvalConfig, evaluate, lines
+from measure.quality import checker, chrf, distinct, perplexity, row_of, score, wrong_lines
 from methods import MethodConfig
-from model import load_checkpoint, save_checkpoint
+from plumbing.checkpoint import load_checkpoint, save_checkpoint
+from plumbing.settings import ROOT, command
 from sample import SampleConfig, Sampler
-from settings import ROOT
 from tags import Round, Span, format_answer, plain_text
 from tokenizer import Tokenizer
 
@@ -69,8 +69,47 @@ def test_exact_and_spans_are_the_verdict_of_the_checker_of_the_data(tmp_path):
     for text, exact, spans in [(right, 1, 1), (wrong, 0, 3 / 4), ("", 0, 0), (right + "\nmore", 0, 1)]:
         row = row_of(EXAMPLE, result_of(text=text), check, None)
         assert (row["exact"], row["spans"]) == (exact, spans)
-    assert check is families.check and checker(tmp_path) is None
+    assert checker(tmp_path) is None
     assert not {"exact", "spans"} & row_of(EXAMPLE, result_of(), None, ()).keys()
+
+
+def test_the_checker_is_the_file_in_the_folder_of_the_data_and_no_other_of_that_name(tmp_path):
+    """Even if the project has a data set of the same name."""
+    for place, answer in (("here", "1"), ("there", "2")):
+        folder = tmp_path / place / "tasks"
+        folder.mkdir(parents=True)
+        (folder / "families.py").write_text(f"def check(example, text):\n    return {answer}\n")
+    assert [checker(tmp_path / place / "tasks")(None, "") for place in ("here", "there", "here")] == [1, 2, 1]
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "families.py").write_bytes((ROOT / "data" / "tasks" / "families.py").read_bytes())
+    assert checker(tmp_path / "copy")(EXAMPLE, plain_text(EXAMPLE.rounds)).exact
+
+
+@pytest.mark.parametrize("code", ["check(", "import nothing_of_that_name", "families = 1"])
+def test_a_checker_that_cannot_be_used_is_named(tmp_path, code):
+    (tmp_path / "families.py").write_text(code)
+    with pytest.raises(ValueError, match=r"families.py: expected Python code with check\(example, text\), but: "):
+        checker(tmp_path)
+
+
+def test_wrong_lines_are_counted_by_the_topic_of_their_span_or_as_text():
+    """The lines of EXAMPLE: a text, food, play, a text; TWICE has a topic twice."""
+    check, twice = checker(ROOT / "data" / "tasks"), Example("?", TWICE, "arithmetic")
+    right = plain_text(EXAMPLE.rounds)
+    texts = [right, right.replace("fish", "crab"), right.replace("End", "Fin") + "\nmore", "", "fish\nfrogs"]
+    found = wrong_lines([*[EXAMPLE] * 4, twice], [{"text": text} for text in texts], check)
+    assert found["facts"] == {"text": [1 + 2, 8], "spans": {"food": [1 + 1, 4], "play": [1, 4]}}
+    assert found["arithmetic"] == {"text": [0, 0], "spans": {"food": [1, 2]}}
+    said = "wrong lines of facts: 3 of 8 spans (food: 2, play: 1), 3 of 8 texts"
+    assert [*evaluation.wrong(found)] == [said, "wrong lines of arithmetic: 1 of 2 spans (food: 1), 0 of 0 texts"]
+    assert [*evaluation.wrong(wrong_lines([EXAMPLE], [{"text": right}], check))] == []
+
+
+@pytest.mark.parametrize("topics", ["end", "text"])
+def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_called(topics):
+    example = Example("?", (Round("a\nb", (Span(topics, "c", 1),)), Round("")), "facts")
+    found = wrong_lines([example], [{"text": "a\nB\nC"}], checker(ROOT / "data" / "tasks"))
+    assert found == {"facts": {"text": [1, 2], "spans": {topics: [1, 1]}}}
 
 
 @pytest.mark.parametrize("rounds, plan, right, off", [
@@ -159,7 +198,8 @@ def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the
     kept = path.read_text().splitlines()
     assert len(kept) == 1 + 2, "what they are of, and a batch"
     missing = sorted({*range(N)} - {json.loads(row)[0] for row in kept[1:]})
-    path.write_text(path.read_text() + f'[{missing[0]}, {{"text": "of a batch"}}]\n[{missing[1]}, {{"text": "half a')
+    half_a_batch = json.dumps([missing[0], json.loads(kept[1])[1] | {"text": "of half a batch"}])
+    path.write_text(path.read_text() + f'{half_a_batch}\n[{missing[1]}, {{"text": "half a')
     report = evaluate(config(answers=str(path)), HOT)
     assert sorted(sum(asked[4:], [])) == sorted(prompts[i] for i in missing), "the first call is a warm-up"
     assert {k: v for k, v in report.items() if k not in TIMED} == {k: v for k, v in whole.items() if k not in TIMED}
@@ -180,9 +220,67 @@ def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, file
     (tmp_path / "test.jsonl").write_text("\n".join(reversed(rows)))
     more = {"checkpoint": small, "data": str(tmp_path), "draft": small, "limit": 2, "batch": 1}
     other = replace(config("ar", answers=str(path), limit=1), **{k: v for k, v in more.items() if k == change})
-    with pytest.raises(ValueError, match="kept.jsonl holds answers of another checkpoint, data or settings"):
+    with pytest.raises(ValueError, match="kept.jsonl: holds answers of another checkpoint, data or settings"):
         evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else SHORT)
     assert path.read_text() == before and json.loads(before.split("\n")[0])["device"] == "cpu"
+
+
+JUNK = ["nonsense", "[0]", "7", '[0, "text"]', '[0, {"text": "x"}]', "[[], {}]", "[" * 9999, "\ufffd", ""]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
+def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, tmp_path, junk):
+    path = tmp_path / "kept.jsonl"
+    evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
+    head, first, second = path.read_text().splitlines()
+    number = json.loads(second)[0]
+    for other in (junk, first, second.replace(f"[{number}", "[2"), second.replace(f"[{number}", "[-1")):
+        path.write_text("\n".join([head, first, other, ""]))
+        with pytest.raises(ValueError, match=r"kept.jsonl, line 3: expected an answer .*: remove the file"):
+            evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
+        assert path.read_text() == "\n".join([head, first, other, ""])
+
+
+@pytest.mark.parametrize("text", ["my notes", "my notes\n", "my notes\nof today\n", "\n"])
+def test_a_file_of_something_else_is_refused_and_stays(config, tmp_path, text):
+    (tmp_path / "notes").write_text(text)
+    with pytest.raises(
+        ValueError, match="--answers .*notes: holds answers of another .* or something else: name another"
+    ):
+        evaluate(config("ar", answers=str(tmp_path / "notes"), limit=1), SHORT)
+    assert (tmp_path / "notes").read_text() == text
+
+
+def test_a_first_line_that_was_cut_off_is_written_again(config, tmp_path):
+    path = tmp_path / "a.jsonl"
+    evaluate(config("ar", answers=str(path), limit=1), SHORT)
+    head = path.read_text().splitlines()[0]
+    for cut in (head[:20], head):
+        path.write_text(cut)
+        evaluate(config("ar", answers=str(path), limit=1), SHORT)
+        assert path.read_text().splitlines()[0] == head and path.read_text().count("\n") == 2
+
+
+def test_answers_go_to_a_file_and_not_to_a_folder(config, tmp_path):
+    with pytest.raises(ValueError, match="--answers .*: expected a file"):
+        evaluate(config(answers=str(tmp_path)), SHORT)
+
+
+def test_a_disk_that_is_full_is_named_and_what_was_written_is_kept(config, tmp_path, monkeypatch):
+    """The limit on a file's size makes a write fail halfway, as a full disk does; what fitted is used again."""
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "a.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = evaluate(config("ar", answers=str(tmp_path / "whole")), SHORT)
+    size = (tmp_path / "whole").stat().st_size * 3 // 4
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            evaluate(config("ar", answers=str(path)), SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(path) and path.stat().st_size == size
+    report = evaluate(config("ar", answers=str(path)), SHORT)
+    assert {k: v for k, v in report.items() if k not in TIMED} == {k: v for k, v in whole.items() if k not in TIMED}
 
 
 def test_an_empty_file_of_answers_is_a_new_one(config, tmp_path):
@@ -215,7 +313,20 @@ def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are
     before, after = alone["scores"]["all"], drafted["scores"]["all"]
     assert before["content_tokens"] == after["content_tokens"] and before["draft_passes"] == 0
     assert after["draft_passes"] > 0 and after["passes"] <= before["passes"]
-    assert any("drafting model" in line for line in lines(drafted))
+    assert any("draft_passes" in line for line in lines(drafted))
+
+
+def test_tokens_drafted_per_pass_are_a_setting_and_answers_of_another_are_not_taken_for_its_own(config, tmp_path):
+    """With itself as its draft a model agrees with all: a pass brings the drafted tokens and one more."""
+    path, model = tmp_path / "kept.jsonl", config("ar").checkpoint
+    drafted, kept = config("ar", draft=model, limit=1), config("ar", draft=model, limit=1, answers=str(path))
+    tokens = evaluate(config("ar", limit=1), SHORT)["scores"]["all"]["passes"]
+    for n in (1, 3, 7):
+        passes = evaluate(drafted, replace(SHORT, ahead=n))["scores"]["all"]["passes"]
+        assert tokens / (n + 1) <= passes <= tokens / (n + 1) + 2, "the answer's end may cut a draft short"
+    evaluate(kept, replace(SHORT, ahead=3))
+    with pytest.raises(ValueError, match="holds answers of another checkpoint, data or settings"):
+        evaluate(kept, replace(SHORT, ahead=7))
 
 
 def test_perplexity_is_that_of_the_judge_token_by_token(files):
@@ -233,9 +344,11 @@ def test_perplexity_is_that_of_the_judge_token_by_token(files):
     assert perplexity(str(files / "ar.safetensors"), examples, results, "cpu") == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("name, said", [("planned", "not an autoregressive model"), ("old", "by which method")])
+@pytest.mark.parametrize(
+    "name, said", [("planned", "expected an autoregressive model"), ("old", "does not say by which method")]
+)
 def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files, name, said):
-    with pytest.raises(ValueError, match=f"{name}.safetensors .*{said}"):
+    with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
         evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
 
 
@@ -256,10 +369,21 @@ def test_without_sacrebleu_there_is_all_but_chrf(config, monkeypatch, capsys):
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):
     (files / "none.jsonl").write_text("")
-    options = ["measure/eval.py", "--data", str(files), "--max_tokens", "24", "--device", "cpu", "--json", "--show", "2"]
+    options = [
+        "measure/eval.py",
+        "--data",
+        str(files),
+        "--max_tokens",
+        "24",
+        "--device",
+        "cpu",
+        "--json",
+        "--show",
+        "2",
+    ]
     judged = ["--checkpoint", config().checkpoint, "--judge", config("ar").checkpoint]
     monkeypatch.setattr(sys, "argv", [*options, *judged])
-    evaluation.main()
+    command(evaluation.main)
     out = capsys.readouterr().out
     report = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert out.count("\n") == 1 and report["scores"]["all"]["n"] == N and report["perplexity"] > 1
@@ -268,4 +392,4 @@ def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, fi
                         ([*judged, "--split", "none"], "none.jsonl has no examples")]:  # fmt: skip
         monkeypatch.setattr(sys, "argv", [*options, *wrong])
         with pytest.raises(SystemExit, match=rf"^eval.py: [^\n]*{said}[^\n]*$"):
-            evaluation.main()
+            command(evaluation.main)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from files import atomic, write_whole
+from plumbing.files import atomic, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,9 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
     assert files_of(tmp_path) == {"a.txt": b"new"}
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()]
+)
 @pytest.mark.parametrize("where", ["the block", "fsync", "replace"])
 def test_any_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, where):
     path = tmp_path / "a.txt"
@@ -66,7 +68,7 @@ def test_half_a_character_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     """A limit on the size of files is as good as a full disk: the write stops midway."""
-    script = ("import resource, signal, sys, files\n"
+    script = ("import resource, signal, sys; from plumbing import files\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "files.write_whole(sys.argv[1], 'old')\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -77,7 +79,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_what_a_killed_process_left_is_in_nobody_s_way(tmp_path):
-    script = "import os, sys, files\nwith files.atomic(sys.argv[1]) as t: t.write_text('half'); os.kill(os.getpid(), 9)"
+    script = "import os, sys; from plumbing import files\nwith files.atomic(sys.argv[1]) as t: t.write_text('half'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT)
     (left,) = tmp_path.iterdir()
     left.chmod(0o400)

@@ -1,8 +1,9 @@
 """The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
 
 import json
-import re
+import random
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser
@@ -12,22 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from measure import frontier
+from measure import code, frontier
+from measure.code import bare, fingerprint, sources
 from measure.eval import EvalConfig
-from measure.frontier import CODE, CUDA, GROUPS, PRESETS, Entry, Frontier, Preset, plot, quality, table
+from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset
+from measure.report import draw, plot, quality, table
 from methods import MethodConfig
 from model import ModelConfig
+from plumbing.settings import ROOT, add_settings, command, pick
 from sample import SampleConfig
-from settings import ROOT, add_settings, pick
 from train import TrainConfig
 
 TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
 ENTRIES = {
     "autoregressive": Entry("--method ar"),
     "small": Entry("--method ar", small=True, warm=False),
-    "speculative": Entry("", of="autoregressive", draft="small"),
+    "speculative": Entry("", checkpoint="autoregressive", draft="small"),
     "planned": Entry("--method planned", ("--steps_ratio 1", "--threshold 0.7")),
-    "ordered": Entry("", ("--order random",), of="planned"),
+    "ordered": Entry("", ("--order random",), checkpoint="planned"),
 }
 FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json", "families.py")
 SAVE = "import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')"
@@ -63,7 +66,7 @@ def root(tmp_path, monkeypatch):
     for data in ("toy", "tasks", "recipes"):
         (tmp_path / "data" / data).mkdir(parents=True)
         for name in FILES[: 4 if data == "recipes" else 5]:
-            (tmp_path / "data" / data / name).write_text(f"{data} {name}")
+            (tmp_path / "data" / data / name).write_text(f"{data!r}, {name!r}")
     monkeypatch.setattr(frontier, "ROOT", tmp_path)
     monkeypatch.setattr(frontier, "find_spec", lambda name: name == "sacrebleu")
     return tmp_path
@@ -74,14 +77,14 @@ def calls(root, monkeypatch):
     """The calls of scripts, none of which is run: (script, options). Each measurement takes other seconds."""
     made, number = [], count(1)
 
-    def call(self, script, options, log):
+    def call(script, options, log, threads):
         made.append((script, options))
         log.parent.mkdir(parents=True, exist_ok=True)
         if script == "measure/eval.py":
             return json.dumps(report_of(0, 1000 + next(number)) if "--batch" in options else report_of())
         (Path(options[-1]) / "model.safetensors").write_bytes(repr(options).encode())
 
-    monkeypatch.setattr(Frontier, "call", call)
+    monkeypatch.setattr(frontier, "call", call)
     return made
 
 
@@ -89,9 +92,9 @@ def calls(root, monkeypatch):
 def run(root, calls):
     """Run entries: their rows, and what train.py and eval.py were called with."""
 
-    def run(preset=TOY, entries=ENTRIES):
+    def run(preset=TOY, entries=ENTRIES, device="cpu"):
         calls.clear()
-        rows = Frontier(preset, entries, root / "out", workers=2).run()
+        rows = Frontier(preset, entries, root / "out", 2, device).run()
         return rows, *([parsed(s, options) for s, options in calls if s == script] for script in SETTINGS)
 
     return run
@@ -112,8 +115,10 @@ def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_st
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run, preset, group):
     rows, trained, measured = run(PRESETS[preset], GROUPS[group])
-    of_none = sum(not e.of for e in GROUPS[group].values())
-    assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), "entries `of` another train nothing"
+    of_none = sum(not e.checkpoint for e in GROUPS[group].values())
+    assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), (
+        "entries that sample the checkpoint of another train nothing"
+    )
     assert 2 * len(rows) == len(measured) == 2 * sum(len(e.sample) for e in GROUPS[group].values())
     made = {f"{args.out}/model.safetensors": args for args in trained}
     used = [made[path] for m in measured for path in (m.checkpoint, m.draft, m.judge) if path]
@@ -132,6 +137,12 @@ def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
     assert len({row["seconds_p50"] for row in rows}) == MEASURED and min(row["seconds_p50"] for row in rows) > 1000
 
 
+def test_all_is_done_on_one_device_and_what_another_has_done_is_not_taken_for_it(run):
+    _, trained, measured = run(device="cuda:1")
+    assert {args.device for args in trained + measured} == {"cuda:1"}
+    assert [len(found) for found in run()[1:]] == [TRAINED, 2 * MEASURED]
+
+
 def test_a_larger_judge_reads_the_answers_but_has_no_part_in_their_time(run):
     _, trained, measured = run(replace(TOY, judge="--d_model 64"))
     (judge,) = (f"{args.out}/model.safetensors" for args in trained if (args.method, args.d_model) == ("ar", 64))
@@ -142,14 +153,14 @@ def test_a_larger_judge_reads_the_answers_but_has_no_part_in_their_time(run):
 def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(root, calls, run, monkeypatch, done):
     """The call after so many is interrupted."""
 
-    def interrupted(self, *args, call=Frontier.call):
+    def interrupted(*args, call=frontier.call):
         if len(calls) == done:
             raise KeyboardInterrupt
-        return call(self, *args)
+        return call(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Frontier, "call", interrupted)
-        Frontier(TOY, ENTRIES, root / "out", workers=1).run()
+        patch.setattr(frontier, "call", interrupted)
+        Frontier(TOY, ENTRIES, root / "out", 1, "cpu").run()
     before = [args[-1] for script, args in calls if script == "train.py"]
     rows, trained, measured = run()
     assert len({*before, *(args.out for args in trained)}) == len(before) + len(trained) == TRAINED
@@ -173,8 +184,8 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
     with monkeypatch.context() as patch:
         if file.exists():
             file.write_text("other")
-        elif change in frontier.CODE_HASH:
-            patch.setitem(frontier.CODE_HASH, change, ["other"])
+        elif change in frontier.CODE:
+            patch.setitem(frontier.CODE, change, "other")
         else:
             value = getattr(TOY, change)
             preset = replace(TOY, **{change: value + 1 if isinstance(value, int) else value + " --n_layer 3"})
@@ -183,7 +194,7 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
     assert (len(trained), len(measured) - alone, alone) == CHANGES[change]
     assert sum(row not in old for row in new) == CHANGES[change][2], "each measurement of latency takes other seconds"
     if file.exists():
-        file.write_text(f"toy {change}")
+        file.write_text(f"'toy', {change!r}")
     assert run() == (old, [], [])
 
 
@@ -191,11 +202,14 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
 def scripts(root, monkeypatch):
     """Real scripts, if short, and frontier.py for them, called from another folder."""
     (root / "train.py").write_text(SAVE)
+    (root / "measure").mkdir()
     (root / "measure/eval.py").write_text(f"print({json.dumps(report_of())!r})")
     monkeypatch.chdir(root / "data")
     monkeypatch.setitem(frontier.PRESETS, "tasks", TOY)
     monkeypatch.setitem(frontier.GROUPS, "ablations", {f"seed {n}": Entry(f"--seed {n}") for n in range(2)})
-    monkeypatch.setattr(sys, "argv", ["measure/frontier.py", "--group", "ablations", "--out", "some/where", "--workers", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["measure/frontier.py", "--group", "ablations", "--out", "some/where", "--workers", "1"]
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs in the background
     return root
 
@@ -209,15 +223,23 @@ def test_a_relative_out_is_in_the_folder_that_one_is_in(scripts):
     assert "| seed 1 |" in Path("some/where/ablations.md").read_text()
 
 
-@pytest.mark.parametrize("script, code, said", [
+def test_a_preset_may_compare_some_entries_only(scripts, monkeypatch):
+    assert set(PRESETS["minutes"].only) <= GROUPS["methods"].keys()
+    monkeypatch.setitem(frontier.PRESETS, "tasks", replace(TOY, only=("seed 1", "of another group")))
+    frontier.main()
+    rows = [json.loads(line) for line in Path("some/where/ablations.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["seed 1"]
+
+
+@pytest.mark.parametrize("script, text, said", [
     ("train.py", "exit('out of memory')", "train.py .* failed: see the end of .*log.txt"),
-    ("measure/eval.py", "exit('out of memory')", "eval.py .* failed: see the end of .*results"),
+    ("measure/eval.py", "exit('out of memory')", "measure/eval.py .* failed: see the end of .*results"),
     ("train.py", "print('out of memory, so to say')", "the training of warm-up was stopped: see the end of .*log.txt"),
 ])  # fmt: skip
-def test_a_script_that_fails_or_is_stopped_ends_all_with_a_message_that_names_its_log(scripts, script, code, said):
-    (scripts / script).write_text(code)
+def test_a_script_that_fails_or_is_stopped_ends_all_with_a_message_that_names_its_log(scripts, script, text, said):
+    (scripts / script).write_text(text)
     with pytest.raises(SystemExit, match=f"^frontier.py: {said}") as stopped:
-        frontier.main()
+        command(frontier.main)
     assert "out of memory" in Path(str(stopped.value).split()[-1]).read_text()
 
 
@@ -235,7 +257,7 @@ def test_ctrl_c_lets_a_training_save_and_begins_no_other(scripts, when):
     assert all(path.read_text().count("trained") == 1 for path in Path("some/where").glob("*/log.txt"))
 
 
-def test_a_failure_stops_what_has_not_begun(root):
+def test_a_failure_stops_what_has_not_begun():
     """One that the worker took up before the failure was heard of may still end."""
 
     def work(number):
@@ -244,13 +266,13 @@ def test_a_failure_stops_what_has_not_begun(root):
 
     begun = []
     with pytest.raises(SystemExit, match="the first failed"):
-        Frontier(TOY, {}, root / "out", 1).together(work, [(n,) for n in range(6)])
+        frontier.together(work, [(n,) for n in range(6)], workers=1)
     assert len(begun) <= 2
 
 
 def test_data_without_a_checker_need_sacrebleu_which_is_said_before_anything_is_done(run, calls, monkeypatch):
     monkeypatch.setattr(frontier, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^frontier.py: [^\n]*: pip install sacrebleu$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*: pip install sacrebleu$"):
         run(replace(TOY, data="data/recipes"))
     assert not calls and run()[0]
 
@@ -268,27 +290,108 @@ def test_quality_is_the_mean_of_three_families_or_chrf_and_the_table_has_a_row_a
     assert "| 7.12 | 0.25 | 0.75 |" in first
 
 
-def imported(script, known):
-    """Files of the project that a script imports, and so on, itself included."""
-    if script not in known:
-        known.add(script)
-        names = re.findall(r"^(?:from|import) ([a-z]+)", (ROOT / script).read_text(), re.MULTILINE)
-        for name in (path for n in names for path in (f"{n}.py", f"{n}/__init__.py") if (ROOT / path).exists()):
-            imported(name, known)
-    return known
+# ---------------------------------------------------------------- what a result is made of
 
 
 @pytest.mark.parametrize("script", CODE)
-def test_the_key_of_a_result_is_made_of_all_code_that_it_comes_from(script):
-    """But for what reads options and what shows answers."""
-    assert imported(script, set()) - {"settings.py", "show.py"} == {*CODE["train.py"], *CODE[script]} - set(CUDA)
+def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_sources(script):
+    """Python itself says what it has loaded. Settings, files and what shows answers change no result."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOADED.format(script=script)], cwd=ROOT, capture_output=True, text=True
+    )
+    wanted = {ROOT / path for path in loaded.stdout.split()} - {ROOT / "plumbing/settings.py", ROOT / "plumbing/files.py"}
+    found = sources(ROOT / script)
+    assert ROOT / script in found and ROOT / "model.py" in wanted and all(path.exists() for path in found)
+    assert {path for path in wanted if path.parent != ROOT / "show"} <= found
+    assert {path.name for path in found} >= {"attention.cu", "gpu.h", "tiles.h"}
+    assert not {ROOT / "plumbing/settings.py", ROOT / "show" / "terminal.py", ROOT / "tests" / "conftest.py"} & found
 
 
-def test_the_plot_is_a_png_if_there_is_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+LOADED = """
+import runpy, sys
+from pathlib import Path
+runpy.run_path({script!r})
+paths = [Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+print(*(path.relative_to(Path.cwd()) for path in paths
+        if Path.cwd() in path.parents and path.suffix == ".py" and path.exists() and not ".venv" in path.parts))
+"""
+PYTHON = 'def f(a, b):\n    """Says."""\n    x = "# no comment"  # why\n    return a + b, x\n'
+CUDA = 'int x = 1;  // why\n/* and\nhow */ const char *s = "// no comment";\n'
+
+
+@pytest.mark.parametrize("name, text, same, other", [
+    ("a.py", PYTHON, ('"""Says."""', '"""Says\n\n    more."""'), ("a + b", "a - b")),
+    ("a.py", PYTHON, ('    """Says."""\n', ""), ("no comment", "a comment")),
+    ("a.py", PYTHON, ("# why", "# why not"), ("b):", "b=0):")),
+    ("a.py", PYTHON, ("    return a + b, x", "\n    return (\n        a + b, x,\n    )"), ("a + b, x", "a + b")),
+    ("a.cu", CUDA, ("// why", "// why not"), ("x = 1", "x = 2")),
+    ("a.cu", CUDA, ("how */ ", "why */\n\n  "), ("// no comment", "// a comment")),
+    ("a.h", CUDA, (";  // why", ";"), ("int x", "long x")),
+])  # fmt: skip
+def test_comments_docstrings_and_layout_change_no_hash_and_everything_else_does(tmp_path, name, text, same, other):
+    found = []
+    for old, new in (("", ""), same, other):
+        assert old in text
+        (tmp_path / name).write_text(text.replace(old, new))
+        found.append(bare(tmp_path / name))
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_hash_of_a_script_changes_with_what_it_imports(tmp_path, monkeypatch):
+    """`import b` inside a function, `from d import c` of a package, and not what nobody imports."""
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    (tmp_path / "d").mkdir()
+    texts = {"a.py": "def f():\n    import b\n", "b.py": "from d import c\n", "d/__init__.py": "", "d/c.py": "1\n",
+             "d/k.cu": "int x;\n", "e.py": ""}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    before, changed = fingerprint(tmp_path / "a.py"), {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text + "int y;" if name == "d/k.cu" else text + "y = 2\n")
+        changed[name] = fingerprint(tmp_path / "a.py") != before
+        (tmp_path / name).write_text(text)
+    assert changed == {name: name != "e.py" for name in texts} and fingerprint(tmp_path / "a.py") == before
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def test_the_picture_is_a_png_if_there_is_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plot(ROWS, tmp_path / "none.png")
     monkeypatch.undo()
     assert "pip install matplotlib" in capsys.readouterr().out and not any(tmp_path.iterdir())
-    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("matplotlib")
     plot(ROWS, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def crowded():
+    """Rows of every method and setting, most of them equally good and nearly equally fast, some the same."""
+    rng = random.Random(0)
+    for name, entry in GROUPS["methods"].items():
+        for sample in entry.sample:
+            row = report_of(rng.choice((1, 1, 0.5, 0)), rng.choice((0.1, 0.11, 2)))
+            row["scores"] = {family: whole | {"passes": rng.choice((10, 11, 12, 140))}
+                             for family, whole in row["scores"].items()}  # fmt: skip
+            yield {"name": name, "sample": sample, **row}
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], list(crowded())], ids=["two methods", "one point", "crowded"])
+def test_every_line_of_the_picture_has_its_name_at_its_end_and_nothing_hides_anything(rows):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(13, 5), layout="tight")
+    draw(rows, figure)
+    figure.draw_without_rendering()
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for axis in figure.axes:
+        labels, lines = axis.texts, axis.lines
+        assert [label.get_text() for label in labels] == names and len(lines) == len(names)
+        for label, line in zip(labels, lines):
+            assert label.xy == (max(line.get_xdata()), line.get_ydata()[-1]) and label.get_color() == line.get_color()
+        boxes = [label.get_window_extent() for label in labels]
+        dots = [axis.transData.transform(point) for line in lines for point in line.get_xydata()]
+        for n, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:n]) and not any(box.contains(*dot) for dot in dots)
+            assert axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+        assert all(line.get_markerfacecolor() == "none" for line in lines)
+        assert len({(line.get_marker(), line.get_markersize()) for line in lines}) == len(lines)

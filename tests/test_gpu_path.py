@@ -8,7 +8,7 @@ from conftest import random_example, small_model
 from data import write_dataset
 from kernels.graphs import Replayed
 from methods import MethodConfig
-from model import save_checkpoint
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 
@@ -32,6 +32,6 @@ def folder(tokenizer, tmp_path_factory):
 def test_sampling(emulated_kernel, recordings, folder, settings):
     config = SampleConfig(max_tokens=40, **settings)
     sampler = Sampler.load(folder / "planned.safetensors", config)
-    assert isinstance(sampler.compute, Replayed) if sampler.cache else sampler.replayed is Replayed
+    assert sampler.passes.replayed is Replayed
     answers = sampler.answer(["the otter", "", "fish and crabs"])
     assert recordings and all(json.dumps(answer.result()) and answer.phase is None for answer in answers)

@@ -6,8 +6,8 @@ import torch
 from test_sample import METHOD, PROMPTS, costs, ids, steered
 
 from kernels.graphs import Replayed, bucket
+from plumbing.settings import ROOT
 from sample import SampleConfig, Sampler
-from settings import ROOT
 
 MODEL = ROOT / "checkpoints" / "tasks" / "planned.safetensors"
 QUESTIONS = (
@@ -59,12 +59,12 @@ def test_answers_are_those_without_graphs(request, tokenizer, attention, setting
 def test_graphs_are_few_and_kept_for_the_next_answers_until_these_need_a_larger_cache(as_on_a_gpu, recordings, tokenizer):
     sampler = Sampler(steered(tokenizer), tokenizer, SampleConfig(max_tokens=90))
     passes = sum(a.plan_passes + a.denoise_passes for a in sampler.answer(PROMPTS))
-    few, cache = len(recordings), sampler.cache
+    few, cache = len(recordings), sampler.passes.cache
     assert few < passes / 2
     sampler.answer(PROMPTS)
-    assert len(recordings) == few and sampler.cache is cache
+    assert len(recordings) == few and sampler.passes.cache is cache
     sampler.answer(PROMPTS * 2)
-    assert len(recordings) > few and sampler.cache.batch == 12, "10 answers have 12 rows"
+    assert len(recordings) > few and sampler.passes.cache.batch == 12, "10 answers have 12 rows"
 
 
 def test_float16_of_a_trained_model_gives_the_answers_of_float32():

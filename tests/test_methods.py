@@ -11,6 +11,7 @@ from naive_masks import oracle_target, read_tags
 from naive_sampler import Token, hidden_states
 
 from data import Example
+from drafts import Term
 from masks import GIVEN, PLAN, PROMPT, SLOT, encode_example
 from methods import MethodConfig, encode
 from noise import IGNORE, Sequence, make_batch
@@ -47,7 +48,7 @@ def test_an_autoregressive_layout_is_prompt_and_plain_text_alone(tokenizer):
         text = [*tokenizer.encode(plain_text(example.rounds)), tokenizer.eos]
         assert layout.token == prompt + text
         assert layout.kind == [PROMPT] * len(prompt) + [PLAN] * len(text)
-        assert Sequence(layout).see.tolist() == [[i + 1, 0, 0] for i in range(len(layout))]
+        assert Sequence(layout).ranges.tolist() == [[i + 1, 0, 0] for i in range(len(layout))]
 
 
 @pytest.mark.parametrize("method", GIVEN_PLANS)
@@ -67,7 +68,7 @@ def test_blocks_hold_the_plain_text_then_pad_and_each_learns_with_clean_copies_o
                 middle = SLOT if at == noised else GIVEN
                 assert layout.kind[entries] == [GIVEN] + [middle] * method.block + [GIVEN]
                 assert layout.position[entries] == list(range(start, start + size))
-                assert sequence.see[entries].tolist() == [[start, at, at + size]] * size
+                assert sequence.ranges[entries].tolist() == [[start, at, at + size]] * size
             start, noised = start + size, noised + size
         assert len(layout) == noised and set(layout.round) == {0} and (sequence.next == IGNORE).all()
 
@@ -150,18 +151,18 @@ def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_no
         assert (batch.weight == 1).all()
         for b, (layout, round_) in enumerate(zip(layouts, rounds)):
             places = read_tags(layout.token, tokenizer)
-            stop = sum(p.round <= round_ for p in places)
-            assert batch.token[b].tolist() == layout.token[:stop] + [tokenizer.pad] * (batch.token.shape[1] - stop)
             target, read = oracle_target(places, layout.token), set()
             for p in places:
-                mine = p.round == round_ or (history == "noised" and p.round < round_)
                 earlier = [q.i for q in places[: p.i] if q.content and q.same_span(p)]
-                if p.content and mine and not any(layout.token[i] == tokenizer.pad for i in earlier):
+                if p.content and p.round == round_ and not any(layout.token[i] == tokenizer.pad for i in earlier):
                     target[p.i - 1] = layout.token[p.i]
                     read.add(p.i - 1)
-            assert batch.target[b].tolist() == target[:stop] + [IGNORE] * (batch.token.shape[1] - stop)
-            assert set(batch.in_span[b].nonzero()[:, 0].tolist()) == read
-        assert counts(batch, "elbo")[1] == counts(batch, "uniform")[1] == batch.in_span.sum()
+            place = batch.position[b].tolist()  # of each entry: the trained spans follow after all else
+            for e in range(batch.token.shape[1]):
+                if batch.ranges[b, e].tolist() != [1, 0, 0] or e == 0:  # not padding
+                    assert batch.token[b, e] == layout.token[place[e]] and batch.target[b, e] == target[place[e]]
+            assert {place[e] for e in batch.in_span[b].nonzero()[:, 0]} == read
+        assert counts(batch, "elbo")[Term.CAUSAL] == counts(batch, "uniform")[Term.CAUSAL] == batch.in_span.sum()
 
 
 @pytest.mark.parametrize("method", [MethodConfig(), MethodConfig("dense"), BLOCKS])
@@ -204,4 +205,4 @@ def test_the_loss_of_causal_spans_is_their_log_probability_token_by_token(model,
                 if layout.token[slot] == tokenizer.pad:
                     break
         batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(0), "elbo")
-        assert float(JointLoss(model, tokenizer.pad + 1)(batch)[1]) == pytest.approx(expected, rel=1e-5)
+        assert float(JointLoss(model, tokenizer.pad + 1)(batch)[Term.CAUSAL]) == pytest.approx(expected, rel=1e-5)

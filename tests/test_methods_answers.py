@@ -12,11 +12,13 @@ from naive_sampler import NaiveSampler
 from test_methods import ALL, BLOCKS, CAUSAL, GIVEN_PLANS, examples
 from test_sample import costs, ids, steered
 
+from decode import DECODERS
 from grammar import Grammar
 from masks import PLAN, PROMPT, SLOT, Layout
 from methods import METHODS, MethodConfig, encode
 from model import ModelConfig, Transformer
 from noise import IGNORE, Sequence
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from tags import parse_answer
 from tokenizer import Tokenizer
@@ -43,6 +45,9 @@ class Perfect:
 
     def attend_by(self, backend, dtype, sampling):
         pass
+
+    def modules(self):
+        return []
 
     def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
         return (position if columns is None else position.gather(1, columns))[..., None]
@@ -224,7 +229,7 @@ def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, me
 
 @pytest.mark.parametrize("method", ALL)
 def test_untrained_models_answer_within_any_limit(tokenizer, method):
-    assert {m.method for m in ALL} == set(METHODS)
+    assert {m.method for m in ALL} == {name for name, m in METHODS.items() if not m.decodes} == set(DECODERS)
     sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
     fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
     models = (fresh, dict(temperature=1.5, threshold=0.5)), (wild, {})
@@ -235,3 +240,12 @@ def test_untrained_models_answer_within_any_limit(tokenizer, method):
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
             assert answer.phase is None and tokenizer.mask not in answer.layout.token
             assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)
+
+
+def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokenizer, tmp_path):
+    path = tmp_path / "joint.safetensors"
+    save_checkpoint(path, small_model(tokenizer.vocab_size), tokenizer, {"method": vars(MethodConfig("joint"))})
+    for name, method in (("", "planned"), ("planned", "planned"), ("parallel-ar", "parallel-ar")):
+        assert Sampler.load(path, SampleConfig(decode=name)).method == MethodConfig(method)
+    with pytest.raises(ValueError, match="--decode ar: a model trained with --method joint decodes as planned, parallel-ar"):
+        Sampler.load(path, SampleConfig(decode="ar"))

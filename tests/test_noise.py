@@ -157,6 +157,18 @@ def test_uniform_weights_are_1_and_draw_the_same_noise(tokenizer):
     assert np.array_equal(masked, slot_draws(tokenizer, "sparse", 5, "elbo")[0])
 
 
+@pytest.mark.parametrize("t_min", [0.3, 0.8])
+def test_with_t_min_no_span_is_masked_less_and_t_is_uniform_above_it(tokenizer, t_min):
+    example = Example("Tell", (Round("", (Span("food", "fish", 5), Span("play", "lakes", 5))),))
+    sequences, rng = [Sequence(encode_example(example, tokenizer))] * 8, np.random.default_rng(0)
+    batches = [make_batch(sequences, [0] * 8, tokenizer, rng, "elbo", t_min) for _ in range(200)]
+    t = np.concatenate([1 / b.weight[b.in_span].numpy().reshape(16, 20)[:, 0] for b in batches])
+    assert t_min <= t.min() < t_min + 0.01 and 0.99 < t.max() <= 1 + 1e-6
+    assert t.mean() == pytest.approx((1 + t_min) / 2, abs=0.01)
+    masked = np.concatenate([(b.token[b.in_span] == tokenizer.mask).numpy() for b in batches])
+    assert masked.mean() == pytest.approx((1 + t_min) / 2, abs=0.02)
+
+
 def test_plan_targets_are_never_weighted_by_1_over_t(tokenizer):
     for row in noised_rows(tokenizer):
         assert (row.weight[~row.inside] == 1).all()
@@ -175,7 +187,7 @@ def random_batch(tokenizer, seed=0, weight="elbo", attention="sparse"):
 
 def test_the_same_random_state_makes_the_same_batch_and_another_another(tokenizer):
     (_, _, a), (_, _, b), (_, _, c) = (random_batch(tokenizer, seed) for seed in (0, 0, 1))
-    for name in ("token", "position", "see", "target", "in_span", "weight"):
+    for name in ("token", "position", "ranges", "target", "in_span", "weight"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert not torch.equal(a.token, c.token)
 
@@ -187,7 +199,7 @@ def test_padding_predicts_nothing_and_sees_only_the_first_token(tokenizer):
     for b, stop in enumerate(stops):
         assert (batch.token[b, stop:] == tokenizer.pad).all()
         assert (batch.target[b, stop:] == IGNORE).all() and not batch.in_span[b, stop:].any()
-        seen = visible(batch.see[b : b + 1, stop:], batch.token.shape[1])
+        seen = visible(batch.ranges[b : b + 1, stop:], batch.token.shape[1])
         assert not seen[..., 1:].any() and seen[..., 0].all()  # a query that sees nothing is NaN
 
 
@@ -195,14 +207,14 @@ def test_no_token_sees_the_padding(tokenizer):
     for attention in ATTENTION:
         sequences, rounds, batch = random_batch(tokenizer, attention=attention)
         for b, (s, r) in enumerate(zip(sequences, rounds)):
-            assert not visible(batch.see, batch.token.shape[1])[b, :, s.stop(r) :].any()
+            assert not visible(batch.ranges, batch.token.shape[1])[b, :, s.stop(r) :].any()
 
 
 def test_a_row_of_a_batch_has_the_columns_of_its_sequence(tokenizer):
     sequences, rounds, batch = random_batch(tokenizer)
     for b, (s, r) in enumerate(zip(sequences, rounds)):
         n = s.stop(r)
-        assert np.array_equal(batch.see[b, :n], s.see[:n])
+        assert np.array_equal(batch.ranges[b, :n], s.ranges[:n])
         assert np.array_equal(batch.position[b, :n], np.arange(n))
 
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from conftest import small_model
 
+import optim
 from optim import Muon, Optimizer, fast_dtype, orthogonalize
 from train import TrainConfig
 
 
 def test_a_fused_layer_is_updated_as_its_matrices_would_be_apart():
-    torch.manual_seed(0)
-    fused = torch.nn.Parameter(torch.randn(12, 8))
-    fused.grad = torch.randn(12, 8)
+    rng = torch.Generator().manual_seed(0)
+    fused = torch.nn.Parameter(torch.randn(12, 8, generator=rng))
+    fused.grad = torch.randn(12, 8, generator=rng)
     apart = [torch.nn.Parameter(part.detach().clone()) for part in fused.split([4, 8])]
     for part, gradient in zip(apart, fused.grad.split([4, 8])):
         part.grad = gradient.clone()
@@ -75,4 +76,93 @@ def test_the_optimizers_state_survives_saving(tokenizer):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
             optimizer.step(step)
     for a, b in zip(models[0].parameters(), models[1].parameters()):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_of_another_model_is_refused():
+    small, large = (Optimizer(small_model(30, n_layer=n), TrainConfig()) for n in (1, 2))
+    wide = Optimizer(small_model(30, n_layer=1, d_ff=32), TrainConfig())
+    for optimizer in (large, wide):
+        for part in optimizer.parts:
+            for p in (p for group in part.param_groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+        optimizer.step(0)
+        with pytest.raises(ValueError, match="of another model"):
+            small.load(optimizer.state())
+
+
+# ---------------------------------------------------------------- three updates, written naively in double precision
+
+
+def naive_orthogonal(g):
+    """Five Newton-Schulz steps with the coefficients of Jordan et al., on the wide side."""
+    if len(g) > len(g[0]):
+        return naive_orthogonal(g.T).T
+    x = g / np.sqrt((g**2).sum())
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.775 * (a @ x) + 2.0315 * (a @ a @ x)
+    return x
+
+
+def naive_muon(w, grads, rates, decay, momentum=0.95):
+    """Nesterov: the momentum is looked ahead by one step; every matrix by itself."""
+    m = np.zeros_like(w)
+    for g, rate in zip(grads, rates):
+        m = momentum * m + (1 - momentum) * g
+        ahead = momentum * m + (1 - momentum) * g
+        w = w - rate * decay * w - rate * max(1, len(w) / len(w[0])) ** 0.5 * naive_orthogonal(ahead)
+    return w
+
+
+def naive_adamw(w, grads, rates, decay, beta1=0.9, beta2=0.99):
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for step, (g, rate) in enumerate(zip(grads, rates), 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        w = w - rate * decay * w
+        w = w - rate * (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + 1e-8)
+    return w
+
+
+def matrices_of(name, config):
+    """How many rows each matrix of a fused layer has."""
+    head = config.d_model // config.n_head
+    q, kv = config.n_head * head, config.n_kv_head * head
+    fused = {"qkv.weight": [q, kv, kv], "gate_up.weight": [config.d_ff] * 2}
+    return next((rows for ending, rows in fused.items() if name.endswith(ending)), None)
+
+
+def test_three_updates_are_those_of_the_naive_optimizers(monkeypatch):
+    """Gradients of different sizes in q, k and v, and from update to update."""
+    monkeypatch.setattr(optim, "fast_dtype", lambda device: torch.float32)
+    config = TrainConfig(lr=0.04, adam_lr=0.2, weight_decay=0.5, steps=6, warmup=2)
+    model, rng = small_model(40, n_layer=2), np.random.default_rng(0)
+    optimizer, before = (
+        Optimizer(model, config),
+        {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()},
+    )
+    grads = {n: [rng.normal(size=w.shape) * 10.0 ** rng.integers(-2, 2) for _ in range(3)] for n, w in before.items()}
+    for name in grads:
+        if rows := matrices_of(name, model.config):
+            for g in grads[name]:
+                g *= np.repeat(10.0 ** np.arange(len(rows)), rows)[:, None]
+    for step in range(3):
+        for name, p in model.named_parameters():
+            p.grad = torch.tensor(grads[name][step], dtype=torch.float32)
+        optimizer.step(step)
+    fractions = (1 / 2, 2 / 2, 4 / 4)
+    for name, p in model.named_parameters():
+        w = before[name]
+        by_adam = w.ndim == 1 or name == "embedding.weight"
+        if by_adam:
+            rates, decay = [0.2 * fraction for fraction in fractions], 0.5 if w.ndim == 2 else 0.0
+            expected = naive_adamw(w, grads[name], rates, decay)
+        else:
+            cuts = np.cumsum(matrices_of(name, model.config) or [len(w)])[:-1]
+            parts = zip(np.split(w, cuts), zip(*(np.split(g, cuts) for g in grads[name])))
+            expected = np.concatenate(
+                [naive_muon(part, g, [0.04 * fraction for fraction in fractions], 0.5) for part, g in parts]
+            )
+        np.testing.assert_allclose(
+            p.detach().numpy(), expected, rtol=1e-4, atol=1e-5 if by_adam else 2e-4, err_msg=name
+        )

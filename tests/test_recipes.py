@@ -13,7 +13,7 @@ from data.recipes import prepare
 from tags import Span
 
 FIXTURE = Path(__file__).with_name("recipes_fixture.json")
-SMALL = ["--val", "1", "--test", "1", "--vocab-size", "400"]
+SMALL = ["--val", "1", "--test", "1", "--vocab_size", "400"]
 
 
 def pack(path, monkeypatch, **members):
@@ -242,6 +242,6 @@ def test_help_shows_every_setting(capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for setting in ("--out", "--wheel", "--val", "--test", "--seed", "--max-chars", "--vocab-size", "--unit"):
+    for setting in ("--out", "--wheel", "--val", "--test", "--seed", "--max_chars", "--vocab_size", "--unit"):
         assert setting in text
     assert text.count("(default: ") == 8

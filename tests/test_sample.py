@@ -11,12 +11,13 @@ from decode import DECODERS, Decoder, Denoise, WrittenPlan
 from grammar import Grammar
 from masks import GIVEN, PLAN, PROMPT, SLOT
 from methods import MethodConfig
+from passes import Passes
 from sample import SampleConfig, Sampler
 from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
 METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
-CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)  # logits added, so that plans of several rounds come about
+CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=11.0)  # logits added, so that plans of several rounds come about
 
 
 def steered(tokenizer, seed=0, scale=0.7, lengths=3, **bias):
@@ -343,7 +344,7 @@ def test_a_prompt_too_long_is_refused_before_anything_is_computed(planner, token
 def test_the_last_layer_computes_what_is_read_as_if_it_computed_all(planner, tokenizer, attention):
     """Hidden states of some columns, against those of a pass that returns all."""
 
-    class Both(Sampler):
+    class Both(Passes):
         def one_pass(self, table, rows, columns=None, *, n_keys, first):
             some = super().one_pass(table, rows, columns, n_keys=n_keys, first=first)
             if columns is not None:
@@ -353,7 +354,9 @@ def test_the_last_layer_computes_what_is_read_as_if_it_computed_all(planner, tok
             return some
 
     compared = []
-    Both(planner, tokenizer, SampleConfig(max_tokens=60), METHOD[attention]).answer(PROMPTS)
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60), METHOD[attention])
+    sampler.passes = Both(planner)
+    sampler.answer(PROMPTS)
     assert len(compared) > 5
 
 

@@ -6,7 +6,7 @@ from conftest import SENTENCES, small_model
 
 from measure.speculate import Drafter
 from methods import MethodConfig
-from model import save_checkpoint
+from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 

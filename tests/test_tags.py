@@ -34,6 +34,7 @@ OTTER_TAGGED = (
     "<sync/> In short: a playful river animal.<eos>"
 )
 
+
 def hostile_rounds(rng):
     def span():
         return Span(hostile(rng) or "x", hostile(rng), rng.choice([1, 2, 9, 10, MAX_LENGTH]))
@@ -42,7 +43,6 @@ def hostile_rounds(rng):
         Round(hostile(rng) if rng.random() < 0.7 else "", tuple(span() for _ in range(rng.choice([0, 0, 1, 2, 4]))))
         for _ in range(rng.randint(1, 4))
     ]
-
 
 
 def test_the_example_of_the_specification_is_written_and_read():
@@ -143,6 +143,22 @@ def test_plain_text_is_the_texts_and_spans_in_reading_order_without_plan_or_tags
     assert plain_text([Round()]) == "" and pieces([]) == []
 
 
+LONG = 300_000
+
+
+@pytest.mark.parametrize(
+    "part", ["\\", "\\" + EOS, "\\\\\\" + EOS, "<", "<topic", "[PAD", " ", "\n", "a ", "1 ", EOS, "a:", ": "]
+)
+def test_time_grows_with_the_length_alone(part):
+    """With quadratic time one of these would take an hour."""
+    text = part * (LONG // len(part))
+    rounds = [Round(text, (Span("x" + text, text, 1), Span("y", text, 1)))]
+    tagged = format_answer(rounds)
+    assert format_answer(parse_answer(tagged)) == tagged
+    for broken in [text, TOPIC + text, TOPIC + text + TOPIC_END + EOS, PLAN + ASYNC + text + EOS]:
+        parses_or_says_why(broken)
+
+
 PLAN = "<topic> food 2</topic>"
 SPAN = "<async> food: fish</async>"
 MALFORMED = {  # what is wrong: (tagged text, line, column, parts of the message)
@@ -170,6 +186,7 @@ MALFORMED = {  # what is wrong: (tagged text, line, column, parts of the message
     "a plan without spans": (PLAN + "<eos>", 1, 23, ["expected <topic> or <async>", "'<eos>'"]),
     "text inside a plan": (PLAN + " and " + PLAN, 1, 23, ["expected <topic> or <async>", "text 'and'"]),
     "a span of another topic": (PLAN + "<async> fodo: x</async><eos>", 1, 30, ["span of topic 'food'", "'food:'"]),
+    "a span of another long topic": (f"<topic> {'a' * 999} 1</topic><async> b</async><eos>", 1, 1025, ["aaa", "aaa:'"]),
     "a span without a colon": (PLAN + "<async> food</async><eos>", 1, 30, ["span of topic 'food'", "'food:'"]),
     "spans in another order": (
         "<topic> a 1</topic><topic> b 1</topic><async> b: x</async><async> a: y</async><eos>",

@@ -184,7 +184,7 @@ def test_the_seed_decides_everything_and_the_test_split_ignores_the_size_of_trai
 def test_too_large_a_split_says_what_to_do(monkeypatch):
     example = FAMILIES["stories"](random.Random(0), build_world(0, "train"))
     monkeypatch.setitem(FAMILIES, "stories", lambda rng, world: example)
-    with pytest.raises(SystemExit, match="stories: found only 1 of 10 .* smaller --val"):
+    with pytest.raises(ValueError, match="stories: found only 1 of 10 .* smaller --val"):
         prepare.draw("stories", "val", 10, 0, {})
 
 
@@ -203,3 +203,16 @@ def test_help_shows_every_setting_with_its_default():
     shown = subprocess.run([sys.executable, PREPARE, "--help"], capture_output=True, text=True, check=True).stdout
     for setting in ["out", "seed", "train", "val", "test", "vocab_size", "unit"]:
         assert re.search(rf"  --{setting} [^(]*\(default: ", shown)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--train", "0"], "--train 0: expected at least 1"),
+    (["--val", "-1"], "--val -1: expected at least 0"),
+    (["--unit", "0"], "unit 0: expected a whole number of tokens"),
+    (["--vocab_size", "5"], "vocab_size 5: expected a whole number of at least"),
+])  # fmt: skip
+def test_an_impossible_setting_is_one_line_and_writes_nothing(tmp_path, wrong, said):
+    command = [sys.executable, PREPARE, "--out", tmp_path / "new", "--train", "60", "--val", "7", "--test", "7", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("prepare.py: ") and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "new").exists()

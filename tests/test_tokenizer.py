@@ -8,8 +8,8 @@ import pytest
 import regex
 from conftest import BYTES, CORPUS, NASTY, OVERHEAD, hostile
 
-from tags import ASSISTANT, ASYNC, ASYNC_END, EOS, MASK, PAD, SYNC, TAGS, TOPIC, TOPIC_END, USER
-from tokenizer import MAX_LENGTH, Tokenizer
+from tags import ASSISTANT, ASYNC, ASYNC_END, EOS, MASK, PAD, SYNC, TAGS, TOPIC, TOPIC_END, USER, Span
+from tokenizer import MAX_LENGTH, MAX_UNIT, Tokenizer
 
 
 def naive_merge(word, left, right):
@@ -183,8 +183,58 @@ def test_a_tokenizer_reads_back_from_json(tok, tmp_path):
 
 def test_a_vocabulary_too_small_for_bytes_tags_and_lengths_is_an_error():
     assert Tokenizer.train(CORPUS, OVERHEAD).vocab_size == OVERHEAD
-    with pytest.raises(ValueError, match=f"vocab_size {OVERHEAD - 1} is too small.*{OVERHEAD}"):
+    with pytest.raises(ValueError, match=f"vocab_size {OVERHEAD - 1}: expected .* at least {OVERHEAD}"):
         Tokenizer.train(CORPUS, OVERHEAD - 1)
+    for odd in ["2048", 2048.0, None, True]:
+        with pytest.raises(ValueError, match="vocab_size .*: expected a whole number"):
+            Tokenizer.train(CORPUS, odd)
+
+
+@pytest.mark.parametrize("unit", [0, -1, 1.5, "4", None, True, MAX_UNIT + 1, float("nan")])
+def test_an_impossible_unit_is_an_error(unit):
+    for make in (lambda: Tokenizer(BYTES, unit), lambda: Tokenizer.train(CORPUS, OVERHEAD, unit)):
+        with pytest.raises(ValueError, match=f"unit .*: expected a whole number of tokens, 1 to {MAX_UNIT}"):
+            make()
+
+
+def test_training_learns_the_words_that_encoding_meets():
+    """White space at the ends does not count, and a line's first word is the word it is inside a sentence."""
+    plain = Tokenizer.train([" otter otter", "fish fish fish"], 2000)
+    assert {b" otter", b" fish"} < set(plain.tokens)
+    for texts in (["otter\notter", "fish\nfish\nfish"], ["  otter otter\n", "\n\tfish fish fish "]):
+        assert Tokenizer.train(texts, 2000).tokens == plain.tokens
+    lines = Tokenizer.train(["otter\n\n\notter\n\n\n\notter", "\n \n"], 2000)
+    assert lines.encode("otter\notter")[::2] == [lines.tokens.index(b" otter")] * 2
+
+
+# ---------------------------------------------------------------- spans
+
+
+def test_a_span_is_its_topic_and_its_slots_up_to_the_planned_length(tok):
+    topic, slots = tok.encode_span(Span("food", "otter otter", 2))
+    assert topic == tok.encode("food") and len(slots) == 2 * tok.unit
+    assert slots == tok.encode("otter otter") + [tok.pad] * (2 * tok.unit - len(tok.encode("otter otter")))
+    assert tok.encode_span(Span("food", "", 1))[1] == [tok.pad] * tok.unit
+
+
+@pytest.mark.parametrize(
+    "span, said",
+    [
+        (Span("", "fish", 9), "must have 1 to 64 tokens, not 0"),
+        (Span(" \u3000\n", "fish", 9), "must have 1 to 64 tokens, not 0"),
+        (Span("🍎" * 22, "fish", 9), r"must have 1 to 64 tokens, not \d\d"),
+        (Span("food", "fish", 0), "must be 1 to 64 units, not 0"),
+        (Span("food", "fish", 65), "must be 1 to 64 units, not 65: .*larger unit"),
+        (Span("food", "fish " * 20, 2), r"has 20 tokens, its plan only 8 \(2 x 4\)"),
+    ],
+)
+def test_a_span_that_no_plan_can_ask_for_is_an_error_that_names_its_topic(tok, span, said):
+    with pytest.raises(ValueError, match=said) as error:
+        tok.encode_span(span)
+    assert str(error.value).startswith(f"topic {span.topic[:60]!r}: ")
+
+
+# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(
@@ -193,13 +243,46 @@ def test_a_vocabulary_too_small_for_bytes_tags_and_lengths_is_an_error():
         "", "{", "null", "5", "[]", "{}", '{"unit": 4}', '{"tokens": ["Og=="]}', '{"unit": 4, "tokens": 5}',
         '{"unit": 4, "tokens": []}', '{"unit": 4, "tokens": [1, 2]}', '{"unit": 4, "tokens": ["O"]}',
         '{"unit": 4, "tokens": ["Og=="]}',  # a colon and no other byte
+        "[" * 200_000, '{"unit": ' + "9" * 5000 + "}", '{"unit": NaN, "tokens": []}', '\ufeff{"unit": 4}', "\x00",
     ],
 )  # fmt: skip
 def test_a_broken_tokenizer_file_is_an_error_that_names_the_file(tmp_path, broken):
     path = tmp_path / "tokenizer.json"
-    path.write_text(broken)
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer.*prepare.py"):
+    path.write_text(broken, encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer.*prepare.py") as error:
         Tokenizer.load(path)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokens: [*tokens, ""],  # no bytes
+        lambda tokens: [*tokens, tokens[65]],  # one twice
+        lambda tokens: tokens[1:],
+        lambda tokens: [*tokens, "YWJjZGVm!"],  # not base64, though a lenient reader takes it
+        lambda tokens: [*tokens, None],
+    ],
+)
+def test_a_tokenizer_file_with_impossible_tokens_is_an_error(tok, tmp_path, change):
+    path, saved = tmp_path / "tokenizer.json", json.loads(tok.to_json())
+    path.write_text(json.dumps({**saved, "tokens": change(saved["tokens"])}))
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        Tokenizer.load(path)
+
+
+def test_a_damaged_tokenizer_file_loads_or_says_why(tok, tmp_path):
+    rng, path, whole = random.Random(7), tmp_path / "tokenizer.json", tok.to_json().encode()
+    for _ in range(300):
+        damaged, at = bytearray(whole), rng.randrange(len(whole))
+        damaged[at : at + rng.choice([0, 1, 1, 5, 500])] = rng.choice(
+            [b"", b"[", b'"', b"\xff", b"NaN", b"1e999", b"{}"]
+        )
+        path.write_bytes(damaged)
+        try:
+            Tokenizer.load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is not a tokenizer (")
 
 
 @pytest.mark.parametrize("unit", [0, -1, 2.5, "4", None])

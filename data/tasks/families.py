@@ -265,7 +265,7 @@ TRAIN_SHARES = {"facts": 2, "lookups": 2, "transforms": 2, "arithmetic": 1, "thi
 
 
 def check(example: Example, text: str) -> Score:
-    """Score an answer given as plain text: its pieces, one a line, against the reference lines.
+    """Score an answer given as plain text: its pieces, one per line, against the reference lines.
 
     A missing line is a wrong span, an extra line only makes the answer inexact. In `coupled` any
     colour is right as long as all spans agree; if they do not, those outside the majority are wrong.

@@ -7,12 +7,30 @@ import argparse
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Example, write_dataset
 from data.tasks.families import FAMILIES, TRAIN_SHARES, build_world
+from plumbing.settings import add_settings, check, command, pick, setting
+
+
+@dataclass
+class PrepareConfig:
+    """The data set of generated tasks."""
+
+    out: Path = setting(Path(__file__).parent, "folder for the .jsonl files and tokenizer.json")
+    seed: int = setting(0, "fixes the world and every draw")
+    train: int = setting(30000, "examples for training", at_least=1)
+    val: int = setting(700, "examples for validation", at_least=0)
+    test: int = setting(700, "examples for the final test", at_least=0)
+    vocab_size: int = setting(2048, "entries of the tokenizer")
+    unit: int = setting(10, "tokens per unit of a span's length")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def draw(family: str, split: str, count: int, seed: int,
@@ -20,6 +38,7 @@ def draw(family: str, split: str, count: int, seed: int,
     """Draw `count` examples of one family with new prompts, and count why others were dropped.
 
     `owners` says which split each known prompt belongs to; the prompts drawn here are added.
+    Raises ValueError if the family has too few different prompts.
     """
     rng = random.Random(f"{family} {split} {seed}")  # a string seeds alike in every process
     world = build_world(seed, split)
@@ -32,7 +51,7 @@ def draw(family: str, split: str, count: int, seed: int,
             continue
         dropped["duplicate" if owners[example.prompt] == split else "other split"] += 1
         if dropped.total() > 10 * count:
-            raise SystemExit(f"{family}: found only {len(kept)} of {count} different prompts; "
+            raise ValueError(f"{family}: found only {len(kept)} of {count} different prompts; "
                              f"ask for a smaller --{split}")
     return kept, dropped
 
@@ -58,20 +77,12 @@ def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent,
-                        help="folder for the .jsonl files and tokenizer.json")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the world and every draw")
-    parser.add_argument("--train", type=int, default=30000, help="examples for training")
-    parser.add_argument("--val", type=int, default=700, help="examples for validation")
-    parser.add_argument("--test", type=int, default=700, help="examples for the final test")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="entries of the tokenizer")
-    parser.add_argument("--unit", type=int, default=10, help="tokens per unit of a span's length")
-    args = parser.parse_args()
-    sizes = {"train": args.train, "val": args.val, "test": args.test}
-    write_dataset(args.out, make_splits(sizes, args.seed), args.vocab_size, args.unit)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_settings(parser, PrepareConfig)
+    config = pick(PrepareConfig, parser.parse_args())
+    splits = make_splits({"train": config.train, "val": config.val, "test": config.test}, config.seed)
+    write_dataset(config.out, splits, config.vocab_size, config.unit)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

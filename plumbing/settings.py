@@ -10,7 +10,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 
 
 def setting(default: Any, help: str, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
@@ -39,7 +39,7 @@ def check(config: Any) -> None:
         limits = {word: limit for word, limit in f.metadata["limits"].items() if math.isfinite(limit)}
         kept = {"at least": value >= limits.get("at least", value), "above": value > limits.get("above", -math.inf),
                 "at most": value <= limits.get("at most", value), "below": value < limits.get("below", math.inf)}  # fmt: skip
-        if not math.isfinite(value) or not all(kept.values()):
+        if isinstance(value, float) and not math.isfinite(value) or not all(kept.values()):
             expected = " and ".join(f"{word} {limit:g}" for word, limit in limits.items()) or "a finite number"
             raise ValueError(f"--{f.name} {value}: expected {expected}")
 

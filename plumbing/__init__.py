@@ -1,0 +1,1 @@
+"""Nothing of the method: settings and commands, devices, files, checkpoints, and the bookkeeping of a training."""

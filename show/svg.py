@@ -1,0 +1,325 @@
+"""Draw one prompt being answered twice, planned and token by token, as an animated picture (SVG, no scripts).
+
+    python show/svg.py --out docs/answer.svg
+
+Both answers advance in lockstep, one pass of the network per step. The picture needs no network and no fonts, follows
+light and dark mode, and stands still on its last frame for a reader who prefers reduced motion.
+"""
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from demo import PROMPTS
+from plumbing import device as devices
+from plumbing.files import write_whole
+from plumbing.settings import command
+from sample import SampleConfig, Sampler
+from show.record import Frame, FrameTopic, printable, record
+
+START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
+WIDTH, MARGIN, GAP = 900, 20, 32  # pixels: of the picture, around it, and between the panels
+CHARACTER, LINE = 7.8, 18  # pixels: width of a character and height of a line, at font size 13
+PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
+PAD = "\u00b7"
+LEGEND = [  # a sample, the kind of box around it, and what it is
+    ("craft 4", "topic", "topic, length of its span"),
+    ("    ", "slot", "masked slot"),
+    ("word", "new", "new"),
+    (PAD, "", "[PAD]"),
+    ("positions", "", "tokens computed so far"),
+]
+TITLES = {
+    "planned": "Planned diffusion",
+    "dense": "Planned diffusion, dense",
+    "parallel-ar": "Parallel autoregressive",
+    "ar": "Autoregressive",
+    "block": "Block diffusion",
+    "diffusion": "Diffusion of the whole answer",
+}
+STYLE = """
+.page{fill:#fff;stroke:#d1d9e0}
+text{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,'Liberation Mono',monospace;white-space:pre;fill:#1f2328}
+.strong{font-weight:bold}.note{fill:#59636e}.empty,.rule,.slot{fill:#d1d9e0}.new{fill:#fae17d}
+.write{fill:#0969da}.denoise{fill:#1a7f37}.write,.denoise{shape-rendering:crispEdges}.topic{fill:none;stroke:#0969da}
+@media(prefers-color-scheme:dark){
+.page{fill:#0d1117;stroke:#3d444d}
+text{fill:#f0f6fc}.note{fill:#9198a1}.empty,.rule,.slot{fill:#3d444d}.new{fill:#7a5b00}
+.write{fill:#4493f8}.denoise{fill:#3fb950}.topic{stroke:#4493f8}
+}
+"""
+
+
+# ---------------------------------------------------------------- when
+
+
+class Film:
+    """Shapes, each visible from one pass until another. The only place that turns passes into times."""
+
+    def __init__(self, passes: int):
+        self.passes, self.seconds = passes, START + passes * STEP + END
+        self.shapes = defaultdict(list)
+
+    def add(self, shape: str, first: int = 0, last: int | None = None) -> None:
+        """Show a shape after pass `first` (0: from the beginning) and until pass `last` is done (None: to the end)."""
+        if first != last:
+            self.shapes[first, last].append(shape)
+
+    def percent(self, n_passes: int) -> str:
+        """The time at which `n_passes` are done, as a CSS percentage."""
+        return f"{100 * (START + n_passes * STEP) / self.seconds:.6g}%"
+
+    def name(self, first: int, last: int | None) -> str:
+        return f"from{first}" if last is None else f"from{first}to{last}"
+
+    def keyframes(self, first: int, last: int | None) -> str:
+        steps = [("0%", "hidden" if first else "visible")]
+        if first:
+            steps.append((self.percent(first), "visible"))
+        if last is not None:
+            steps.append((self.percent(last), "hidden"))
+        return "".join(f"{time}{{visibility:{value}}}" for time, value in steps)
+
+    def style(self) -> str:
+        """CSS of the animation. Without it the picture is its last frame."""
+        moving = [times for times in self.shapes if times != (0, None)]
+        named = (f"@keyframes {self.name(*times)}{{{self.keyframes(*times)}}}" for times in moving)
+        still = ".until{visibility:hidden}@media(prefers-reduced-motion:reduce){.from,.until{animation:none!important}}"
+        return "\n".join([f".from,.until{{animation:{self.seconds:.6g}s step-end infinite}}", *named, still])
+
+    def groups(self) -> Iterator[str]:
+        """The shapes, those that go again below those that stay."""
+        for (first, last), shapes in sorted(self.shapes.items(), key=lambda item: item[0][1] is None):
+            moving = f' class="{"from" if last is None else "until"}" style="animation-name:{self.name(first, last)}"'
+            yield f"<g{moving if (first, last) != (0, None) else ''}>" + "".join(shapes) + "</g>"
+
+
+# ---------------------------------------------------------------- where
+
+
+def flow(tokens: Sequence[str], columns: int) -> Iterator[tuple[int, int, int, str]]:
+    """Where tokens go in lines of `columns` characters: (number of the token, line, column, text) of each piece.
+
+    Lines break between words; white space at a break is not drawn.
+    """
+    owner = [n for n, token in enumerate(tokens) for _ in token]
+    line, column, places = 0, 0, []
+    for word in re.finditer(r"\n| *[^ \n]+| +", "".join(tokens)):
+        if column and column + len(word[0]) > columns:
+            line, column = line + 1, 0
+        for n, character in zip(owner[word.start() : word.end()], word[0]):
+            if character == "\n" or column == columns:
+                line, column = line + 1, 0
+            if character != "\n" and (character != " " or column):
+                places.append((n, line, column, character))
+                column += 1
+    for (n, line), piece in groupby(places, lambda place: place[:2]):
+        piece = list(piece)
+        content = "".join(character for *_, character in piece)
+        if content.strip():
+            yield n, line, piece[0][2] + len(content) - len(content.lstrip()), content.strip()
+
+
+def text(x: float, y: float, content: str, kind: str = "") -> str:
+    """One line of text, as wide in every font."""
+    kind = f' class="{kind}"' if kind else ""
+    width = f' textLength="{len(content) * CHARACTER:.6g}"' if len(content) > 1 else ""
+    return f'<text{kind} x="{x:.6g}" y="{y:.6g}"{width}>{escape(printable(content))}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, kind: str, radius: int = 2) -> str:
+    return f'<rect class="{kind}" x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height}" rx="{radius}"/>'
+
+
+# ---------------------------------------------------------------- what
+
+
+class Word(NamedTuple):
+    """A token to draw."""
+
+    text: str
+    since: int | None  # pass after which it is known; None: never
+    slot: int | None = None  # pass after which it has a slot, masked until it is known
+    kind: str = ""
+
+
+def parts(frame: Frame) -> Iterator[tuple]:
+    """A key for each part of an answer that a frame knows."""
+    for r, round_ in enumerate(frame.rounds):
+        yield from (("text", r, n) for n, _ in enumerate(round_.text))
+        for k, topic in enumerate(round_.topics):
+            yield "topic", r, k
+            yield from (("name", r, k, n) for n, _ in enumerate(topic.name))
+            yield from [("length", r, k)] * (topic.length > 0)
+        for k, span in enumerate(round_.spans):
+            yield "span", r, k
+            yield from (("slot", r, k, n) for n, slot in enumerate(span) if slot is not None)
+
+
+class Panel:
+    """One answer, drawn onto a film from top to bottom; `y` is the base line of what comes next."""
+
+    def __init__(self, film: Film, method: str, frames: Sequence[Frame], x: float, y: float):
+        self.film, self.method, self.frames, self.x, self.y = film, method, frames, x, y
+        self.steps = [*zip([None, *frames], frames)]  # (frame before, frame after) of each pass
+        self.since = {}  # pass after which each part is known
+        for n, frame in enumerate(frames, 1):
+            for part in parts(frame):
+                self.since.setdefault(part, n)
+
+    def draw(self) -> None:
+        self.film.add(text(self.x, self.y, TITLES[self.method], "strong"))
+        self.count()
+        self.narrate()
+        for r, round_ in enumerate(self.frames[-1].rounds):
+            words = [Word(token, self.since["text", r, n]) for n, token in enumerate(round_.text)]
+            self.y += LINE * self.place(words, self.x, int(PANEL / CHARACTER))
+            self.plan(r, round_.topics)
+            for k, span in enumerate(round_.spans):
+                topic = "".join(round_.topics[k].name).strip() + ":" if round_.topics else ""
+                self.span(r, k, topic, span)
+
+    def count(self) -> None:
+        """Passes and positions so far, and a bar that grows with each pass."""
+        top, width = self.y + LINE + 10, PANEL / self.film.passes
+        self.film.add(box(self.x, top, PANEL, 8, "empty"))
+        self.film.add(text(self.x, self.y + LINE + 2, "0 passes", "strong"), 0, 1)
+        for n, (before, frame) in enumerate(self.steps, 1):
+            until = n + 1 if n < len(self.steps) else None
+            self.film.add(text(self.x, self.y + LINE + 2, counted(frame.passes, "pass", "passes"), "strong"), n, until)
+            positions = counted(frame.positions, "position", "positions")
+            self.film.add(text(self.x + 12 * CHARACTER, self.y + LINE + 2, positions, "note"), n, until)
+            kind = "denoise" if denoises(before, frame) else "write"
+            self.film.add(box(self.x + (n - 1) * width, top, width, 8, kind, 0), n)
+        self.y = top + 8 + LINE
+
+    def narrate(self) -> None:
+        """What the network does now, and how the answer ended."""
+        n, last = 0, self.frames[-1]
+        for words, steps in groupby(self.steps, lambda step: self.action(*step)):
+            first, n = n, n + len(list(steps))
+            self.film.add(text(self.x, self.y, words), first, n)
+        ending = f"{last.ending} after {counted(last.passes, 'pass', 'passes')}"
+        self.film.add(text(self.x, self.y, ending, "strong"), n)
+        self.y += LINE + 10
+
+    def action(self, before: Frame | None, frame: Frame) -> str:
+        """What the pass between two frames does, in words."""
+        round_ = frame.rounds[len(before.rounds) - 1 if before else 0]
+        if denoises(before, frame):
+            n_spans, verb = len(round_.spans), "extends" if self.method == "parallel-ar" else "denoises"
+            return f"{verb} {counted(n_spans, 'span', 'spans')}" + " in parallel" * (n_spans > 1)
+        return f"writes {'the plan' if round_.topics else 'text'}, one token per pass"
+
+    def plan(self, r: int, topics: Sequence[FrameTopic]) -> None:
+        """A box per topic, side by side; its name and length appear in it."""
+        x, end = self.x, self.x + PANEL
+        for k, topic in enumerate(topics):
+            words = [Word(token, self.since["name", r, k, n]) for n, token in enumerate(topic.name)]
+            words.append(Word(f" {topic.length}", self.since.get(("length", r, k))))
+            columns = len("".join(word.text for word in words).strip())
+            if x > self.x and x + (columns + 1) * CHARACTER > end:
+                x, self.y = self.x, self.y + LINE + 8
+            self.film.add(box(x, self.y - 14, (columns + 1) * CHARACTER, 20, "topic", 4), self.since["topic", r, k])
+            self.place(words, x + CHARACTER / 2, columns)
+            x += (columns + 2) * CHARACTER
+        self.y += (LINE + 12) * bool(topics)
+
+    def span(self, r: int, k: int, topic: str, slots: Sequence[str | None]) -> None:
+        """A span beside a rule, its topic first."""
+        scaffold, shown = self.since["span", r, k], {None: " ____", "": f" {PAD}"}
+        words = [Word(topic, scaffold, kind="strong")]
+        since = [self.since.get(("slot", r, k, n)) for n, _ in enumerate(slots)]
+        words += [Word(shown.get(slot, slot), known, scaffold) for slot, known in zip(slots, since)]
+        height = LINE * self.place(words, self.x + 10, int((PANEL - 10) / CHARACTER))
+        self.film.add(box(self.x, self.y - 12, 3, height - 3, "rule", 1), scaffold)
+        self.y += height + 6
+
+    def place(self, words: Sequence[Word], x: float, columns: int) -> int:
+        """Draw words from the base line on. Returns the number of lines."""
+        line = -1
+        for n, line, column, content in flow([word.text for word in words], columns):
+            _, since, slot, kind = words[n]
+            left, y, width = x + column * CHARACTER, self.y + line * LINE, len(content) * CHARACTER
+            if slot is not None:
+                self.film.add(box(left, y - 11, width - 1, 14, "slot"), slot, since)
+            if since is not None:
+                self.film.add(box(left - 1, y - 12, width + 2, 16, "new"), since, since + 1)
+                self.film.add(text(left, y, content, kind), since)
+        return line + 1
+
+
+def denoises(before: Frame | None, frame: Frame) -> bool:
+    """Whether the pass between two frames filled slots."""
+    return frame.denoise_passes > (before.denoise_passes if before else 0)
+
+
+def counted(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def legend(film: Film, y: float) -> None:
+    """One line that says what the picture's signs mean."""
+    x = MARGIN
+    for sample, kind, meaning in LEGEND:
+        if kind:
+            film.add(box(x, y - 13, len(sample) * CHARACTER + 8, 18, kind, 4))
+        if sample.strip():
+            film.add(text(x + 4 * bool(kind), y, sample))
+        x += len(sample) * CHARACTER + (14 if kind else 8)
+        film.add(text(x, y, meaning, "note"))
+        x += (len(meaning) + 2) * CHARACTER
+
+
+def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
+    """The picture as SVG text; `answers`: (method, frames) of the panels, from left to right."""
+    film, y = Film(max(len(frames) for _, frames in answers)), MARGIN + 14
+    lines = -1
+    for _, lines, column, content in flow([prompt], int((WIDTH - 2 * MARGIN) / CHARACTER)):
+        film.add(text(MARGIN + column * CHARACTER, y + lines * LINE, content, "strong"))
+    y += (lines + 1) * LINE + 18
+    panels = [Panel(film, *answer, MARGIN + n * (PANEL + GAP), y) for n, answer in enumerate(answers)]
+    for panel in panels:
+        panel.draw()
+    y = max(panel.y for panel in panels) + 10
+    legend(film, y)
+    size = f'width="{WIDTH}" height="{y + MARGIN:.0f}"'
+    summary = (f"{TITLES[method].lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y + MARGIN:.0f}" role="img">',
+        f"<title>{escape(printable(f'{prompt} Answered by ' + ', by '.join(summary)))}</title>",
+        f"<style>{STYLE}{film.style()}</style>",
+        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y + MARGIN - 1:.0f}" rx="6"/>',
+        *film.groups(),
+        "</svg>\n",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = "(default: %(default)s)"
+    parser.add_argument("--prompt", default=PROMPTS["tasks"], help=f"what both models answer {shown}")
+    parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help=f"model on the left {shown}")
+    parser.add_argument("--ar", default="checkpoints/tasks/ar.safetensors", help=f"model on the right {shown}")
+    parser.add_argument("--out", default="answer.svg", help=f"file to write {shown}")
+    parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} {shown}")
+    args = parser.parse_args()
+    answers = []
+    for path in (args.planned, args.ar):
+        sampler = Sampler.load(path, SampleConfig(), devices.find(args.device))
+        answers.append((sampler.method.method, record(sampler, args.prompt)))
+    write_whole(Path(args.out), draw(args.prompt, answers))
+    counts = " and ".join(counted(len(frames), "pass", "passes") for _, frames in answers)
+    print(f"{args.out}: {counts}")
+
+
+if __name__ == "__main__":
+    command(main)
