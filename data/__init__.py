@@ -7,7 +7,7 @@ family) and tokenizer.json, written by a prepare.py of its own. data/README.md s
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def writing(folder: str | Path, splits: list[str], tokenizer: Tokenizer) -> Iter
     names = {split: Path(folder) / f"{split}.jsonl" for split in splits}
     sizes = {split: _Sizes() for split in splits}
     with ExitStack() as stack:  # the disk has to hold all files before the first replaces an old one
+        stack.enter_context(_new_folder_only_if_written(Path(folder)))
         files = {split: stack.enter_context(atomic(path)).open("wb") for split, path in names.items()}
         written = stack.enter_context(atomic(Path(folder) / "tokenizer.json"))
         stack.callback(lambda: [file.close() for file in files.values()])  # before they replace others, error or not
@@ -69,6 +70,19 @@ def writing(folder: str | Path, splits: list[str], tokenizer: Tokenizer) -> Iter
     print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
     print(*(f"{split:8}{size.row()}\n" for split, size in sizes.items()), sep="", end="")
     print(f"{tokenizer.vocab_size} tokens in {Path(folder) / 'tokenizer.json'}")
+
+
+@contextmanager
+def _new_folder_only_if_written(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block made if the block fails and leaves nothing in it."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _check_splits(splits: dict[str, list[Example]]) -> None:

@@ -15,7 +15,7 @@ from data.instruct.dependence import LATER, Gain, Judge, Piece, asked, gains, qu
 from data.instruct.judge import Score, docstrings, facts, judge
 from data.instruct.plans import restore
 from masks import encode_prompt
-from model import save_checkpoint
+from plumbing.checkpoint import save_checkpoint
 from tags import Round, Span, pieces
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import device as devices
 from data import Example, read_split, writing
 from data.instruct.annotate import as_text, objection
 from data.instruct.plans import build, cuts_of, restore
 from masks import encode_example
-from model import Transformer, load_checkpoint
+from model import Transformer
 from noise import IGNORE, Sequence, make_batch
-from settings import add_settings, check, command, locate, pick, setting
+from plumbing import device as devices
+from plumbing.checkpoint import load_checkpoint
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from tags import Round
 from tokenizer import Tokenizer
 
@@ -127,7 +128,7 @@ class Judge:
             rows = order[start : start + self.batch]
             batch = make_batch([sequences[i] for i in rows], [0] * len(rows), self.tokenizer, np.random.default_rng(0))
             batch = batch.to(self.device)
-            logits = self.model.logits(self.model(batch.token, batch.position, batch.see)).float()  # (B, T, V)
+            logits = self.model.logits(self.model(batch.token, batch.position, batch.ranges)).float()  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=IGNORE, reduction="none")
             sums = loss.view(batch.target.shape).sum(1) / (batch.target != IGNORE).sum(1)
             for row, value in zip(rows, sums.tolist()):

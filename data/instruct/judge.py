@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Example, read_split
 from data.instruct.annotate import COSTS, annotate, objection
 from data.instruct.plans import cuts_of, restore
-from settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 

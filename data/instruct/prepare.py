@@ -30,8 +30,8 @@ from data.instruct.annotate import Annotation, annotate, objection, unaskable
 from data.instruct.forms import FORMS, Bad, Record, answers
 from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
-from files import atomic
-from settings import add_settings, check, command, locate, pick, setting
+from plumbing.files import atomic
+from plumbing.settings import add_settings, check, command, locate, pick, setting
 from tags import plain_text
 from tokenizer import Tokenizer
 
