@@ -6,8 +6,8 @@ family) and tokenizer.json, written by a prepare.py of its own. data/README.md s
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class Example:
     prompt: str
     rounds: tuple[Round, ...]
     family: str = ""
+    gaps: tuple[str, ...] = ()  # white space between the pieces of a text that was cut (data/instruct/plans.py)
 
 
 # ---------------------------------------------------------------- writing
@@ -37,21 +38,51 @@ def write_dataset(folder: str | Path, splits: dict[str, list[Example]], vocab_si
     """
     _check_splits(splits)
     texts = (text for e in splits["train"] for text in [e.prompt, *pieces(e.rounds), *(s.topic for s in _spans(e))])
-    tokenizer = Tokenizer.train(texts, vocab_size, unit)
-    files = {}
-    print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
-    for split, examples in splits.items():
-        planned = []
-        for example in examples:
+    with writing(folder, list(splits), Tokenizer.train(texts, vocab_size, unit)) as add:
+        for split, examples in splits.items():
+            for example in examples:
+                add(split, example)
+
+
+@contextmanager
+def writing(folder: str | Path, splits: list[str], tokenizer: Tokenizer) -> Iterator[Callable[[str, Example], None]]:
+    """Write a data set example by example, in memory that does not grow with it: yields `add(split, example)`.
+
+    It fills in span lengths and raises what `write_dataset` raises. All files appear when the block ends, or none.
+    """
+    names = {split: Path(folder) / f"{split}.jsonl" for split in splits}
+    sizes = {split: _Sizes() for split in splits}
+    with ExitStack() as stack:  # the disk has to hold all files before the first replaces an old one
+        stack.enter_context(_new_folder_only_if_written(Path(folder)))
+        files = {split: stack.enter_context(atomic(path)).open("wb") for split, path in names.items()}
+        written = stack.enter_context(atomic(Path(folder) / "tokenizer.json"))
+        stack.callback(lambda: [file.close() for file in files.values()])  # before they replace others, error or not
+
+        def add(split: str, example: Example) -> None:
             with _naming(split, example):
-                planned.append(_with_lengths(example, tokenizer))
-        files[f"{split}.jsonl"] = "".join(map(_line, planned))
-        print(_sizes(split, planned, tokenizer))
-    files["tokenizer.json"] = tokenizer.to_json()
-    with ExitStack() as stack:  # the disk has to hold all of them before the first replaces an old one
-        for name, text in files.items():
-            stack.enter_context(atomic(Path(folder) / name)).write_bytes(text.encode())
+                _check_texts(example)
+                example = _with_lengths(example, tokenizer)
+                files[split].write(_line(example).encode())
+            sizes[split].add(example, tokenizer)
+
+        yield add
+        written.write_bytes(tokenizer.to_json().encode())
+    print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
+    print(*(f"{split:8}{size.row()}\n" for split, size in sizes.items()), sep="", end="")
     print(f"{tokenizer.vocab_size} tokens in {Path(folder) / 'tokenizer.json'}")
+
+
+@contextmanager
+def _new_folder_only_if_written(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block made if the block fails and leaves nothing in it."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _check_splits(splits: dict[str, list[Example]]) -> None:
@@ -115,21 +146,29 @@ def _with_lengths(example: Example, tokenizer: Tokenizer) -> Example:
 
 def _line(example: Example) -> str:
     row = {"prompt": example.prompt, "answer": format_answer(example.rounds), "family": example.family}
+    row |= {"gaps": example.gaps} if example.gaps else {}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _sizes(split: str, examples: list[Example], tokenizer: Tokenizer) -> str:
-    """One line of the report: means over the examples of a split."""
-    n, prompt, plan, answer, slots, filled = max(len(examples), 1), 0, 0, 0, 0, 0
-    for example in examples:
-        spans = _spans(example)
-        prompt += len(tokenizer.encode(example.prompt))
-        plan += sum(3 + len(tokenizer.encode(s.topic)) for s in spans)
-        answer += sum(len(tokenizer.encode(text)) for text in pieces(example.rounds))
-        slots += sum(s.length * tokenizer.unit for s in spans)
-        filled += sum(len(tokenizer.encode(s.text)) for s in spans)
-    means = "".join(f"{total / n:8.1f}" for total in (prompt, plan, answer))
-    return f"{split:8}{len(examples):9}{means}{1 - filled / max(slots, 1):8.1%}"
+class _Sizes:
+    """What the report says of a split: how many examples, and means over them."""
+
+    def __init__(self):
+        self.examples = self.prompt = self.plan = self.answer = self.slots = self.filled = 0
+
+    def add(self, example: Example, tokenizer: Tokenizer) -> None:
+        count, spans = lambda text: len(tokenizer.encode(text)), _spans(example)
+        self.examples += 1
+        self.prompt += count(example.prompt)
+        self.plan += sum(3 + count(s.topic) for s in spans)
+        self.answer += sum(map(count, pieces(example.rounds)))
+        self.slots += sum(s.length * tokenizer.unit for s in spans)
+        self.filled += sum(count(s.text) for s in spans)
+
+    def row(self) -> str:
+        means = (total / max(self.examples, 1) for total in (self.prompt, self.plan, self.answer))
+        pads = 1 - self.filled / self.slots if self.slots else 0
+        return f"{self.examples:9}{''.join(f'{mean:8.1f}' for mean in means)}{pads:8.1%}"
 
 
 # ---------------------------------------------------------------- reading
@@ -156,9 +195,12 @@ def _read_line(line: bytes) -> Example:
     texts = (row.get("prompt"), row.get("answer"), row.get("family", "")) if isinstance(row, dict) else (None,)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("expected an object with 'prompt' and 'answer' texts, and perhaps a 'family' text")
-    "".join(texts).encode()  # raises for half a surrogate pair, which JSON can escape
+    gaps = row.get("gaps", [])
+    if not isinstance(gaps, list) or not all(isinstance(gap, str) for gap in gaps):
+        raise ValueError("expected a list of texts in 'gaps'")
+    "".join([*texts, *gaps]).encode()  # raises for half a surrogate pair, which JSON can escape
     prompt, answer, family = texts
-    example = Example(prompt, tuple(parse_answer(answer)), family)
+    example = Example(prompt, tuple(parse_answer(answer)), family, tuple(gaps))
     for span in _spans(example):
         check_length(span.length)
     return example

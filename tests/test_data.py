@@ -135,17 +135,18 @@ def test_the_report_counts_examples_tokens_and_pads(tmp_path, capsys):
 @pytest.mark.parametrize("failing", range(4))
 def test_a_disk_that_fills_up_leaves_the_old_data_set_and_nothing_else(tmp_path, monkeypatch, failing):
     write_dataset(tmp_path, make_splits(0), 400, UNIT)
-    old, written, write_bytes = files_of(tmp_path), [], Path.write_bytes
+    old, written, open_ = files_of(tmp_path), [], Path.open
 
-    def full(path, content):
+    def full(path, *args, **kwargs):
         if len(written) == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)
-        return write_bytes(path, content)
+        return open_(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left"):
         write_dataset(tmp_path, make_splits(1), 400, UNIT)
+    monkeypatch.undo()
     assert files_of(tmp_path) == old
 
 

@@ -1,0 +1,235 @@
+"""Plans by rules: the text can always be recovered, spans are where the text shows them, what refers back waits."""
+
+import doctest
+import importlib
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from conftest import NASTY, ODD_SPACE, SENTENCES
+
+from data import Example, read_split, write_dataset
+from data.instruct.annotate import COSTS, annotate, as_text
+from data.instruct.plans import Annotations, Cut, build, cuts_of, quoted, restore
+from data.instruct.structure import RULES, parts_by
+from tags import format_answer, parse_answer, pieces
+from tokenizer import MAX_LENGTH
+
+MARKS = ["- ", "* ", "1. ", "2) ", "# ", "## ", "**Food:** ", "Pros: ", "x : int\n    ", "```\n", "| a | b |\n", "|---|\n",
+         "Overall, ", "It also ", "Step 3: ", ":param x: ", "\n", "\n\n", "\n  ", " ", "===\n", "> ", "Notes:\n"]  # fmt: skip
+
+
+def long(words):
+    """A sentence that begins with these words and pays for a plan."""
+    return f"{words} in all of the rivers and lakes of the coast, and marshes, and rest in the kitchen."
+
+
+def random_answer(rng):
+    parts = rng.choices([*MARKS, *MARKS, *SENTENCES, *NASTY, *ODD_SPACE], k=rng.randint(1, 30))
+    return "".join(parts) + rng.choice(["x", ".", "\n\nIn short, x.\n"])
+
+
+def outline(rounds):
+    """Rounds as [text, [topics]]."""
+    return [[round_.text, [span.topic for span in round_.spans]] for round_ in rounds]
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+@pytest.mark.parametrize(
+    "module", ["annotate", "dependence", "forms", "judge", "plans", "readers", "structure", "topics"]
+)
+def test_the_examples_of_the_docstrings_are_so(module):
+    result = doctest.testmod(importlib.import_module(f"data.instruct.{module}"))
+    assert not result.failed
+    assert result.attempted or module == "dependence"
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_the_text_can_be_recovered_exactly_through_the_files(tokenizer, seed):
+    text = random_answer(random.Random(seed))
+    annotation = annotate("Compare the otter, the bear and the fox.", text, tokenizer)
+    rounds = [replace(r, spans=tuple(replace(s, length=1) for s in r.spans)) for r in annotation.rounds]
+    back = parse_answer(format_answer(rounds))
+    assert restore(back, annotation.gaps) == text
+    assert not "".join(annotation.gaps).strip()
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_cuts_and_rounds_are_two_ways_to_write_the_same(seed):
+    rng = random.Random(seed)
+    words = [rng.choice(["otter", "<eos>", "水獺", "a\\"]) for _ in range(rng.randint(1, 8))]
+    text, cuts = rng.choice(["", "\n"]), []
+    for word in words:
+        topic = rng.choice([None, "food", "top 5"])
+        cuts.append(Cut(len(text), topic, bool(cuts) and (rng.random() < 0.3 or topic is None)))
+        text += word + rng.choice(["", " ", "\n\n\t"]) if word is words[-1] else word + rng.choice([" ", "\n\n\t"])
+    rounds, gaps = build(text, cuts)
+    assert restore(rounds, gaps) == text
+    assert cuts_of(rounds, gaps) == cuts
+    assert pieces(rounds) == words
+    assert len(rounds) == 1 + sum(cut.sync for cut in cuts)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[], [Cut(2)], [Cut(0), Cut(0)], [Cut(4), Cut(0)], [Cut(0), Cut(3, "a"), Cut(4, "b")], [Cut(0, " ")]]
+)
+def test_cuts_that_leave_something_out_or_empty_are_errors(cuts):
+    with pytest.raises(ValueError):
+        build("one two", cuts)
+
+
+def test_rules_cover_a_text_from_its_beginning_in_order(tokenizer):
+    for seed in range(200):
+        text = random_answer(random.Random(seed))
+        for rule in RULES:
+            begins = [part.begin for part in parts_by(rule, text, "Tell me about otters and bears.")]
+            assert begins == sorted(set(begins)) and all(text[begin:].strip() for begin in begins)
+            assert not begins or not text[: begins[0]].strip(), (rule, text)
+
+
+def test_gaps_are_in_the_files_of_a_data_set(tmp_path, tokenizer):
+    text = f"Two:\n\n1. {long('Otters')}\n2.  {long('Bears')}\n\n\nOverall, both."
+    annotation = annotate("p", text, tokenizer)
+    example = Example("p", annotation.rounds, "f", annotation.gaps)
+    write_dataset(tmp_path, {"train": [example]}, 400, 4)
+    (back,) = read_split(tmp_path / "train.jsonl")
+    assert restore(back.rounds, back.gaps) == text
+
+
+# ---------------------------------------------------------------- what becomes a span
+
+A, B, C = long("Otters swim"), long("Bears sleep"), long("Foxes hunt")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"Three:\n- {A}\n- {B}\n- {C}", [["Three:", ["otters swim", "bears sleep", "foxes hunt"]]]),
+        (
+            f"1. **Home**: {A}\n   - more\n2. **Food:** {B}\n\nOverall, fine.",
+            [["", ["home", "food"]], ["Overall, fine.", []]],
+        ),
+        (f"# All\n## Home\n{A}\n\n## Food\n{B}", [["# All", ["home", "food"]]]),
+        (f"**Home**\n\n{A}\n\n**Food**\n\n{B}\n\nIn short: {C}", [["", ["home", "food"]], [f"In short: {C}", []]]),
+        (f"Home\n----\n{A}\n\nFood\n----\n{B}", [["", ["home", "food"]]]),
+        (f"Pros:\n- {A}\n- {B}\n\nCons:\n- {C}\n- {A}", [["", ["pros", "cons"]]]),
+        (
+            f"| who | what |\n|---|---|\n| otter | {A} |\n| bear | {B} |",
+            [["| who | what |\n|---|---|", ["otter", "bear"]]],
+        ),
+        (f"x : int\n    {A}\ny, z : float\n    {B}", [["", ["x", "y, z"]]]),
+        (f":param x: {A}\n:param y: {B}", [["", ["x", "y"]]]),
+        (f"Home: {A}\nFood: {B}", [["", ["home", "food"]]]),
+        (f"{A}\n\n{B}\n\nThey also eat. {C}", [["", ["otters swim", "bears sleep"]]]),
+        (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim", "bears sleep"]]]),
+        (f"1. {A}\n\n```\n1. x\n2. y\n```\n2. {B}", [["", ["otters swim", "bears sleep"]]]),
+        (f"1. {A}\n- {C}\n2. {B}\n- {C}", [["", ["otters swim", "bears sleep"]]]),
+        (
+            f"- {A}\n- {B}\n\nThen:\n\n- {C}\n- {A}",
+            [["", ["otters swim", "bears sleep"]], ["Then:", ["foxes hunt", "otters swim"]]],
+        ),
+        (
+            f"- {A}\n- {B}\n- All of these: {C}\n- {A}",
+            [["", ["otters swim", "bears sleep"]], ["", ["all of these", "otters swim"]]],
+        ),
+    ],
+)
+def test_structure_becomes_spans_and_what_refers_back_a_later_round(tokenizer, text, expected):
+    found = outline(annotate("What do otters, bears and foxes do?", text, tokenizer).rounds)
+    assert [[said, len(topics)] for said, topics in found] == [[said, len(topics)] for said, topics in expected]
+    labels = {"home", "food", "pros", "cons", "otter", "bear", "x", "y", "y, z"}
+    for (_, topics), (_, names) in zip(found, expected):
+        assert all(topic == name for topic, name in zip(topics, names) if name in labels)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (SENTENCES[0] + " " + SENTENCES[1], "no parallel structure"),
+        ("Red.\nBlue.", COSTS),
+        ("- a\n- b\n- c", COSTS),
+        (f"- {A}\n- These follow. {B}", "its parts lean on each other"),
+        ("The otter is a playful animal which lives in all of\nthe rivers of the north, and it eats all the fish\nthat it finds.", "no parallel structure"),
+    ],
+)  # fmt: skip
+def test_a_text_without_structure_that_pays_is_left_alone(tokenizer, text, why):
+    annotation = annotate("p", text, tokenizer)
+    assert annotation.decision == f"text: {why}" and not annotation.planned
+    assert annotation == as_text(text, annotation.decision)
+
+
+def test_paragraphs_that_open_nothing_of_their_own_are_one_tale(tokenizer):
+    tale = f"{A}\n\n{long('The door')}\n\n{long('A stone')}\n\n{B}"
+    assert annotate("Tell me about otters and bears.", tale, tokenizer).decision == "text: its parts lean on each other"
+    assert annotate("Tell me about otters, doors, stones and bears.", tale, tokenizer).decision == "paragraphs"
+    counted = tale.replace("The door", "Another door").replace("A stone", "Finally, a stone")
+    assert annotate("Bears?", counted, tokenizer).decision == "paragraphs"
+
+
+def test_parts_of_the_question_are_found_in_a_single_line(tokenizer):
+    prompt = "Tell me about the river, the food and the ruler of Brivok."
+    text = f"The river is long, says {A} Its food is fish. {B} The ruler is there: {C}"
+    (round_,) = annotate(prompt, text, tokenizer).rounds
+    assert [span.topic for span in round_.spans] == ["river", "food", "ruler"]
+    assert annotate("Bread with butter and salt?", text, tokenizer).decision == "text: no parallel structure"
+
+
+def test_a_section_too_long_for_a_span_is_cut_by_a_finer_rule(tokenizer):
+    items = "\n".join(f"- {long(f'Item {n} of many')}" for n in range(MAX_LENGTH // 2))
+    text = f"## One\n{items}\n## Two\n{items}"
+    assert len(tokenizer.encode(items)) > MAX_LENGTH * tokenizer.unit
+    annotation = annotate("p", text, tokenizer)
+    assert annotation.decision == "items"
+    assert max(tokenizer.units(span.text) for round_ in annotation.rounds for span in round_.spans) <= MAX_LENGTH
+
+
+def test_topics_of_a_plan_differ(tokenizer):
+    (round_,) = annotate("p", f"- {A}\n- {A}\n- {A}", tokenizer).rounds
+    assert len({span.topic for span in round_.spans}) == 3
+
+
+# ---------------------------------------------------------------- plans made elsewhere
+
+
+def test_quotes_become_cuts_and_those_not_in_the_text_are_errors():
+    text = "All: an otter, a bear. In short, two."
+    said = [
+        {"begins": "All:"},
+        {"topic": "otter", "begins": "an otter"},
+        {"topic": "bear", "begins": "a bear"},
+        {"begins": "In short"},
+    ]
+    assert outline(build(text, quoted(text, said))[0]) == [["All:", ["otter", "bear"]], ["In short, two.", []]]
+    for broken in (
+        "x",
+        [3],
+        [{"topic": "a"}],
+        [{"begins": "All", "topic": 3}],
+        [{"begins": "All", "sync": "yes"}],
+        said[::-1],
+    ):
+        with pytest.raises(ValueError):
+            build(text, quoted(text, broken))
+
+
+def test_annotations_are_read_along_with_the_records(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"record": 2, "pieces": [{"begins": "b"}]}\n\n{"record": 5, "pieces": []}\n{"record": 9, "pieces": []}\n'
+    )
+    annotations = Annotations(path)
+    assert [annotations.of(number, "a b") for number in (1, 2, 3)] == [None, [Cut(2)], None]
+    assert annotations.unused() == 5
+
+
+@pytest.mark.parametrize("line, said", [("{", "line 2"), ("[]", "'record' and 'pieces'"), ('{"record": 1}', "'pieces'"),
+                                        ('{"record": 3, "pieces": []}', "record 3 after record 3")])  # fmt: skip
+def test_a_broken_line_of_annotations_is_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"record": 3, "pieces": []}) + f"\n{line}\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 2: ") as error:
+        Annotations(path).of(3, "x")
+    assert said in str(error.value)
