@@ -56,8 +56,13 @@ class Answer:
         if self.method.plan == "given":
             return [Round(decode([i for round_ in self.rounds for span in round_.spans for i in self.contents(span)]))]
         return [
-            Round(decode(round_.text), tuple(Span(decode(name), decode(self.contents(span)), length)
-                                             for (name, length), span in zip(round_.topics, round_.spans)))  # fmt: skip
+            Round(
+                decode(round_.text),
+                tuple(
+                    Span(decode(name), decode(self.contents(span)), length)
+                    for (name, length), span in zip(round_.topics, round_.spans)
+                ),
+            )
             for round_ in self.rounds
         ]
 
@@ -70,8 +75,14 @@ class Answer:
             "prompt": self.prompt,
             "text": plain_text(rounds),
             "tagged": format_answer(rounds),
-            "rounds": [{"text": r.text, "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
-                        "spans": [s.text for s in r.spans]} for r in rounds],  # fmt: skip
+            "rounds": [
+                {
+                    "text": r.text,
+                    "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
+                    "spans": [s.text for s in r.spans],
+                }
+                for r in rounds
+            ],
             "cut": self.cut,
             "broken": self.broken,
             "plan_passes": self.plan_passes,

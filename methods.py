@@ -98,7 +98,9 @@ def decoded_as(config: MethodConfig, name: str) -> MethodConfig:
     """
     known = METHODS[config.method].decodes or (config.method,)
     if name and name not in known:
-        raise ValueError(f"--decode {name}: a model trained with --method {config.method} decodes as {', '.join(known)}")
+        raise ValueError(
+            f"--decode {name}: a model trained with --method {config.method} decodes as {', '.join(known)}"
+        )
     return replace(config, method=name or known[0])
 
 

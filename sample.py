@@ -31,7 +31,9 @@ LONGEST = 4096  # positions of prompt and answer together: the dense mask of a p
 class SampleConfig:
     """Sampling."""
 
-    decode: str = setting("", "method to decode by, of those that the model was trained for; default: the first of them")
+    decode: str = setting(
+        "", "method to decode by, of those that the model was trained for; default: the first of them"
+    )
     steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots",
                                  above=0, at_most=1)  # fmt: skip
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
@@ -39,7 +41,9 @@ class SampleConfig:
     order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100)
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
-    top_p: float = setting(1.0, "draw from the likeliest tokens that have this probability together", above=0, at_most=1)
+    top_p: float = setting(
+        1.0, "draw from the likeliest tokens that have this probability together", above=0, at_most=1
+    )
     constrained: bool = setting(True, "write plans under the grammar; without it an answer that leaves it is broken")
     ahead: int = setting(0, "tokens drafted ahead in plan, text and causal spans, then checked", at_least=0, at_most=64)
     max_tokens: int = setting(512, "most positions of an answer: plan, text and spans with their tags",
@@ -126,8 +130,12 @@ class Sampler:
             for reading in readings[row]:
                 lines = [next(table) for _ in reading.entries]
                 if not all(math.isfinite(line[2]) for line in lines):
-                    raise ValueError("the model's predictions are not finite numbers: its weights are broken or too large")
-                reply = Reply([int(line[0]) for line in lines], [line[1] > 0 for line in lines], lines[0][2] if lines else 1)
+                    raise ValueError(
+                        "the model's predictions are not finite numbers: its weights are broken or too large"
+                    )
+                reply = Reply(
+                    [int(line[0]) for line in lines], [line[1] > 0 for line in lines], lines[0][2] if lines else 1
+                )
                 if not live[row].phase.fills:
                     reply.probs = next(probs)
                 replies[row].append(reply)
@@ -159,7 +167,9 @@ class Sampler:
             token, kept, probs = check_drafts(logits, draft, self.draft_probs(asked, logits), self.config, generators)
             if self.config.ahead:
                 confidence = logits.softmax(-1).amax(-1)
-        return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(asked) if probs is None else probs
+        return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(
+            asked
+        ) if probs is None else probs
 
     def draft_probs(self, asked, logits):
         """(N, V) what the draft of each reading was drawn from, 0 where there is none."""

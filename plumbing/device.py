@@ -18,7 +18,9 @@ def find(name: str = "auto") -> torch.device:
     if kind not in there or (number and not number.isdigit()):
         raise ValueError(f"--device {name}: expected one of {', '.join(CHOICES)}, or cuda:1 for the second GPU")
     if not there[kind]:
-        raise ValueError(f"--device {name}: this torch ({torch.__version__}) finds no such device: take another, or auto")
+        raise ValueError(
+            f"--device {name}: this torch ({torch.__version__}) finds no such device: take another, or auto"
+        )
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)

@@ -30,7 +30,9 @@ def sees(tokens, q, k, attention):
     query, key = tokens[q], tokens[k]
     if query.span is None:  # prompt, plan and text see all that is written before them, finished spans included
         return k <= q
-    if key.round < query.round or key.span is None:  # a span sees the rounds before, and prompt, plan and text of its own
+    if (
+        key.round < query.round or key.span is None
+    ):  # a span sees the rounds before, and prompt, plan and text of its own
         return k < q
     if key.round > query.round:
         return False

@@ -299,7 +299,10 @@ def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_
     loaded = subprocess.run(
         [sys.executable, "-c", LOADED.format(script=script)], cwd=ROOT, capture_output=True, text=True
     )
-    wanted = {ROOT / path for path in loaded.stdout.split()} - {ROOT / "plumbing/settings.py", ROOT / "plumbing/files.py"}
+    wanted = {ROOT / path for path in loaded.stdout.split()} - {
+        ROOT / "plumbing/settings.py",
+        ROOT / "plumbing/files.py",
+    }
     found = sources(ROOT / script)
     assert ROOT / script in found and ROOT / "model.py" in wanted and all(path.exists() for path in found)
     assert {path for path in wanted if path.parent != ROOT / "show"} <= found

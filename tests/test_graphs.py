@@ -56,7 +56,9 @@ def test_answers_are_those_without_graphs(request, tokenizer, attention, setting
         assert [costs(a) for a in replayed] == [costs(a) for a in plain]
 
 
-def test_graphs_are_few_and_kept_for_the_next_answers_until_these_need_a_larger_cache(as_on_a_gpu, recordings, tokenizer):
+def test_graphs_are_few_and_kept_for_the_next_answers_until_these_need_a_larger_cache(
+    as_on_a_gpu, recordings, tokenizer
+):
     sampler = Sampler(steered(tokenizer), tokenizer, SampleConfig(max_tokens=90))
     passes = sum(a.plan_passes + a.denoise_passes for a in sampler.answer(PROMPTS))
     few, cache = len(recordings), sampler.passes.cache

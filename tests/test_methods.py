@@ -82,7 +82,9 @@ def test_the_loss_of_all_blocks_at_once_is_that_of_one_after_the_other(model, to
         batch = make_batch([sequence], [0], tokenizer, np.random.default_rng(seed), "elbo")
         tokens = [Token(int(t), 0) for t, kind in zip(sequence.token, sequence.kind) if kind == PROMPT]
         for number in range(sequence.span.max() + 1):
-            place = np.flatnonzero(sequence.span == number)[-method.block - 2 :]  # the copy for the loss is the later one
+            place = np.flatnonzero(sequence.span == number)[
+                -method.block - 2 :
+            ]  # the copy for the loss is the later one
             noised = [Token(int(i), number, 0) for i in batch.token[0, place]]
             hidden = hidden_states(model, tokens + noised, "sparse")[len(tokens) :]
             loss = F.cross_entropy(model.logits(hidden, tokenizer.pad + 1), batch.target[0, place], reduction="none")

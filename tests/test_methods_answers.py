@@ -247,5 +247,7 @@ def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokeniz
     save_checkpoint(path, small_model(tokenizer.vocab_size), tokenizer, {"method": vars(MethodConfig("joint"))})
     for name, method in (("", "planned"), ("planned", "planned"), ("parallel-ar", "parallel-ar")):
         assert Sampler.load(path, SampleConfig(decode=name)).method == MethodConfig(method)
-    with pytest.raises(ValueError, match="--decode ar: a model trained with --method joint decodes as planned, parallel-ar"):
+    with pytest.raises(
+        ValueError, match="--decode ar: a model trained with --method joint decodes as planned, parallel-ar"
+    ):
         Sampler.load(path, SampleConfig(decode="ar"))

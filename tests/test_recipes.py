@@ -65,8 +65,7 @@ def test_a_recipe_becomes_this_planned_answer():
                   "It weighs 300 g and takes 25 minutes."),
     ]  # fmt: skip
     assert second.text == (
-        "Ready in 25 minutes with 250 kcal. It contains eggs and celery. "
-        "Tip: For a richer flavor, add Greek yogurt."
+        "Ready in 25 minutes with 250 kcal. It contains eggs and celery. Tip: For a richer flavor, add Greek yogurt."
     )
 
 

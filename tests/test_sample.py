@@ -17,7 +17,9 @@ from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
 METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
-CHOSEN = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=11.0)  # logits added, so that plans of several rounds come about
+CHOSEN = dict(
+    topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=11.0
+)  # logits added, so that plans of several rounds come about
 
 
 def steered(tokenizer, seed=0, scale=0.7, lengths=3, **bias):
@@ -202,7 +204,9 @@ def test_a_threshold_above_all_confidences_fills_one_slot_of_each_span_a_pass(pl
 
 
 def test_dense_spans_fill_one_slot_of_the_round_then(planner, tokenizer):
-    _, rounds = denoising(Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0), METHOD["dense"]), PROMPTS[0])
+    _, rounds = denoising(
+        Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=1.0), METHOD["dense"]), PROMPTS[0]
+    )
     assert max(len(passes[0]) for passes in rounds) > 1
     for passes in rounds:
         assert [sum(passes[0], []).count(tokenizer.mask) for passes[0] in passes] == list(range(len(passes)))[::-1]
@@ -221,9 +225,13 @@ def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_s
     config = SampleConfig(max_tokens=30, threshold=threshold)
     answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
     y = answer.layout
-    tokens = [Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s) for i, k, s in zip(y.token, y.kind, y.span)]
+    tokens = [
+        Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s) for i, k, s in zip(y.token, y.kind, y.span)
+    ]
     slots = [n for n in range(*answer.rounds[0].spans[0]) if y.kind[n] == SLOT]
-    best = one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
+    best = (
+        one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
+    )
     filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
     assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()
 
@@ -301,7 +309,9 @@ def test_every_limit_ends_in_an_answer_that_fits_and_says_if_it_was_cut(planner,
             assert answer.cut >= (written == limit)  # full: nothing but <eos> could come
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "".join(TAGS) * 3, f"\\{EOS} x\\", "\x00\x1b[2J\r\t", "é水🦦\u2028\u200d", "otter " * 300])
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "".join(TAGS) * 3, f"\\{EOS} x\\", "\x00\x1b[2J\r\t", "é水🦦\u2028\u200d", "otter " * 300]
+)
 def test_any_prompt_is_answered(planner, tokenizer, prompt):
     result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
     assert result["prompt"] == prompt and parse_answer(result["tagged"])

@@ -63,7 +63,9 @@ def test_temperature_flattens_and_the_nucleus_keeps_the_likeliest_that_hold_top_
         (dict(temperature=1.0, top_p=0.6), [0, 1 / 3, 2 / 3, 0]),
         (dict(temperature=0.5), [0.01 / 0.345, 0.0625 / 0.345, 0.25 / 0.345, 0.0225 / 0.345]),
     ]:
-        torch.testing.assert_close(probabilities(logits, SampleConfig(**given)), torch.tensor([expected], dtype=torch.float))
+        torch.testing.assert_close(
+            probabilities(logits, SampleConfig(**given)), torch.tensor([expected], dtype=torch.float)
+        )
 
 
 def test_a_tiny_nucleus_is_greedy(planner, tokenizer):
@@ -101,7 +103,10 @@ def order_probabilities(model, tokenizer, prompt, name, slots, tokens, orders):
 
 def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(tokenizer):
     tokenizer, n, slots = Tokenizer(tokenizer.tokens, unit=3), 3000, False
-    (name,), tokens = tokenizer.encode("a")[-1:], (*tokenizer.encode("the")[-1:], *tokenizer.encode("of")[-1:], tokenizer.pad)
+    (name,), tokens = (
+        tokenizer.encode("a")[-1:],
+        (*tokenizer.encode("the")[-1:], *tokenizer.encode("of")[-1:], tokenizer.pad),
+    )
     model = steered(tokenizer, 1, 0.25, topic=999.0, length=999.0, lengths=1)
     logits, only = model.logits, torch.full((tokenizer.vocab_size,), -999.0)
     only[list(tokens)] = 0

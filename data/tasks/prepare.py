@@ -1,6 +1,6 @@
 """Write the data set of generated tasks: train, val and test examples and the tokenizer.
 
-    python data/tasks/prepare.py            # a few seconds, no network
+python data/tasks/prepare.py            # a few seconds, no network
 """
 
 import argparse
@@ -33,8 +33,7 @@ class PrepareConfig:
         check(self)
 
 
-def draw(family: str, split: str, count: int, seed: int,
-         owners: dict[str, str]) -> tuple[list[Example], Counter]:
+def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str]) -> tuple[list[Example], Counter]:
     """Draw `count` examples of one family with new prompts, and count why others were dropped.
 
     `owners` says which split each known prompt belongs to; the prompts drawn here are added.
@@ -51,8 +50,9 @@ def draw(family: str, split: str, count: int, seed: int,
             continue
         dropped["duplicate" if owners[example.prompt] == split else "other split"] += 1
         if dropped.total() > 10 * count:
-            raise ValueError(f"{family}: found only {len(kept)} of {count} different prompts; "
-                             f"ask for a smaller --{split}")
+            raise ValueError(
+                f"{family}: found only {len(kept)} of {count} different prompts; ask for a smaller --{split}"
+            )
     return kept, dropped
 
 
@@ -70,8 +70,7 @@ def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
             share = round(sizes[split] * shares[family] / sum(shares.values()))
             kept, dropped = draw(family, split, share, seed, owners)
             splits[split] += kept
-            print(f"{split:<8}{family:<12}{share:>8}{dropped['duplicate']:>12}"
-                  f"{dropped['other split']:>14}")
+            print(f"{split:<8}{family:<12}{share:>8}{dropped['duplicate']:>12}{dropped['other split']:>14}")
         random.Random(f"order {split} {seed}").shuffle(splits[split])
     return splits
 
