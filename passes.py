@@ -20,7 +20,7 @@ class Passes:
             devices.keep_freed_memory()
 
     def reserve(self, batch, length):
-        """Have a KV cache for so many answers and entries: the last one if it is large enough, because graphs know it."""
+        """Have a KV cache for that many answers and entries: the last one if it is large enough, since graphs know it."""
         pack(self.model)
         if self.cache is None or self.cache.batch < batch or self.cache.junk < length:
             dtype = self.model.embedding.weight.dtype

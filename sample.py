@@ -80,8 +80,10 @@ class Sampler:
         for i, prompt in enumerate(prompts):
             answer = Answer(prompt, self.tokenizer, self.config, self.method, self.config.seed + i, self.device)
             if answer.max_length > LONGEST:
-                raise ValueError(f"the prompt {prompt[:40]!r}... has {answer.max_length - self.config.max_tokens} tokens: "
-                                 f"with --max_tokens {self.config.max_tokens} they are more than {LONGEST}")  # fmt: skip
+                raise ValueError(
+                    f"the prompt {prompt[:40]!r}... has {len(answer.layout)} tokens: "
+                    f"with --max_tokens {self.config.max_tokens} that is more than {LONGEST}"
+                )
             answer.phase = next_round(answer)
             answers.append(answer)
         self.passes.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
@@ -123,60 +125,57 @@ class Sampler:
         """For each answer a `Reply` to each of its readings. Raises ValueError if the model predicts no numbers."""
         kinds = [[row for row, a in enumerate(live) if a.phase.in_spans == in_spans] for in_spans in (False, True)]
         drawn = [self.draw(live, hidden, readings, rows) for rows in kinds if rows]
-        table = iter(torch.cat([rows for rows, _ in drawn]).tolist())  # the host waits for the device, once per pass
-        probs = iter([p for _, rows in drawn for p in rows])
+        table = iter(torch.cat([lines for lines, _ in drawn]).tolist())  # the host waits for the device, once per pass
+        probs = iter([p for _, probs in drawn for p in probs])
         replies = [[] for _ in live]
         for row in sum(kinds, []):
             for reading in readings[row]:
                 lines = [next(table) for _ in reading.entries]
-                if not all(math.isfinite(line[2]) for line in lines):
-                    raise ValueError(
-                        "the model's predictions are not finite numbers: its weights are broken or too large"
-                    )
-                reply = Reply(
-                    [int(line[0]) for line in lines], [line[1] > 0 for line in lines], lines[0][2] if lines else 1
-                )
-                if not live[row].phase.fills:
-                    reply.probs = next(probs)
+                tokens, kept, confidence = ([line[n] for line in lines] for n in range(3))
+                if not all(map(math.isfinite, confidence)):
+                    raise ValueError("the model's predictions are not finite: its weights are broken or too large")
+                reply = Reply([*map(int, tokens)], [flag > 0 for flag in kept], max(confidence, default=0), next(probs))
                 replies[row].append(reply)
         return replies
 
     def draw(self, live, hidden, readings, rows):
-        """A row (token, kept, confidence) per entry that these answers read, and what each was drawn from, if kept."""
+        """What these answers draw: a line (token, kept, confidence) per entry; what it was drawn from per reading."""
         phase, asked = live[rows[0]].phase, [reading for row in rows for reading in readings[row]]
         counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
         generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
         hidden = torch.cat([hidden[row, :n] for row, n in zip(rows, counts)])
         logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
-        if asked and asked[0].allowed is not None:
-            every = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
-            allowed = torch.stack([every if reading.allowed is None else reading.allowed for reading in asked])
-            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
-        confidence = logits.amax(-1)
+        largest = logits.amax(-1)
         if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
-            logits = logits.where(confidence.isfinite()[:, None], 0)
+            logits = logits.where(largest.isfinite()[:, None], 0)
         if phase.fills:
-            sizes = [len(reading.entries) for reading in asked]
-            group = torch.arange(len(asked)).repeat_interleave(torch.tensor(sizes))
-            quota = torch.tensor([reading.quota for reading in asked])[group]
-            all_kept = all(len(reading.entries) <= reading.quota for reading in asked)
-            token, kept = fill(logits, group.to(self.device), quota.to(self.device), all_kept, self.config, generators)
-            probs = []
+            token, kept, probs = *self.fill(logits, asked, generators), None
         else:
-            draft = torch.tensor([reading.draft for reading in asked], device=self.device)
-            token, kept, probs = check_drafts(logits, draft, self.draft_probs(asked, logits), self.config, generators)
-            if self.config.ahead:
-                confidence = logits.softmax(-1).amax(-1)
+            token, kept, probs = self.check(logits, asked, generators)
+        confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
         return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(
             asked
         ) if probs is None else probs
 
-    def draft_probs(self, asked, logits):
-        """(N, V) what the draft of each reading was drawn from, 0 where there is none."""
-        if not (self.config.temperature and self.config.ahead):
-            return None
-        none = torch.zeros_like(logits[0])
-        return torch.stack([none if reading.draft_probs is None else reading.draft_probs for reading in asked])
+    def fill(self, logits, asked, generators):
+        """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
+        sizes = torch.tensor([len(reading.entries) for reading in asked])
+        group = torch.arange(len(asked)).repeat_interleave(sizes)
+        quota = torch.tensor([reading.quota for reading in asked])
+        all_kept = bool((sizes <= quota).all())
+        return fill(logits, group.to(self.device), quota[group].to(self.device), all_kept, self.config, generators)
+
+    def check(self, logits, asked, generators):
+        """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
+        if asked[0].allowed is not None:
+            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
+            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
+            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
+        draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
+        if self.config.temperature and self.config.ahead:
+            none = torch.zeros_like(logits[0])
+            draft_probs = torch.stack([none if r.draft_probs is None else r.draft_probs for r in asked])
+        return check_drafts(logits, draft, draft_probs, self.config, generators)
 
 
 def main():

@@ -1,6 +1,7 @@
-"""Speculative decoding: a second, smaller model drafts plan and text, and the sampler's own checks them.
+r"""Speculative decoding: a second, smaller model drafts plan and text, and the sampler's own checks them.
 
-    python measure/eval.py --checkpoint runs/tasks-ar/model.safetensors --draft runs/tasks-small/model.safetensors --ahead 8
+    python measure/eval.py --checkpoint runs/tasks-ar/model.safetensors --ahead 8 \
+      --draft runs/tasks-small/model.safetensors
 
 The text is what the larger model alone would write (Leviathan et al. 2023, arXiv 2211.17192). A baseline for
 planned diffusion, which finds work to do in parallel without a second model.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever interrupts the write: an error, Ctrl-C, a full disk or a power cut."""
+"""Files that appear whole or not at all, whatever interrupts the write: an error, Ctrl-C, a full disk, a power cut."""
 
 import os
 from collections.abc import Iterator

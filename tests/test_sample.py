@@ -50,11 +50,11 @@ class Recorder(Sampler):
     """A sampler that notes what each pass computes: (whether it is over spans, entries, the answer)."""
 
     def answer(self, prompts, watch=None):
-        self.passes = []
+        self.recorded = []
         return super().answer(prompts, watch)
 
     def forward(self, live, entries, readings, rows):
-        self.passes.append((live[0].phase.in_spans, entries[0], live[0]))
+        self.recorded.append((live[0].phase.in_spans, entries[0], live[0]))
         return super().forward(live, entries, readings, rows)
 
 
@@ -241,7 +241,7 @@ def test_only_unfinished_spans_are_computed_but_dense_ones_until_the_round_ends(
     sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90, threshold=1.0), METHOD[attention])
     answer, rounds = denoising(sampler, PROMPTS[0])
     drafts = [d for d in answer.rounds if d.spans]
-    computed = [set(entries) for stage, entries, _ in sampler.passes if stage]
+    computed = [set(entries) for stage, entries, _ in sampler.recorded if stage]
     for draft, passes in zip(drafts, rounds):
         masked = [[True] * len(draft.spans)] + [[tokenizer.mask in slots for slots in spans] for spans in passes]
         for unfinished in masked[:-1]:
@@ -255,16 +255,16 @@ def test_nothing_outside_spans_is_computed_twice(planner, tokenizer):
     sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90))
     for prompt in PROMPTS[:3]:
         answer = sampler.answer([prompt])[0]
-        computed = [i for _, entries, _ in sampler.passes for i in entries if answer.layout.kind[i] in (PROMPT, PLAN)]
+        computed = [i for _, entries, _ in sampler.recorded for i in entries if answer.layout.kind[i] in (PROMPT, PLAN)]
         assert len(computed) == len(set(computed))
-        assert answer.positions == sum(len(entries) for _, entries, _ in sampler.passes)
+        assert answer.positions == sum(len(entries) for _, entries, _ in sampler.recorded)
 
 
 def test_finished_spans_are_computed_once_more_by_the_pass_that_reads_sync(planner, tokenizer):
     sampler = Recorder(planner, tokenizer, SampleConfig(max_tokens=90))
     answer = sampler.answer([PROMPTS[0]])[0]
     assert any(draft.spans for draft in answer.rounds[:-1])
-    after = [entries for (before, *_), (stage, entries, _) in zip(sampler.passes, sampler.passes[1:])
+    after = [entries for (before, *_), (stage, entries, _) in zip(sampler.recorded, sampler.recorded[1:])
              if (before, stage) == (True, False)]  # fmt: skip
     for draft in (d for d in answer.rounds[:-1] if d.spans):
         begin, sync = draft.spans[0][0], draft.spans[-1][1]
