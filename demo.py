@@ -55,7 +55,7 @@ def show(data: str, prompt: str, delay: float, device: torch.device) -> None:
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
         sampler.answer([prompt], watch=Screen(delay=delay))
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else name_of(device)
+    where = f"{torch.get_num_threads()} CPU thread" if device.type == "cpu" else name_of(device)
     print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {where})\n")
     print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
 

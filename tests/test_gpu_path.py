@@ -1,12 +1,15 @@
 """All that a user would run on a GPU, as it would run there: the kernel (emulated), its types, and graphs (a stand-in)."""
 
 import json
+from functools import partial
 
 import pytest
 from conftest import random_example, small_model
 
 from data import write_dataset
 from kernels.graphs import Replayed
+from measure import bench
+from measure.eval import EvalConfig, evaluate, lines
 from methods import MethodConfig
 from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig, Sampler
@@ -35,3 +38,26 @@ def test_sampling(emulated_kernel, recordings, folder, settings):
     assert sampler.passes.replayed is Replayed
     answers = sampler.answer(["the otter", "", "fish and crabs"])
     assert recordings and all(json.dumps(answer.result()) and answer.phase is None for answer in answers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ahead": 2, "temperature": 0.7}])
+def test_evaluation(emulated_kernel, folder, settings):
+    config = EvalConfig(str(folder / "planned.safetensors"), str(folder), batch=2, draws=1)
+    report = evaluate(config, SampleConfig(max_tokens=30, **settings))
+    assert report["scores"]["all"]["n"] == 2 and report["span_elbo"] > 0 and list(lines(report))
+
+
+def test_benchmark_of_sampling(emulated_kernel, folder, monkeypatch, capsys):
+    files = [
+        "--planned",
+        str(folder / "planned.safetensors"),
+        "--ar",
+        str(folder / "ar.safetensors"),
+        "--data",
+        str(folder),
+    ]
+    few = ["--part", "sampling", "--repeats", "2", "--prompts", "1", "--batch", "1"]
+    monkeypatch.setattr("sys.argv", ["bench.py", *files, *few])
+    monkeypatch.setattr("measure.bench.SampleConfig", partial(SampleConfig, max_tokens=20))
+    bench.main()
+    assert capsys.readouterr().out.count("x as fast as ar") == 3
