@@ -56,12 +56,76 @@ class SampleConfig:
             raise ValueError(f"--temperature {self.temperature}: expected 0, or 0.01 or more")
 
 
-class Sampler:
+class Predictions:
+    """What a pass predicts for its answers, and what they draw from it."""
+
+    def __init__(self, model, tokenizer, config):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.device = model.embedding.weight.device
+
+    def predict(self, live, hidden, readings):
+        """For each answer a `Reply` to each of its readings. Raises ValueError if the model predicts no numbers."""
+        kinds = [[row for row, a in enumerate(live) if a.phase.in_spans == in_spans] for in_spans in (False, True)]
+        drawn = [self.draw(live, hidden, readings, rows) for rows in kinds if rows]
+        table = iter(torch.cat([lines for lines, _ in drawn]).tolist())  # the host waits for the device, once per pass
+        probs = iter([p for _, probs in drawn for p in probs])
+        replies = [[] for _ in live]
+        for row in sum(kinds, []):
+            for reading in readings[row]:
+                lines = [next(table) for _ in reading.entries]
+                tokens, kept, confidence = ([line[n] for line in lines] for n in range(3))
+                if not all(map(math.isfinite, confidence)):
+                    raise ValueError("the model's predictions are not finite: its weights are broken or too large")
+                reply = Reply([*map(int, tokens)], [flag > 0 for flag in kept], max(confidence, default=0), next(probs))
+                replies[row].append(reply)
+        return replies
+
+    def draw(self, live, hidden, readings, rows):
+        """What these answers draw: a line (token, kept, confidence) per entry; what it was drawn from per reading."""
+        phase, asked = live[rows[0]].phase, [reading for row in rows for reading in readings[row]]
+        counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
+        generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
+        hidden = torch.cat([hidden[row, :n] for row, n in zip(rows, counts)])
+        logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
+        largest = logits.amax(-1)
+        if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
+            logits = logits.where(largest.isfinite()[:, None], 0)
+        if phase.fills:
+            token, kept, probs = *self.fill(logits, asked, generators), None
+        else:
+            token, kept, probs = self.check(logits, asked, generators)
+        confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
+        return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(
+            asked
+        ) if probs is None else probs
+
+    def fill(self, logits, asked, generators):
+        """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
+        sizes = torch.tensor([len(reading.entries) for reading in asked])
+        group = torch.arange(len(asked)).repeat_interleave(sizes)
+        quota = torch.tensor([reading.quota for reading in asked])
+        all_kept = bool((sizes <= quota).all())
+        return fill(logits, group.to(self.device), quota[group].to(self.device), all_kept, self.config, generators)
+
+    def check(self, logits, asked, generators):
+        """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
+        if asked[0].allowed is not None:
+            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
+            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
+            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
+        draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
+        if self.config.temperature and self.config.ahead:
+            none = torch.zeros_like(logits[0])
+            draft_probs = torch.stack([none if r.draft_probs is None else r.draft_probs for r in asked])
+        return check_drafts(logits, draft, draft_probs, self.config, generators)
+
+
+class Sampler(Predictions):
     """Answers prompts with a model by a method (MethodConfig); `drafter`: a second model that drafts, or None."""
 
     def __init__(self, model, tokenizer, config, method=MethodConfig(), drafter=None):
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self.method, self.drafter, self.device = method, drafter, model.embedding.weight.device
+        super().__init__(model.eval(), tokenizer, config)
+        self.method, self.drafter = method, drafter
         self.passes = Passes(model)
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
         together = devices.has_graphs(self.device)
@@ -120,62 +184,6 @@ class Sampler:
     def forward(self, live, entries, readings, rows):
         """Hidden states (B, R, D) of the entries that are read, of a pass over `entries` of answers in these rows."""
         return self.passes.forward([answer.layout for answer in live], entries, readings, rows)
-
-    def predict(self, live, hidden, readings):
-        """For each answer a `Reply` to each of its readings. Raises ValueError if the model predicts no numbers."""
-        kinds = [[row for row, a in enumerate(live) if a.phase.in_spans == in_spans] for in_spans in (False, True)]
-        drawn = [self.draw(live, hidden, readings, rows) for rows in kinds if rows]
-        table = iter(torch.cat([lines for lines, _ in drawn]).tolist())  # the host waits for the device, once per pass
-        probs = iter([p for _, probs in drawn for p in probs])
-        replies = [[] for _ in live]
-        for row in sum(kinds, []):
-            for reading in readings[row]:
-                lines = [next(table) for _ in reading.entries]
-                tokens, kept, confidence = ([line[n] for line in lines] for n in range(3))
-                if not all(map(math.isfinite, confidence)):
-                    raise ValueError("the model's predictions are not finite: its weights are broken or too large")
-                reply = Reply([*map(int, tokens)], [flag > 0 for flag in kept], max(confidence, default=0), next(probs))
-                replies[row].append(reply)
-        return replies
-
-    def draw(self, live, hidden, readings, rows):
-        """What these answers draw: a line (token, kept, confidence) per entry; what it was drawn from per reading."""
-        phase, asked = live[rows[0]].phase, [reading for row in rows for reading in readings[row]]
-        counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
-        generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
-        hidden = torch.cat([hidden[row, :n] for row, n in zip(rows, counts)])
-        logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
-        largest = logits.amax(-1)
-        if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
-            logits = logits.where(largest.isfinite()[:, None], 0)
-        if phase.fills:
-            token, kept, probs = *self.fill(logits, asked, generators), None
-        else:
-            token, kept, probs = self.check(logits, asked, generators)
-        confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
-        return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(
-            asked
-        ) if probs is None else probs
-
-    def fill(self, logits, asked, generators):
-        """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
-        sizes = torch.tensor([len(reading.entries) for reading in asked])
-        group = torch.arange(len(asked)).repeat_interleave(sizes)
-        quota = torch.tensor([reading.quota for reading in asked])
-        all_kept = bool((sizes <= quota).all())
-        return fill(logits, group.to(self.device), quota[group].to(self.device), all_kept, self.config, generators)
-
-    def check(self, logits, asked, generators):
-        """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
-        if asked[0].allowed is not None:
-            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
-            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
-            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
-        draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
-        if self.config.temperature and self.config.ahead:
-            none = torch.zeros_like(logits[0])
-            draft_probs = torch.stack([none if r.draft_probs is None else r.draft_probs for r in asked])
-        return check_drafts(logits, draft, draft_probs, self.config, generators)
 
 
 def main():

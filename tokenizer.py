@@ -71,25 +71,7 @@ class Tokenizer:
             raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
                              "the bytes, tags and lengths alone")  # fmt: skip
         counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
-        words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
-        pair_count, pair_words = Counter(), {}
-        for i, (word, count) in enumerate(words):
-            for pair in zip(word, word[1:]):
-                pair_count[pair] += count
-                pair_words.setdefault(pair, set()).add(i)
-        while len(tokens) < vocab_size - len(TAGS) - MAX_LENGTH and pair_count:
-            best = max(pair_count, key=lambda pair: (pair_count[pair], pair))
-            if pair_count[best] < 2:
-                break
-            tokens.append(best[0] + best[1])
-            for i in pair_words.pop(best):
-                word, count = words[i]
-                pair_count.subtract({p: n * count for p, n in Counter(zip(word, word[1:])).items()})
-                word[:] = _merge(word, best)
-                for pair in zip(word, word[1:]):
-                    pair_count[pair] += count
-                    pair_words.setdefault(pair, set()).add(i)
-            del pair_count[best]
+        tokens += learn_pairs(counts, vocab_size - smallest)
         return cls(dict.fromkeys(tokens), unit)
 
     def encode(self, text: str) -> list[int]:
@@ -179,6 +161,31 @@ def _spaced(text: str) -> str:
     """Text as it is cut into words: the first word of each line gets the space that it has inside a sentence."""
     text = text.strip()
     return " " + text.replace("\n", "\n ") if text else ""
+
+
+def learn_pairs(counts: dict[str, int], n_tokens: int) -> list[bytes]:
+    """The first `n_tokens` byte pairs of these words, the most frequent first, or fewer where none occurs twice."""
+    tokens = []
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
+    pair_count, pair_words = Counter(), {}
+    for i, (word, count) in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_count[pair] += count
+            pair_words.setdefault(pair, set()).add(i)
+    while len(tokens) < n_tokens and pair_count:
+        best = max(pair_count, key=lambda pair: (pair_count[pair], pair))
+        if pair_count[best] < 2:
+            break
+        tokens.append(best[0] + best[1])
+        for i in pair_words.pop(best):
+            word, count = words[i]
+            pair_count.subtract({p: n * count for p, n in Counter(zip(word, word[1:])).items()})
+            word[:] = _merge(word, best)
+            for pair in zip(word, word[1:]):
+                pair_count[pair] += count
+                pair_words.setdefault(pair, set()).add(i)
+        del pair_count[best]
+    return tokens
 
 
 def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
