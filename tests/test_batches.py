@@ -16,7 +16,7 @@ from loss import JointLoss
 from masks import PLAN, SLOT, encode_example, visible
 from methods import MethodConfig
 from noise import IGNORE, Sequence, make_batch
-from plumbing.device import PEAKS, utilization
+from plumbing.device import PEAKS, fast_dtype, utilization
 from tags import Round, Span
 from train import TrainConfig
 
@@ -130,6 +130,12 @@ def test_spans_are_padded_to_their_planned_length(folder):
         assert pads == planned
 
 
+def test_only_the_first_examples_train_if_a_number_is_given(folder):
+    few, all_of_them = training_data(folder, train_on=7), training_data(folder)
+    assert [s.token.tolist() for s in few.train] == [s.token.tolist() for s in all_of_them.train[:7]]
+    assert len(all_of_them.train) == 60 and len(few.validation) == len(all_of_them.validation)
+
+
 def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_validation_are_as_before(folder):
     data, exact = training_data(folder, extra_pads=10), training_data(folder)
     pads = [pair for sequence in data.train for pair in pads_of(sequence, data.tokenizer)]
@@ -197,3 +203,10 @@ def test_speed_is_told_as_a_share_of_what_the_device_could_do_where_that_is_know
     for name, share in (("NVIDIA H100 80GB HBM3", " (50.0% MFU)"), ("NVIDIA GeForce GTX 1080", "")):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert utilization(PEAKS["H100"] / 2, torch.device("cuda")) == "494 TFLOP/s" + share
+
+
+@pytest.mark.parametrize(("amx", "bf16"), [(False, False), (True, True), (False, True)])
+def test_a_cpu_that_multiplies_in_bfloat16_trains_in_it(monkeypatch, amx, bf16):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    assert fast_dtype("cpu") == (torch.bfloat16 if amx or bf16 else torch.float32)

@@ -49,17 +49,19 @@ def test_muon_moves_tall_matrices_further_and_pulls_weights_to_zero():
         torch.testing.assert_close(p.detach(), expected, rtol=0.01, atol=0.001)
 
 
-def test_the_rates_rise_for_warmup_updates_and_then_fall_to_zero():
+@pytest.mark.parametrize(("decay", "fallen"), [(1, [6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+                                               (0.5, [1, 1, 1, 3 / 3, 2 / 3, 1 / 3])])  # fmt: skip
+def test_the_rates_rise_for_warmup_updates_and_fall_to_zero_in_the_last_ones(decay, fallen):
     model = small_model(20, n_layer=1)
     model.embedding.weight.sum().backward()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizer = Optimizer(model, TrainConfig(lr=0.5, adam_lr=0.1, steps=10, warmup=4))
+    optimizer = Optimizer(model, TrainConfig(lr=0.5, adam_lr=0.1, steps=10, warmup=4, decay=decay))
     rates = []
     for step in range(10):
         optimizer.step(step)
         rates.append([part.param_groups[0]["lr"] for part in optimizer.parts])
-    share = np.array([0.25, 0.5, 0.75, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    share = np.array([0.25, 0.5, 0.75, 1, *fallen])
     np.testing.assert_allclose(rates, np.outer(share, [0.5, 0.1]))
 
 

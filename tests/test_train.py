@@ -276,7 +276,7 @@ def test_training_and_validation_multiply_in_the_type_of_the_device(folder, tmp_
     ("seed", -1), ("seed", 2**63), ("seed", 2**70), ("seed", "9" * 400), ("batch", 0), ("batch", -1), ("steps", 0),
     ("accumulate", 0), ("t_min", 1), ("weight_decay", -1), ("validate_on", 0), ("validate_every", 0), ("log_every", 0),
     ("block", 10**8), ("block", -1), ("rope_theta", 0), ("n_layer", 10**9), ("weight", "heavy"), ("history", "none"),
-    ("extra_pads", -1), ("device", "abacus"),
+    ("extra_pads", -1), ("device", "abacus"), ("decay", 0), ("decay", 1.5), ("train_on", -1),
 ])  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused_by_name_before_anything_is_read(monkeypatch, capsys, name, value):
     assert re.match(rf"train.py: --{name} {value}(\.0)?: expected", said(monkeypatch, f"--{name}", value))
