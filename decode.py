@@ -269,7 +269,8 @@ class Denoise(Phase):
     """Stage 2: denoise all spans of a round in the same passes, each by itself.
 
     After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or all that reach
-    a threshold, and at least one. Finished spans are no longer computed.
+    a threshold, and at least one. A slot that waits for its neighbour (unmask.fill) is made up for in the next pass.
+    Finished spans are no longer computed.
     """
 
     in_spans = fills = True

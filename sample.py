@@ -39,6 +39,7 @@ class SampleConfig:
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
                                at_least=0, at_most=1)  # fmt: skip
     order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
+    apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100)
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(
@@ -103,9 +104,10 @@ class Predictions:
         """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
         sizes = torch.tensor([len(reading.entries) for reading in asked])
         group = torch.arange(len(asked)).repeat_interleave(sizes)
-        quota = torch.tensor([reading.quota for reading in asked])
-        all_kept = bool((sizes <= quota).all())
-        return fill(logits, group.to(self.device), quota[group].to(self.device), all_kept, self.config, generators)
+        quota = torch.tensor([reading.quota for reading in asked])[group]
+        entry = torch.tensor([entry for reading in asked for entry in reading.entries])
+        group, entry, quota = torch.stack([group, entry, quota]).to(self.device)
+        return fill(logits, group, entry, quota, self.tokenizer.pad, self.config, generators)
 
     def check(self, logits, asked, generators):
         """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""

@@ -55,17 +55,28 @@ def ranks(sure: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)
 
 
-def fill(logits: Tensor, group: Tensor, quota: Tensor, all_kept: bool, config, generators: Generators) -> tuple:
+def beside_its_like(token: Tensor, sure: Tensor, group: Tensor, entry: Tensor) -> Tensor:
+    """(N,) whether a neighbour would get the same token and is more certain of it (of two as certain the left one)."""
+    pair = (token[1:] == token[:-1]) & (group[1:] == group[:-1]) & (entry[1:] == entry[:-1] + 1)
+    left_is_surer, none = sure[:-1] >= sure[1:], pair.new_zeros(1)
+    return torch.cat([none, pair & left_is_surer]) | torch.cat([pair & ~left_is_surer, none])
+
+
+def fill(logits: Tensor, group: Tensor, entry: Tensor, quota: Tensor, pad: int, config,
+         generators: Generators) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens (N,) for slots with logits (N, V), and which of them are kept.
 
-    Of each group the `quota` (N,) most certain are, and with a threshold all that reach it. `all_kept`: the host
-    knows that every token is, so nothing has to be ranked.
+    Of each group the `quota` (N,) most certain are, and with a threshold all that reach it. `entry` (N,): where in
+    the layout a slot is. With `config.apart`, of two neighbours that would get the same token only the more certain
+    is kept, unless both reach the threshold: drawn independently, they are often one word that either could hold.
+    [PAD] may follow [PAD].
     """
     token = draw(probabilities(logits, config), generators) if config.temperature else logits.argmax(-1)
-    if all_kept and config.order != "random":  # random numbers are drawn anyway: an answer must not depend on others
-        return token, torch.ones_like(token, dtype=torch.bool)
     sure = certainty(logits, token, config, generators)
-    kept = ranks(sure, group) < quota
+    waits = torch.zeros_like(token, dtype=torch.bool)
+    if config.apart:
+        waits = beside_its_like(token, sure, group, entry) & (token != pad)
+    kept = (ranks(sure.where(~waits, -torch.inf), group) < quota) & ~waits
     return token, kept | (sure >= config.threshold) if config.threshold else kept
 
 

@@ -197,11 +197,18 @@ class NaiveSampler:
         for i, p, token in zip(left, logits.softmax(-1), self.draw(logits)):
             sure = float(p[token])
             guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
-        left.sort(key=lambda i: -guess[i][1])
+        first = [i for i in left if not (self.config.apart and self.waits(i, guess))]
+        first.sort(key=lambda i: -guess[i][1])
         if self.config.threshold:
-            chosen = [i for i in left if guess[i][2] >= self.config.threshold] or left[:1]
+            chosen = [i for i in left if guess[i][2] >= self.config.threshold] or first[:1]
         else:
             filled = len(slots) - len(left)
-            chosen = left[: max(0, math.ceil(len(slots) * step / steps) - filled)]
+            chosen = first[: max(0, math.ceil(len(slots) * step / steps) - filled)]
         for i in chosen:
             self.tokens[i].id = guess[i][0]
+
+    def waits(self, i, guess):
+        """Whether a neighbour would get the same token, and is more certain of it, or as certain and on the left."""
+        token, sure, _ = guess[i]
+        left, right = (guess.get(j, (None, 0, 0)) for j in (i - 1, i + 1))
+        return token != self.tok.pad and (left[0] == token and left[1] >= sure or right[0] == token and right[1] > sure)

@@ -25,24 +25,57 @@ GROUPS = [[5, 1, 3], [4], [2, 2, 6, 0, 7]]  # sizes of groups: a batch has sever
 @pytest.mark.parametrize("sizes", GROUPS)
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 @pytest.mark.parametrize("order", ORDERS[:3])
-def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order):
+@pytest.mark.parametrize("apart", [False, True])
+def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order, apart):
     torch.manual_seed(sum(sizes))
-    probs, config = (torch.randn(sum(sizes), 9) * 2).softmax(-1), SampleConfig(order=order, threshold=threshold)
+    n, pad, config = sum(sizes), 2, SampleConfig(order=order, threshold=threshold, apart=apart)
+    probs, entry = (torch.randn(n, 4) * 2).softmax(-1), torch.arange(n) + (torch.rand(n) < 0.3).cumsum(0)
     group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
+    kind, guess = "confidence" if threshold else order, probs.argmax(-1).tolist()
+    sure = [certainty(p, token, kind) for p, token in zip(probs, guess)]
+
+    def waits(i):
+        """By the definition: a neighbour would get the same text token and is more certain; of equals the left one is."""
+        near = [j for j in range(n) if abs(entry[j] - entry[i]) == 1 and group[j] == group[i] and guess[j] == guess[i]]
+        return apart and guess[i] != pad and any((sure[j], -j) > (sure[i], -i) for j in near)
+
     for share in range(4):
-        token, kept = fill(probs.log(), group, torch.full_like(group, share), False, config, [])
-        assert torch.equal(token, probs.argmax(-1))
+        token, kept = fill(probs.log(), group, entry, torch.full_like(group, share), pad, config, [])
+        assert token.tolist() == guess
         expected = set()
-        for mine in ([i for i in range(sum(sizes)) if group[i] == n] for n in range(len(sizes))):
-            kind = "confidence" if threshold else order
-            expected |= {*sorted(mine, key=lambda i: -certainty(probs[i], int(token[i]), kind))[:share]}
-            expected |= {i for i in mine if threshold and probs[i].max() >= threshold}
+        for mine in ([i for i in range(n) if group[i] == g and not waits(i)] for g in range(len(sizes))):
+            expected |= {*sorted(mine, key=lambda i: -sure[i])[:share]}
+        expected |= {i for i in range(n) if threshold and probs[i].max() >= threshold}
         assert {*kept.nonzero()[:, 0].tolist()} == expected
+
+
+def kept(tokens, sure, apart=True, quota=9, **settings):
+    """Which slots of one group are filled, if each predicts a token with a probability; token 0 is [PAD]."""
+    probs = torch.full((len(tokens), 10), 0.0)
+    for row, token, p in zip(probs, tokens, sure):
+        row += (1 - p) / 9
+        row[token] = p
+    group, config = torch.zeros(len(tokens), dtype=torch.long), SampleConfig(apart=apart, order="confidence", **settings)
+    entry, quota = torch.arange(len(tokens)), torch.full_like(group, quota)
+    return fill(probs.log(), group, entry, quota, 0, config, [])[1].int().tolist()
+
+
+def test_of_neighbours_with_the_same_token_only_the_more_certain_is_filled():
+    assert kept([5, 5, 6], [0.5, 0.6, 0.4]) == [0, 1, 1]
+    assert kept([5, 5, 6], [0.5, 0.6, 0.4], apart=False) == [1, 1, 1]
+    assert kept([5, 5, 5, 5], [0.5, 0.6, 0.7, 0.6]) == [0, 0, 1, 0]
+    assert kept([5, 6, 5], [0.5, 0.6, 0.7]) == [1, 1, 1]  # not neighbours
+    assert kept([0, 0, 0], [0.5, 0.6, 0.7]) == [1, 1, 1]  # [PAD] follows [PAD]
+    assert kept([5, 5, 6], [0.5, 0.6, 0.4], quota=2) == [0, 1, 1]  # the next most certain takes its place
+    assert kept([5, 5, 6], [0.92, 0.95, 0.4], threshold=0.9) == [1, 1, 1]  # as certain as a threshold asks for
+    assert kept([5, 5, 6], [0.8, 0.95, 0.4], threshold=0.9, quota=1) == [0, 1, 0]
 
 
 def test_of_equally_certain_slots_the_first_are_kept():
     group, share = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 1, 1])
-    assert fill(torch.zeros(5, 4), group, share, False, SampleConfig(), [])[1].tolist() == [1, 1, 0, 1, 0]
+    fills = lambda apart: fill(torch.zeros(5, 4), group, torch.arange(5), share, 3, SampleConfig(apart=apart), [])[1]
+    assert fills(False).tolist() == [1, 1, 0, 1, 0]
+    assert fills(True).tolist() == [1, 0, 0, 1, 0]  # all would get token 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -140,10 +173,11 @@ def test_certainty_does_not_depend_on_how_tokens_are_drawn(order, threshold):
     """It is the model's at temperature 1: a low temperature or a small nucleus would make every token certain."""
     torch.manual_seed(0)
     logits, group, quota = torch.randn(12, 9), torch.arange(12) // 6, torch.full((12,), 2)
-    greedy = fill(logits, group, quota, False, SampleConfig(order=order, threshold=threshold), [])
+    entry = torch.arange(12)
+    greedy = fill(logits, group, entry, quota, 0, SampleConfig(order=order, threshold=threshold), [])
     for given in (dict(temperature=0.01), dict(temperature=1.0, top_p=1e-6), dict(temperature=0.0, top_p=0.1)):
         config = SampleConfig(order=order, threshold=threshold, **given)
-        token, kept = fill(logits, group, quota, False, config, [(torch.Generator().manual_seed(0), 12)])
+        token, kept = fill(logits, group, entry, quota, 0, config, [(torch.Generator().manual_seed(0), 12)])
         assert torch.equal(token, greedy[0]) and torch.equal(kept, greedy[1])
 
 
