@@ -7,7 +7,8 @@ from pathlib import Path
 from plumbing.files import atomic
 
 MARKERS = "osD^vPX*"
-MARGIN = 5  # pixels between a text and what it must not cover
+MARGIN = 5  # pixels between a text and the points that it must not cover
+FAR = 20  # points between a text and its point from which on a line leads there
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Label:
     beside: bool = True  # to the right of the point; if not, anywhere around it
 
 
-def marker(n: int, lines: int, growth: float = 1.5) -> dict:
+def marker(n: int, lines: int, growth: float = 1.0) -> dict:
     """How line n of several marks its points: hollow, and no two the same, so that none hides another."""
     return dict(marker=MARKERS[n % len(MARKERS)], mfc="none", ms=5 + growth * (lines - n))
 
@@ -43,7 +44,7 @@ def tidy(axis, **scales: str) -> None:
 def write_labels(axis, labels: list[Label], points: Iterable[tuple[float, float]]) -> None:
     """Write each label as near to its point as it covers no other label and none of the points.
 
-    The figure has to be laid out (`draw_without_rendering`) and its limits have to be final.
+    A thin line leads to labels that are far from their points. The figure has to be laid out (`draw_without_rendering`) and its limits have to be final.
     """
     dots, boxes = [axis.transData.transform(point) for point in points], []
     for label in labels:
@@ -53,11 +54,14 @@ def write_labels(axis, labels: list[Label], points: Iterable[tuple[float, float]
         for text_place in sorted(places, key=lambda place: abs(place[0]) + abs(place[1])):
             text.set_position(text_place)
             box = text.get_window_extent()
-            wide = box.padded(0 if label.beside else MARGIN)
+            wide = box.padded(MARGIN)
             free = not any(box.overlaps(other) for other in boxes) and not any(wide.contains(*dot) for dot in dots)
             if free and axis.bbox.containsx(box.x0) and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1:
                 break
         boxes.append(box)
+        if max(map(abs, text_place)) > FAR:
+            line = {"arrowstyle": "-", "color": label.colour, "lw": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
+            axis.annotate("", label.point, text_place, textcoords="offset points", arrowprops=line)
 
 
 def save(figure, path: str | Path) -> None:

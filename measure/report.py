@@ -118,7 +118,8 @@ def draw(rows: list[dict], figure) -> None:
         costs = [x for line in lines.values() for x, *_ in line]
         low, high = min(costs), max(costs)
         tidy(axis, xscale="log")
-        axis.set(xlabel=label, xlim=(low / 1.2, high * max(high / low, 2) ** 0.6), ylim=(-0.05, 1.05))  # room for names
+        axis.set(xlabel=label, xlim=(low / 1.2, high * max(high / low, 2) ** 0.6))  # to the right: names
+        axis.margins(y=0.2)
         drawn.append(lines)
     axes[0].set_ylabel("chrF / 100" if free_text(rows[0]["seeds"][0]) else "exact answers")
     figure.draw_without_rendering()  # settles where things are

@@ -89,13 +89,14 @@ def test_every_curve_has_its_name_at_its_end_and_the_best_validation_loss_its_va
     draw(curves, ["plan", "span"], "epochs", figure)
     figure.draw_without_rendering()
     for axis, loss in zip(figure.axes, ("plan", "span")):
+        texts = [text for text in axis.texts if text.get_text()]
         ends, best = {}, {}
         for label in labels:
             x, values = curves[label][f"val_{loss}"]
             mean = values.mean(0)
             ends |= {label: (x[-1], mean[-1]), f"{label}, training": (30, curves[label][loss][1].mean(0)[-1])}
             best[label] = x[mean.argmin()], mean.min()
-        found = [(text.get_text(), text.xy) for text in axis.texts]
+        found = [(text.get_text(), text.xy) for text in texts]
         assert sorted(found) == sorted([*ends.items(), *((f"{y:.3f} at {x}", (x, y)) for x, y in best.values())])
         filled = [
             line
@@ -108,7 +109,7 @@ def test_every_curve_has_its_name_at_its_end_and_the_best_validation_loss_its_va
         if bands:
             values = curves[labels[0]][loss][1]
             assert (bands[0].y0, bands[0].y1) == pytest.approx((values.min(), values.max()))
-        boxes = [text.get_window_extent() for text in axis.texts]
+        boxes = [text.get_window_extent() for text in texts]
         assert not any(box.overlaps(other) for n, box in enumerate(boxes) for other in boxes[:n])
         assert all(axis.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and axis.bbox.y0 < box.y0 for box in boxes)
         shapes = {(line.get_marker(), line.get_markersize()) for line in axis.lines if len(line.get_xdata()) > 1}

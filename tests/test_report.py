@@ -72,7 +72,7 @@ def test_every_line_of_the_picture_has_its_name_at_its_end_and_nothing_hides_any
     figure.draw_without_rendering()
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis in figure.axes:
-        labels, lines = axis.texts, axis.lines
+        labels, lines = [text for text in axis.texts if text.get_text()], axis.lines
         assert [label.get_text() for label in labels] == names and len(lines) == len(names)
         for label, line in zip(labels, lines):
             assert label.xy == (max(line.get_xdata()), line.get_ydata()[-1]) and label.get_color() == line.get_color()
