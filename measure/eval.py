@@ -4,8 +4,8 @@
     python measure/eval.py --checkpoint checkpoints/recipes/planned.safetensors --data data/recipes --batch 1
 
 An answer is exact if each of its lines is right: data sets with a checker (data/tasks/families.py) are scored by
-it, others by chrF. A broken or cut answer counts as it is: mostly wrong, and in the time. Likelihoods are in nats
-per token, those of spans as the negative ELBO.
+it, others by chrF and what else readers see (measure/readers.py). A broken or cut answer counts as it is: mostly
+wrong, and in the time. Likelihoods are in nats per token, those of spans as the negative ELBO.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import numpy as np
 
 from data import Example, read_split
 from loss import JointLoss, validate
-from measure.quality import COSTS, checker, chrf, distinct, perplexity, score, spans_per_answer, wrong_lines
+from measure import readers
+from measure.quality import COSTS, checker, distinct, score, spans_per_answer, wrong_lines
 from measure.speculate import Drafter
 from methods import encode, rewrite
 from noise import Sequence
@@ -38,13 +39,15 @@ class EvalConfig:
     """Evaluation."""
 
     checkpoint: str = setting("checkpoints/tasks/planned.safetensors", "trained model")
-    data: str = setting("data/tasks", "folder of the data set it was trained on; its families.py, if any, is run")
+    data: str = setting(
+        "data/tasks", "folder of the data set it was trained on; runs its families.py and consistency.py"
+    )
     split: str = setting("test", "split to measure on")
     limit: int = setting(0, "measure on the first examples only, this many (0: all)", at_least=0)
     batch: int = setting(16, "prompts answered together; 1 for the latency of a single user", at_least=1)
     draws: int = setting(8, "noisings per round for the ELBO", at_least=1)
     draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens that are checked: speculative decoding")
-    judge: str = setting("", "larger autoregressive checkpoint: perplexity of the answers under it")
+    judge: str = setting("", "autoregressive checkpoint of the same data: perplexity of the answers under it")
     answers: str = setting("", "file (.jsonl) that keeps the answers; an interrupted evaluation goes on with it")
     show: int = setting(0, "print this many answers, as Markdown, before the figures", at_least=0)
     device: str = setting("auto", f"where to compute: {', '.join(CHOICES)}")
@@ -142,10 +145,13 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     settings = {"files": hashes, "limit": config.limit, "batch": config.batch}
     answers = Answers(config.answers, settings | {"device": str(place)} | asdict(sample_config), len(examples))
     check_answer = checker(folder)  # before the answers take their time: it may be broken
+    counts = [] if check_answer else readers.counts_of(folder)
+    counts += [("perplexity", readers.judged_by(config.judge, place))] if config.judge else []
     results = answer_all(sampler, examples, config.batch, answers)
     return {
         **quality(sampler, examples, results, check_answer),
-        "perplexity": perplexity(config.judge, examples, results, place) if config.judge else None,
+        "examples": readers.fingerprint(examples),
+        "readers": readers.figures(examples, [r["text"] for r in results], counts),
         **likelihoods(sampler, examples, config.draws),
         "batch": config.batch,
         **{f"seconds_p{q}": float(np.percentile([r["seconds"] for r in results], q)) for q in (50, 95)},
@@ -161,7 +167,6 @@ def quality(sampler: Sampler, examples: list[Example], results: list[dict], chec
     return {
         "scores": score(examples, results, check_answer, rounds),
         "wrong_lines": wrong_lines(examples, results, check_answer) if check_answer else {},
-        "chrf": None if check_answer else chrf(examples, results),
         "distinct_1": distinct(results, 1),
         "distinct_3": distinct(results, 3),
         "spans_per_answer": spans_per_answer(results),
@@ -216,10 +221,7 @@ def lines(report: dict) -> Iterator[str]:
     if "n_spans" in whole:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in report["spans_per_answer"].items())
         yield f"spans per answer: {shares}; length off by {whole['length_error']:.2f} units per topic"
-    if report["chrf"] is not None:
-        yield f"chrF: {report['chrf']:.1f}"
-    if report["perplexity"]:
-        yield f"perplexity under the judge: {report['perplexity']:.2f}"
+    yield from readers.table(report["readers"]) if report["readers"] else ()
     yield f"different words: {report['distinct_1']:.1%}; different triples of words: {report['distinct_3']:.1%}"
     yield f"content tokens per pass: {whole['content_tokens'] / max(whole['passes'], 1):.2f}"
     memory = f"; peak memory {report['peak_memory_mb']:.0f} MiB" if report["peak_memory_mb"] else ""

@@ -3,11 +3,12 @@
     python measure/frontier.py --preset minutes      # two or three minutes: shows how it works; no answer is right yet
     python measure/frontier.py                       # tasks on two cores; --preset hours: three times the updates
     python measure/frontier.py --preset recipes      # real text; --preset gpu: larger models
+    python measure/frontier.py --seeds 0 1 2         # everything three times: means, and lowest and highest
     python measure/frontier.py --group sensitivity   # the models of that, sampled in other ways
     python measure/frontier.py --group ablations     # planned diffusion trained with one part changed at a time
 
-All methods start from one autoregressive warm-up and get the same number of updates on the same data. Trainings and
-measurements are stored in --out under a hash of code, data and settings: an interrupted call goes on where it was, and
+All methods of a seed start from one autoregressive warm-up and get the same number of updates on the same data.
+Trainings and measurements are stored in --out under a hash of code, data and settings: an interrupted call goes on where it was, and
 results of other code, data or settings are never mixed with these.
 """
 
@@ -21,7 +22,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
@@ -166,23 +166,22 @@ def together(function: Callable, items: list[tuple], workers: int) -> list:
 class Frontier:
     """Trains and measures the entries of a group; `out` keeps all that is done."""
 
-    def __init__(self, preset: Preset, entries: dict[str, Entry], out: Path, workers: int, device: torch.device):
-        self.preset, self.entries, self.out, self.workers = preset, entries, Path(out), workers
+    def __init__(self, preset: Preset, entries: dict[str, Entry], out: Path, workers: int, device: torch.device,
+                 seed: int = 0):  # fmt: skip
+        self.preset, self.entries, self.out, self.workers, self.seed = preset, entries, Path(out), workers, seed
         self.where = ["--data", preset.data, "--device", str(device)]
         self.threads = max(1, (os.cpu_count() or 1) // workers)
         folder = ROOT / preset.data
         if not (folder / "train.jsonl").exists():
             subprocess.run([sys.executable, folder / "prepare.py"], check=True)
-        families = folder / "families.py"
-        if not families.exists() and not find_spec("sacrebleu"):
-            raise ValueError("the quality of free text is its chrF: pip install sacrebleu")
         self.data = hashes(folder, ["train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json"])
-        self.checker = fingerprint(families) if families.exists() else ""
+        own = (folder / name for name in ("families.py", "consistency.py"))
+        self.checks = [fingerprint(path) for path in own if path.exists()]
 
-    def train(self, name: str, options: str, init: Path | None = None) -> Path:
+    def train(self, name: str, options: str, init: Path | None = None, seed: int | None = None) -> Path:
         """Checkpoint of a training with these options that starts from `init`; trained now if it is not there."""
-        compiler = ["--compile"] if shutil.which("c++") else []
-        options = [*compiler, *self.where, *options.split()]
+        compiler, seed = ["--compile"] if shutil.which("c++") else [], self.seed if seed is None else seed
+        options = [*compiler, *self.where, "--seed", str(seed), *options.split()]
         start = hashes(init.parent, [init.name]) if init else []
         folder = self.out / f"{slug(name)}-{digest(CODE['train.py'], self.data, options, start)}"
         path = folder / "model.safetensors"
@@ -200,7 +199,8 @@ class Frontier:
         if name == WARM_UP:
             return self.train(name, f"{p.train} {p.common} --method ar --steps {p.warmup}")
         if name == JUDGE:
-            return self.train(name, f"{p.judge} {p.common} --method ar --steps {p.warmup + p.steps}")
+            options = f"{p.judge} {p.common} --method ar --steps {p.warmup + p.steps}"
+            return self.train(name, options, seed=0)  # one judge for all seeds
         entry = self.entries[name]
         if entry.checkpoint:
             return self.checkpoint(entry.checkpoint)
@@ -215,7 +215,7 @@ class Frontier:
         paths = {flag: self.checkpoint(model) for flag, model in models.items() if model}
         options = [*self.where, *sample.split(), *how, "--json"]
         weights = {flag: hashes(path.parent, [path.name]) for flag, path in paths.items()}
-        key = digest(CODE["measure/eval.py"], weights, self.data, self.checker, options)
+        key = digest(CODE["measure/eval.py"], weights, self.data, self.checks, options)
         path = self.out / "results" / f"{slug(name)}-{key}.json"
         if not path.exists():
             options += [text for pair in paths.items() for text in map(str, pair)]
@@ -223,13 +223,23 @@ class Frontier:
         return json.loads(path.read_text())
 
     def quality(self, name: str, sample: str) -> dict:
-        """A row of the results: an entry at one setting."""
+        """The report of an entry at one setting."""
         judge = JUDGE if self.preset.judge else ""
-        report = self.measure(name, sample, "--draws", "4", "--limit", str(self.preset.limit), judge=judge)
-        return {"name": name, "sample": sample} | report
+        return self.measure(name, sample, "--draws", "4", "--limit", str(self.preset.limit), judge=judge)
 
-    def run(self) -> list[dict]:
-        """All rows of the group, in its order. Up to `workers` scripts run at a time, but latency is measured alone."""
+    def speed(self, name: str, sample: str) -> dict:
+        """Seconds until an answer is complete, alone on the machine: one at a time, and eight at once."""
+        single = ("--limit", str(self.preset.timed), "--batch", "1", "--draws", "1")
+        eight = ("--limit", str(-(-self.preset.timed // 8) * 8), "--batch", "8", "--draws", "1")  # whole batches
+        found = self.measure(name, sample, *single)
+        seconds = {key: found[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
+        return seconds | {"seconds_batch_8": self.measure(name, sample, *eight)["seconds_p50"]}
+
+    def run(self) -> dict[tuple[str, str], dict]:
+        """(entry, setting) -> report, in the order of the group.
+
+        Up to `workers` scripts run at a time, but times are measured alone.
+        """
         trained = [name for name, entry in self.entries.items() if not entry.checkpoint]
         first = [
             WARM_UP,
@@ -239,19 +249,18 @@ class Frontier:
         together(self.checkpoint, [(name,) for name in first], self.workers)
         together(self.checkpoint, [(name,) for name in trained], self.workers)
         points = [(name, sample) for name, entry in self.entries.items() for sample in entry.sample]
-        rows = together(self.quality, points, self.workers)
-        how = ("--limit", str(self.preset.timed), "--batch", "1", "--draws", "1")
-        for row in rows:
-            alone = self.measure(row["name"], row["sample"], *how)
-            row |= {key: alone[key] for key in ("seconds_p50", "seconds_p95", "peak_memory_mb")}
-            print(f"{row['name']:28}{row['sample']:42}{headline(row)}", flush=True)
-        return rows
+        reports = dict(zip(points, together(self.quality, points, self.workers)))
+        for (name, sample), report in reports.items():
+            report |= self.speed(name, sample)
+            print(f"seed {self.seed}  {name:28}{sample:42}{headline(report)}", flush=True)
+        return reports
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tasks", help="data, sizes and budget (default: tasks)")
     parser.add_argument("--group", choices=GROUPS, default="methods", help="what is compared (default: methods)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training of each per entry (default: 0)")
     parser.add_argument("--out", help="folder of all results (default: runs/frontier-PRESET)")
     parser.add_argument("--device", default="auto", help="where to train and measure (default: auto)")
     parser.add_argument(
@@ -262,12 +271,16 @@ def main() -> None:
     workers = (2 if device.type == "cpu" else 1) if args.workers is None else args.workers
     if workers < 1:
         raise ValueError(f"--workers {workers}: expected at least 1")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: expected different whole numbers of at least 0")
     out, preset, entries = Path(args.out or f"runs/frontier-{args.preset}"), PRESETS[args.preset], GROUPS[args.group]
     entries = {name: entry for name, entry in entries.items() if not preset.only or name in preset.only}
     try:
-        rows = Frontier(preset, entries, out, workers, device).run()
+        found = [Frontier(preset, entries, out, workers, device, seed).run() for seed in args.seeds]
     except KeyboardInterrupt:
         sys.exit("frontier.py: stopped; the same command goes on from here")
+    rows = [{"name": name, "sample": sample, "seeds": [reports[name, sample] for reports in found]}
+            for name, sample in found[0]]  # fmt: skip
     write_whole(out / f"{args.group}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(out / f"{args.group}.md", "\n".join(table(rows)) + "\n")
     print(f"wrote {out / args.group}.jsonl and .md")

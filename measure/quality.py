@@ -1,21 +1,13 @@
 """How good answers are: the figures of one answer, their means, and what can be said of texts."""
 
 import importlib.util
-import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from data import Example
-from loss import JointLoss, validate
-from methods import encode, trained_by
-from noise import Sequence
-from plumbing.checkpoint import load_checkpoint
-from plumbing.settings import locate
-from tags import Round, plain_text
+from tags import Round
 
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.
 COSTS = ("plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted", "critical_path", "positions",
@@ -24,21 +16,27 @@ COSTS = ("plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted",
 # ---------------------------------------------------------------- the figures of answers
 
 
-def checker(folder: Path) -> Callable | None:
-    """`check(example, text)` of the data set's own families.py, which is run; None if it has no such file.
+def own_function(folder: Path, file: str, name: str) -> Callable | None:
+    """The function `name` of a file of the data set's own, which is run; None if it has no such file.
 
-    It returns `exact`, whether the whole answer is right, and `spans`, whether each line of the reference is.
+    Of families.py `check(example, text)`: its result has `exact`, whether the whole answer is right, and `spans`,
+    whether each line of the reference is. Of consistency.py `count(example, text)`, see measure/readers.py.
     """
-    path = folder.resolve() / "families.py"
+    path = folder.resolve() / file
     if not path.exists():
         return None
-    spec = importlib.util.spec_from_file_location(f"families of {path.parent}", path)
+    spec = importlib.util.spec_from_file_location(f"{path.stem} of {path.parent}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look it up there
     try:
         spec.loader.exec_module(module)
-        return module.check
+        return getattr(module, name)
     except Exception as error:
-        raise ValueError(f"{path}: expected Python code with check(example, text), but: {error!r}") from None
+        raise ValueError(f"{path}: expected Python code with {name}(example, text), but: {error!r}") from None
+
+
+def checker(folder: Path) -> Callable | None:
+    """What says whether an answer is right, where there is one right answer."""
+    return own_function(folder, "families.py", "check")
 
 
 def row_of(example: Example, result: dict, check: Callable | None, rounds: Iterable[Round] | None) -> dict:
@@ -90,16 +88,6 @@ def spans_per_answer(results: list[dict]) -> dict[int, float]:
 # ---------------------------------------------------------------- texts
 
 
-def chrf(examples: list[Example], results: list[dict]) -> float | None:
-    """chrF (Popovic 2015) of all answers against the references, 0 to 100; None without sacrebleu."""
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError:
-        print("no chrF: pip install sacrebleu", file=sys.stderr)
-        return None
-    return CHRF().corpus_score([r["text"] for r in results], [[plain_text(e.rounds) for e in examples]]).score
-
-
 def distinct(results: list[dict], n: int) -> float:
     """Share of an answer's n-grams of words that are different, the mean over answers: low if answers repeat."""
     shares = []
@@ -108,14 +96,3 @@ def distinct(results: list[dict], n: int) -> float:
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         shares.append(len(set(grams)) / max(len(grams), 1))
     return sum(shares) / max(len(shares), 1)
-
-
-def perplexity(judge: str, examples: list[Example], results: list[dict], device: torch.device) -> float:
-    """Perplexity per token of the answers under an autoregressive checkpoint. Raises ValueError if it is another."""
-    model, tokenizer, info, _ = load_checkpoint(locate(judge), device)
-    method = trained_by(info, judge)
-    if method.plan != "none":
-        raise ValueError(f"--judge {judge}: expected an autoregressive model: train one with --method ar")
-    written = [Example(e.prompt, (Round(r["text"]),)) for e, r in zip(examples, results)]
-    sequences = [Sequence(encode(example, tokenizer, method)) for example in written]
-    return math.exp(validate(JointLoss(model, tokenizer.pad + 1), sequences, tokenizer, device)[0])

@@ -1,22 +1,18 @@
 """Evaluation: what the figures of a report mean, and that an interrupted one goes on where it was."""
 
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import random_example, small_model
-from naive_sampler import Token, hidden_states
 
 from data import Example, read_split, write_dataset
-from masks import encode_prompt
 from measure import eval as evaluation
 from measure.eval import EvalConfig, evaluate, lines
-from measure.quality import checker, chrf, distinct, perplexity, row_of, score, wrong_lines
+from measure.quality import checker, distinct, row_of, score, wrong_lines
 from methods import MethodConfig
 from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.settings import ROOT, command
@@ -309,7 +305,7 @@ def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are
     small = str(files / "small.safetensors")
     settings = (SHORT, replace(SHORT, ahead=4))
     alone, drafted = (evaluate(config("ar", draft=draft, limit=2), s) for draft, s in zip(("", small), settings))
-    assert all(drafted[name] == alone[name] for name in ("plan_nll", "chrf", "distinct_1", "distinct_3"))
+    assert all(drafted[name] == alone[name] for name in ("plan_nll", "readers", "distinct_1", "distinct_3"))
     before, after = alone["scores"]["all"], drafted["scores"]["all"]
     assert before["content_tokens"] == after["content_tokens"] and before["draft_passes"] == 0
     assert after["draft_passes"] > 0 and after["passes"] <= before["passes"]
@@ -329,42 +325,12 @@ def test_tokens_drafted_per_pass_are_a_setting_and_answers_of_another_are_not_ta
         evaluate(kept, replace(SHORT, ahead=7))
 
 
-def test_perplexity_is_that_of_the_judge_token_by_token(files):
-    """Of the text and its <eos> after the prompt; an empty answer is an <eos>."""
-    model, tokenizer, *_ = load_checkpoint(files / "ar.safetensors")
-    found, texts = [], ["It eats fish.\nAnd crabs.", "", "otter"]
-    examples = [Example(prompt, ()) for prompt in ("otter?", "x", "")]
-    for example, text in zip(examples, texts):
-        prompt, answer = encode_prompt(example.prompt, tokenizer), [*tokenizer.encode(text), tokenizer.eos]
-        for i, token in enumerate(answer):
-            hidden = hidden_states(model, [Token(t, 0) for t in prompt + answer[:i]], "sparse")[-1]
-            found.append(-torch.log_softmax(model.logits(hidden).double(), -1)[token].item())
-    results = [{"text": text} for text in texts]
-    wanted = math.exp(sum(found) / len(found))
-    assert perplexity(str(files / "ar.safetensors"), examples, results, "cpu") == pytest.approx(wanted, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "name, said", [("planned", "expected an autoregressive model"), ("old", "does not say by which method")]
 )
 def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files, name, said):
     with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
         evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
-
-
-def test_chrf_is_that_of_sacrebleu_over_all_answers():
-    metrics, texts = pytest.importorskip("sacrebleu.metrics"), ["The otter eats crabs.", "", "otter"]
-    wanted = metrics.CHRF().corpus_score(texts, [[plain_text(EXAMPLE.rounds)] * 3]).score
-    assert chrf([EXAMPLE] * 3, [{"text": text} for text in texts]) == wanted
-    assert chrf([EXAMPLE], [{"text": plain_text(EXAMPLE.rounds)}]) == pytest.approx(100)
-
-
-def test_without_sacrebleu_there_is_all_but_chrf(config, monkeypatch, capsys):
-    for module in ("sacrebleu", "sacrebleu.metrics"):
-        monkeypatch.setitem(sys.modules, module, None)
-    report = evaluate(config(limit=1), SHORT)
-    assert report["chrf"] is None and "pip install sacrebleu" in capsys.readouterr().err
-    assert not any("chrF" in line for line in lines(report))
 
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):
@@ -386,7 +352,7 @@ def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, fi
     command(evaluation.main)
     out = capsys.readouterr().out
     report = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert out.count("\n") == 1 and report["scores"]["all"]["n"] == N and report["perplexity"] > 1
+    assert out.count("\n") == 1 and report["scores"]["all"]["n"] == N and report["readers"]["perplexity"]["value"] > 1
     assert report["span_elbo_error"] > 0
     for wrong, said in [(["--checkpoint", config("old").checkpoint], "old.safetensors does not say by which method"),
                         ([*judged, "--split", "none"], "none.jsonl has no examples")]:  # fmt: skip

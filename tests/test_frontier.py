@@ -1,7 +1,6 @@
 """The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from measure import code, frontier
 from measure.code import bare, fingerprint, sources
 from measure.eval import EvalConfig
 from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset
-from measure.report import draw, plot, quality, table
+from measure.report import quality
 from methods import MethodConfig
 from model import ModelConfig
 from plumbing.settings import ROOT, add_settings, command, pick
@@ -35,7 +34,7 @@ ENTRIES = {
 FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json", "families.py")
 SAVE = "import sys; open(sys.argv[-1] + '/model.safetensors', 'w'); print('trained')"
 TRAINED, MEASURED = 4, 6  # trainings, the warm-up included, and points
-ALL = TRAINED, MEASURED, MEASURED
+ALL = TRAINED, MEASURED, 2 * MEASURED
 SETTINGS = {"train.py": (TrainConfig, MethodConfig, ModelConfig), "measure/eval.py": (EvalConfig, SampleConfig)}
 
 
@@ -43,12 +42,8 @@ def report_of(exact=0.5, seconds=1):
     """A made-up report of eval.py."""
     whole = {"exact": exact, "passes": 4, "critical_path": 3, "positions": 50, "content_tokens": 20}
     times = {"seconds_p50": seconds, "seconds_p95": 2 * seconds, "peak_memory_mb": 1}
-    text = {"chrf": None, "perplexity": None, "distinct_1": 0.25, "distinct_3": 0.75}
+    text = {"readers": {}, "distinct_1": 0.25, "distinct_3": 0.75}
     return {"scores": dict.fromkeys(("facts", "lookups", "transforms", "stories", "all"), whole), **text, **times}
-
-
-ROWS = [{"name": name, "sample": sample, **report_of()}
-        for name, sample in (("ar", ""), ("planned", "--steps_ratio 1"), ("planned", "--threshold 0.7"))]  # fmt: skip
 
 
 def parsed(script, options):
@@ -68,13 +63,12 @@ def root(tmp_path, monkeypatch):
         for name in FILES[: 4 if data == "recipes" else 5]:
             (tmp_path / "data" / data / name).write_text(f"{data!r}, {name!r}")
     monkeypatch.setattr(frontier, "ROOT", tmp_path)
-    monkeypatch.setattr(frontier, "find_spec", lambda name: name == "sacrebleu")
     return tmp_path
 
 
 @pytest.fixture
 def calls(root, monkeypatch):
-    """The calls of scripts, none of which is run: (script, options). Each measurement takes other seconds."""
+    """The calls of scripts, none of which is run: (script, options). Each measurement of times takes other seconds."""
     made, number = [], count(1)
 
     def call(script, options, log, threads):
@@ -92,9 +86,10 @@ def calls(root, monkeypatch):
 def run(root, calls):
     """Run entries: their rows, and what train.py and eval.py were called with."""
 
-    def run(preset=TOY, entries=ENTRIES, device="cpu"):
+    def run(preset=TOY, entries=ENTRIES, device="cpu", seed=0):
         calls.clear()
-        rows = Frontier(preset, entries, root / "out", 2, device).run()
+        reports = Frontier(preset, entries, root / "out", 2, device, seed).run()
+        rows = [{"name": name, "sample": sample} | report for (name, sample), report in reports.items()]
         return rows, *([parsed(s, options) for s, options in calls if s == script] for script in SETTINGS)
 
     return run
@@ -119,7 +114,7 @@ def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run
     assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), (
         "entries that sample the checkpoint of another train nothing"
     )
-    assert 2 * len(rows) == len(measured) == 2 * sum(len(e.sample) for e in GROUPS[group].values())
+    assert 3 * len(rows) == len(measured) == 3 * sum(len(e.sample) for e in GROUPS[group].values())
     made = {f"{args.out}/model.safetensors": args for args in trained}
     used = [made[path] for m in measured for path in (m.checkpoint, m.draft, m.judge) if path]
     updates = {args.steps + (made[args.init].steps if args.init else 0) for args in used}
@@ -132,21 +127,22 @@ def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
     model = {"": "", **{f"{args.out}/model.safetensors": f"{args.method} {args.steps}" for args in trained}}
     found = sorted((model[m.checkpoint], model[m.draft], m.limit, m.batch) for m in measured)
     points = [("ar 300", ""), ("ar 300", "ar 400"), ("ar 400", ""), *[("planned 300", "")] * 3]
-    assert found == sorted((*point, *how) for point in points for how in ((9, EvalConfig.batch), (3, 1)))
+    assert found == sorted((*point, *how) for point in points for how in ((9, EvalConfig.batch), (3, 1), (8, 8)))
     assert {(quality(row), row["seconds_p95"] / row["seconds_p50"]) for row in rows} == {(0.5, 2)}
-    assert len({row["seconds_p50"] for row in rows}) == MEASURED and min(row["seconds_p50"] for row in rows) > 1000
+    times = [row[name] for row in rows for name in ("seconds_p50", "seconds_batch_8")]
+    assert len(set(times)) == 2 * MEASURED and min(times) > 1000, "of the measurements alone, each its own"
 
 
 def test_all_is_done_on_one_device_and_what_another_has_done_is_not_taken_for_it(run):
     _, trained, measured = run(device="cuda:1")
     assert {args.device for args in trained + measured} == {"cuda:1"}
-    assert [len(found) for found in run()[1:]] == [TRAINED, 2 * MEASURED]
+    assert [len(found) for found in run()[1:]] == [TRAINED, 3 * MEASURED]
 
 
 def test_a_larger_judge_reads_the_answers_but_has_no_part_in_their_time(run):
     _, trained, measured = run(replace(TOY, judge="--d_model 64"))
     (judge,) = (f"{args.out}/model.safetensors" for args in trained if (args.method, args.d_model) == ("ar", 64))
-    assert {(m.batch, m.judge) for m in measured} == {(EvalConfig.batch, judge), (1, "")}
+    assert {(m.batch, m.judge) for m in measured} == {(EvalConfig.batch, judge), (1, ""), (8, "")}
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 10, 15])
@@ -164,15 +160,15 @@ def test_after_an_interruption_only_what_is_missing_is_called_and_then_nothing(r
     before = [args[-1] for script, args in calls if script == "train.py"]
     rows, trained, measured = run()
     assert len({*before, *(args.out for args in trained)}) == len(before) + len(trained) == TRAINED
-    assert len(before) == min(done, TRAINED) and len(measured) == 2 * MEASURED - max(done - TRAINED, 0)
+    assert len(before) == min(done, TRAINED) and len(measured) == 3 * MEASURED - max(done - TRAINED, 0)
     assert run() == (rows, [], [])
 
 
 CHANGES = {  # what changes: trainings, measurements of quality and of latency that have to be made again
     "train.jsonl": ALL, "val.jsonl": ALL, "test.jsonl": ALL, "tokenizer.json": ALL, "train.py": ALL, "warmup": ALL,
-    "common": ALL, "families.py": (0, MEASURED, MEASURED), "measure/eval.py": (0, MEASURED, MEASURED),
-    "limit": (0, MEASURED, 0), "timed": (0, 0, MEASURED), "steps": (TRAINED - 1, MEASURED, MEASURED),
-    "train": (TRAINED - 1, MEASURED - 1, MEASURED - 1), "small": (1, 2, 2),
+    "common": ALL, "families.py": (0, MEASURED, 2 * MEASURED), "measure/eval.py": (0, MEASURED, 2 * MEASURED),
+    "limit": (0, MEASURED, 0), "timed": (0, 0, 2 * MEASURED), "steps": (TRAINED - 1, MEASURED, 2 * MEASURED),
+    "train": (TRAINED - 1, MEASURED - 1, 2 * MEASURED - 2), "small": (1, 2, 4),
     "judge": (1, MEASURED, 0),
 }  # fmt: skip
 
@@ -188,11 +184,13 @@ def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, m
             patch.setitem(frontier.CODE, change, "other")
         else:
             value = getattr(TOY, change)
-            preset = replace(TOY, **{change: value + 1 if isinstance(value, int) else value + " --n_layer 3"})
+            preset = replace(TOY, **{change: value + 8 if isinstance(value, int) else value + " --n_layer 3"})
         new, trained, measured = run(preset)
-    alone = sum(args.batch == 1 for args in measured)
+    alone = sum(args.batch != EvalConfig.batch for args in measured)
     assert (len(trained), len(measured) - alone, alone) == CHANGES[change]
-    assert sum(row not in old for row in new) == CHANGES[change][2], "each measurement of latency takes other seconds"
+    assert 2 * sum(row not in old for row in new) == CHANGES[change][2], (
+        "each measurement of latency takes other seconds"
+    )
     if file.exists():
         file.write_text(f"'toy', {change!r}")
     assert run() == (old, [], [])
@@ -218,7 +216,8 @@ def test_a_relative_out_is_in_the_folder_that_one_is_in(scripts):
     """What train.py prints goes to its log, what eval.py prints is read."""
     frontier.main()
     rows = [json.loads(line) for line in Path("some/where/ablations.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["scores"]) for row in rows] == [(f"seed {n}", report_of()["scores"]) for n in range(2)]
+    scores = [(row["name"], *(report["scores"] for report in row["seeds"])) for row in rows]
+    assert scores == [(f"seed {n}", report_of()["scores"]) for n in range(2)]
     assert ["trained" in path.read_text() for path in Path("some/where").glob("*/log.txt")] == [True] * 3
     assert "| seed 1 |" in Path("some/where/ablations.md").read_text()
 
@@ -270,24 +269,41 @@ def test_a_failure_stops_what_has_not_begun():
     assert len(begun) <= 2
 
 
-def test_data_without_a_checker_need_sacrebleu_which_is_said_before_anything_is_done(run, calls, monkeypatch):
-    monkeypatch.setattr(frontier, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^[^\n]*: pip install sacrebleu$"):
-        run(replace(TOY, data="data/recipes"))
-    assert not calls and run()[0]
+def test_seeds_train_all_but_the_judge_and_share_nothing_else(run):
+    """Each has its own warm-up; the judge is one for all, so that perplexities compare."""
+    made = [run(replace(TOY, judge="--d_model 64"), seed=seed) for seed in (0, 1)]
+    (_, first, measured), (_, second, measured_2) = made
+    assert {args.seed for args in first} == {0} and {args.seed for args in second} == {1}
+    assert (len(first), len(second)) == (TRAINED + 1, TRAINED) and len(measured) == len(measured_2)
+    assert {args.init for args in second if args.init} == {
+        f"{args.out}/model.safetensors" for args in second if args.steps == TOY.warmup}  # fmt: skip
+    judges = {args.judge for args in measured + measured_2 if args.judge}
+    assert judges == {f"{args.out}/model.safetensors" for args in first if args.d_model == 64}
+    assert {args.checkpoint for args in measured}.isdisjoint(args.checkpoint for args in measured_2)
 
 
-def test_quality_is_the_mean_of_three_families_or_chrf_and_the_table_has_a_row_a_method_and_setting():
-    row, shares = report_of(), {"facts": 0.3, "lookups": 0.6, "transforms": 0.9, "stories": 0, "all": 0}
-    row["scores"] = {name: {"exact": share} for name, share in shares.items()}
-    assert (quality(row), quality({**row, "chrf": 43.2})) == pytest.approx((0.6, 0.432))
-    head, rule, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(ROWS))
-    assert len(head) == len(rule) and {len(cells) for cells in rows} == {len(head)}
-    assert [cells[:3] for cells in rows] == [[r["name"], r["sample"].removeprefix("--"), "50.0%"] for r in ROWS]
-    assert "stories" in head and rows[0][head.index("ms (p95)")] == "2000"
-    head, _, first, *_ = table([{**row, "chrf": 50, "perplexity": 7.123} for row in ROWS])
-    assert "stories" not in head and "| perplexity | distinct_1 | distinct_3 |" in head
-    assert "| 7.12 | 0.25 | 0.75 |" in first
+def test_rows_hold_a_report_per_seed_in_their_order(scripts, monkeypatch):
+    """Here a model is its seed, and eval.py takes as many seconds."""
+    (scripts / "train.py").write_text(
+        "import sys; a = sys.argv; open(a[-1] + '/model.safetensors', 'w').write(a[a.index('--seed') + 1])"
+    )
+    (scripts / "measure/eval.py").write_text(
+        "import sys, json; a = sys.argv; seed = int(open(a[a.index('--checkpoint') + 1]).read())\n"
+        f"print(json.dumps({report_of()!r} | {{'seconds_p50': 1 + seed}}))"
+    )
+    monkeypatch.setitem(frontier.GROUPS, "ablations", {"one": Entry("--d_ff 8")})
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", "4", "2"])
+    frontier.main()
+    (row,) = map(json.loads, Path("some/where/ablations.jsonl").read_text().splitlines())
+    assert [report["seconds_p50"] for report in row["seeds"]] == [5, 3]
+    assert "| 4000 (3000 to 5000) |" in Path("some/where/ablations.md").read_text()
+
+
+@pytest.mark.parametrize("seeds", [["0", "0"], ["-1"]])
+def test_seeds_that_would_be_one_or_none_are_refused(scripts, monkeypatch, seeds):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seeds", *seeds])
+    with pytest.raises(SystemExit, match=f"^frontier.py: --seeds {' '.join(seeds)}: expected different whole numbers"):
+        command(frontier.main)
 
 
 # ---------------------------------------------------------------- what a result is made of
@@ -354,47 +370,3 @@ def test_the_hash_of_a_script_changes_with_what_it_imports(tmp_path, monkeypatch
         changed[name] = fingerprint(tmp_path / "a.py") != before
         (tmp_path / name).write_text(text)
     assert changed == {name: name != "e.py" for name in texts} and fingerprint(tmp_path / "a.py") == before
-
-
-# ---------------------------------------------------------------- the picture
-
-
-def test_the_picture_is_a_png_if_there_is_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plot(ROWS, tmp_path / "none.png")
-    monkeypatch.undo()
-    assert "pip install matplotlib" in capsys.readouterr().out and not any(tmp_path.iterdir())
-    pytest.importorskip("matplotlib")
-    plot(ROWS, tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def crowded():
-    """Rows of every method and setting, most of them equally good and nearly equally fast, some the same."""
-    rng = random.Random(0)
-    for name, entry in GROUPS["methods"].items():
-        for sample in entry.sample:
-            row = report_of(rng.choice((1, 1, 0.5, 0)), rng.choice((0.1, 0.11, 2)))
-            row["scores"] = {family: whole | {"passes": rng.choice((10, 11, 12, 140))}
-                             for family, whole in row["scores"].items()}  # fmt: skip
-            yield {"name": name, "sample": sample, **row}
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], list(crowded())], ids=["two methods", "one point", "crowded"])
-def test_every_line_of_the_picture_has_its_name_at_its_end_and_nothing_hides_anything(rows):
-    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(13, 5), layout="tight")
-    draw(rows, figure)
-    figure.draw_without_rendering()
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for axis in figure.axes:
-        labels, lines = axis.texts, axis.lines
-        assert [label.get_text() for label in labels] == names and len(lines) == len(names)
-        for label, line in zip(labels, lines):
-            assert label.xy == (max(line.get_xdata()), line.get_ydata()[-1]) and label.get_color() == line.get_color()
-        boxes = [label.get_window_extent() for label in labels]
-        dots = [axis.transData.transform(point) for line in lines for point in line.get_xydata()]
-        for n, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[:n]) and not any(box.contains(*dot) for dot in dots)
-            assert axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
-        assert all(line.get_markerfacecolor() == "none" for line in lines)
-        assert len({(line.get_marker(), line.get_markersize()) for line in lines}) == len(lines)
