@@ -101,7 +101,7 @@ def data(races: Sequence[Race]) -> list[dict]:
     """All that the page plays."""
     return [
         {
-            "prompt": prompt,
+            "prompt": printable(prompt),
             "answers": [
                 {"title": title, "ending": frames[-1].ending, "rounds": tree(frames), "passes": steps(method, frames)}
                 for title, method, frames in answers
@@ -113,7 +113,7 @@ def data(races: Sequence[Race]) -> list[dict]:
 
 def page(races: Sequence[Race]) -> str:
     """The page as HTML."""
-    text = json.dumps(data(races), separators=(",", ":"))  # ASCII, so any text survives
+    text = json.dumps(data(races), separators=(",", ":"))
     contents = {
         "title": html.escape(printable(races[0].prompt)),
         "style": (FOLDER / "player.css").read_text(encoding="utf-8"),

@@ -25,24 +25,26 @@ class Lane {
     this.at = new Map(); // name of a part -> its token
     this.counts = element("p", "counts");
     this.doing = element("p", "doing");
+    this.drafts = element("p", "drafts");
     this.bar = element("div", "bar");
     this.bar.style.setProperty("--longest", longest);
     this.bar.append(...this.passes.map(({ denoises }) => element("i", denoises ? "denoise" : "")));
     this.bar.setAttribute("aria-hidden", true);
-    this.node = element("section", "answer", element("h2", "", this.title), this.counts, this.bar, this.doing);
+    this.node = element("section", "answer", element("h2", "", this.title), this.counts, this.bar,
+      this.doing, this.drafts);
     this.node.setAttribute("aria-label", this.title);
     for (const round of this.rounds) this.node.append(...this.round(round));
   }
 
   *round({ text, topics, spans }) {
-    if (text.length) yield element("p", "text", ...text.map((token) => this.token(token)));
+    if (text.length) yield element("p", "text", ...text.flatMap((token) => this.token(token)));
     if (topics.length) {
       yield element("ul", "plan", ...topics.map(({ since, name, length }) =>
-        this.from(since, element("li", "", ...[...name, length].map((token) => this.token(token))))));
+        this.from(since, element("li", "", ...[...name, length].flatMap((token) => this.token(token))))));
     }
     for (const { since, topic, slots } of spans) {
       const head = topic ? [element("strong", "", `${topic}:`)] : [];
-      yield this.from(since, element("p", "span", ...head, ...slots.map((token) => this.token(token, since))));
+      yield this.from(since, element("p", "span", ...head, ...slots.flatMap((token) => this.token(token, since))));
     }
   }
 
@@ -51,9 +53,10 @@ class Lane {
     return node;
   }
 
-  // A token; a slot is masked from the pass `masked` on, until the token is known.
+  // A token and the space before it; a slot is masked from the pass `masked` on, until the token is known.
   token(data, masked = Infinity) {
-    const word = element("span", "word", data.text || "·");
+    const [, space, text] = /^(\s*)(.*)$/s.exec(data.text || "·");
+    const word = element("span", "word", text || space);
     const node = element("span", data.draft ? "token draft" : "token", word);
     node.dataset.part = data.part;
     const sure = data.probability === undefined ? "the grammar or the end of a span left no choice"
@@ -62,7 +65,7 @@ class Lane {
     const token = { ...data, node, masked, since: data.since ?? Infinity };
     this.tokens.push(token);
     this.at.set(data.part, token);
-    return node;
+    return text ? [space, node] : [node];
   }
 
   show(now) {
@@ -81,7 +84,7 @@ class Lane {
 
   update({ node, since, masked, probability, unsure }, n) {
     const state = n > since ? "known" : n === since ? "new" : n >= masked ? "masked" : "hidden";
-    const sure = { known: probability, new: probability, masked: unsure?.[n - masked - 1] }[state] ?? 0;
+    const sure = { known: probability, new: probability, masked: unsure?.at(n - since) }[state] ?? 0;
     node.dataset.state = state;
     node.style.setProperty("--p", sure);
     delete node.dataset.rejected;
@@ -92,8 +95,8 @@ class Lane {
     const done = this.passes.slice(0, n), { critical_path = 0, positions = 0 } = done.at(-1) ?? {};
     const accepted = done.reduce((sum, step) => sum + step.accepted, 0);
     const rejected = done.reduce((sum, step) => sum + step.rejected.length, 0);
-    const drafts = accepted + rejected ? ` · drafts: ${accepted} accepted ✓, ${rejected} rejected ✗` : "";
-    const costs = ` · critical path ${critical_path} · ${counted(positions, "position", "positions")}${drafts}`;
+    this.drafts.textContent = accepted + rejected ? `${accepted} drafts accepted ✓, ${rejected} rejected ✗` : "";
+    const costs = ` · critical path ${critical_path} · ${counted(positions, "position", "positions")}`;
     this.counts.replaceChildren(element("b", "", counted(n, "pass", "passes")), costs);
     const over = n === this.passes.length;
     this.doing.textContent = over ? `${this.ending} after ${counted(n, "pass", "passes")}` : this.passes[n].action;
@@ -172,5 +175,6 @@ function start() {
 
 races.forEach(({ prompt }, i) => $("race").append(new Option(prompt, i)));
 $("choice").hidden = races.length === 1;
+$("prompt").hidden = !$("choice").hidden;
 choose(races[0]);
 start();
