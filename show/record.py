@@ -115,14 +115,9 @@ def record(sampler: Sampler, prompt: str, watch: Callable | None = None) -> list
     (answer,) = sampler.answer([prompt], watching, probe)
     if not frames:
         watching(answer)
-    at, known = places(answer), since(frames)
+    at = places(answer)
     for n, drawn in enumerate(passes):
-        draws = []
-        for in_spans, entry, *what, outcome in drawn:
-            part = at.get((in_spans, entry))
-            if outcome in ("new", "accepted") and known.get(part) != n + 1:
-                part = None  # the plan ended before it
-            draws.append(FrameDraw(part, *what, outcome))
+        draws = (FrameDraw(at.get((in_spans, entry)), *what) for in_spans, entry, *what in drawn)
         frames[n] = replace(frames[n], draws=tuple(draws))
     return frames
 

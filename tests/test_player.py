@@ -17,6 +17,7 @@ import demo
 from masks import SLOT
 from show.page import Race, data, page
 from show.record import FrameRound, FrameTopic, parts, record
+from tags import EOS, SYNC, TOPIC_END
 
 # ---------------------------------------------------------------- what a recording tells about each pass
 
@@ -45,7 +46,10 @@ def test_each_token_is_drawn_in_the_pass_that_shows_it_or_was_forced(unsure, tok
     for seed in range(6):
         frames, known = record(random_sampler(tokenizer, method, seed, **config), SENTENCES[1]), set()
         for frame in frames:
-            kept = {draw.part: draw for draw in frame.draws if draw.outcome in ("new", "accepted") and draw.part}
+            written = [draw for draw in frame.draws if draw.outcome in ("new", "accepted")]
+            kept = {draw.part: draw for draw in written if draw.part}
+            tags, broken = (TOPIC_END, SYNC, EOS), frame.ending == "broken"
+            assert all(draw.part or draw.text in tags or broken for draw in written)
             fresh = {part for part in parts(frame) if part[0] != "span"} - known
             assert kept.keys() <= fresh
             assert all(text_of(part, frame).strip() == draw.text.strip() for part, draw in kept.items())
@@ -312,6 +316,8 @@ def check_lane(lane, frame, before):
             assert token["words"].strip() == (text_of(part, frame).strip() or "·" * (part[0] == "slot"))
     assert known | masked <= tokens.keys()
     assert lane["topics"] == sum(len(round_.topics) for round_ in rounds)
+    refused = {draw.part for draw in frame.draws if draw.outcome == "rejected"} if frame else set()
+    assert {part for part, token in tokens.items() if "rejected" in token} == refused & tokens.keys()
     for draw in frame.draws if frame else ():
         token = tokens.get(draw.part)
         if token and draw.outcome == "rejected":
