@@ -12,6 +12,8 @@ import torch
 from plumbing.device import find, name_of
 from plumbing.settings import command
 from sample import SampleConfig, Sampler
+from show.page import Race, write_page
+from show.record import record
 from show.terminal import Screen
 
 PROMPTS = {  # data sets with shipped checkpoints: a prompt of the test split
@@ -48,16 +50,18 @@ def table(results: dict[str, dict]) -> list[str]:
     return [head, *(f"{name:24}" + "".join(f"{cell(r):>20}" for r in results.values()) for name, cell in rows.items())]
 
 
-def show(data: str, prompt: str, delay: float, device: torch.device) -> None:
-    """Answer a prompt with the models of a data set, and compare what it took."""
+def show(data: str, prompt: str, delay: float, device: torch.device) -> Race:
+    """Answer a prompt with the models of a data set, and compare what it took. Returns the recordings."""
+    answers = []
     samplers = {name: Sampler.load(f"checkpoints/{data}/{file}.safetensors", config, device)
                 for name, (file, config) in RUNS.items()}  # fmt: skip
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
-        sampler.answer([prompt], watch=Screen(delay=delay))
+        answers.append((name.capitalize(), sampler.method.method, record(sampler, prompt, Screen(delay=delay))))
     where = f"{torch.get_num_threads()} CPU thread" if device.type == "cpu" else name_of(device)
     print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {where})\n")
     print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
+    return Race(prompt, answers)
 
 
 def main() -> None:
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--prompt", help="a prompt of your own for the chosen data set")
     parser.add_argument("--data", choices=PROMPTS, help="show only this data set's models (default: all)")
     parser.add_argument("--delay", type=float, default=0.06, help="seconds a frame stays (default: %(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="also write a page in which the answers race, pass by pass")
     parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")
     args = parser.parse_args()
     if args.prompt and not args.data:
@@ -73,8 +78,10 @@ def main() -> None:
         raise ValueError(f"--delay {args.delay}: expected 0 or more")
     device = find(args.device)
     torch.set_num_threads(1)  # these models are so small that more threads wait longer than they work
-    for data in [args.data] if args.data else PROMPTS:
-        show(data, args.prompt or PROMPTS[data], args.delay, device)
+    datasets = [args.data] if args.data else PROMPTS
+    races = [show(data, args.prompt or PROMPTS[data], args.delay, device) for data in datasets]
+    if args.html:
+        print(f"\n{write_page(args.html, races)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from passes import Passes
 from plumbing import device as devices
 from plumbing.checkpoint import load_checkpoint
 from plumbing.settings import add_settings, check, command, locate, pick, setting
+from show.page import Race, write_page
+from show.record import TITLES, record
 from show.terminal import Screen
 from unmask import ORDERS, check_drafts, fill
 
@@ -87,7 +89,7 @@ class Predictions:
         counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
         generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
         hidden = torch.cat([hidden[row, :n] for row, n in zip(rows, counts)])
-        logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
+        logits = self.logits(phase, hidden, asked)
         largest = logits.amax(-1)
         if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
             logits = logits.where(largest.isfinite()[:, None], 0)
@@ -100,6 +102,15 @@ class Predictions:
             asked
         ) if probs is None else probs
 
+    def logits(self, phase, hidden, asked):
+        """(N, V) float32 predictions of a phase at hidden states (N, D); -inf for what a reading does not allow."""
+        logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
+        if asked[0].allowed is not None:
+            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
+            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
+            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
+        return logits
+
     def fill(self, logits, asked, generators):
         """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
         sizes = torch.tensor([len(reading.entries) for reading in asked])
@@ -111,10 +122,6 @@ class Predictions:
 
     def check(self, logits, asked, generators):
         """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
-        if asked[0].allowed is not None:
-            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
-            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
-            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
         draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
         if self.config.temperature and self.config.ahead:
             none = torch.zeros_like(logits[0])
@@ -156,10 +163,11 @@ class Sampler(Predictions):
         return answers
 
     @torch.inference_mode()
-    def answer(self, prompts, watch=None):
+    def answer(self, prompts, watch=None, probe=None):
         """Answer a list of prompts together. Returns a list of finished `Answer`.
 
-        `watch`: called with each answer after each of its passes.
+        `watch`: called with each answer after each of its passes. `probe`: called in each pass, before the answers
+        take what was drawn, with what `predict` is given and what it returns.
         """
         start = time.perf_counter()
         answers = self.begin(prompts)
@@ -167,16 +175,19 @@ class Sampler(Predictions):
             for in_spans in self.turns:
                 rows = [row for row, a in enumerate(answers) if a.phase and a.phase.in_spans in in_spans]
                 if rows:
-                    self.step([answers[row] for row in rows], rows, watch, start)
+                    self.step([answers[row] for row in rows], rows, watch, probe, start)
         return answers
 
-    def step(self, live, rows, watch, start):
+    def step(self, live, rows, watch, probe, start):
         """One forward pass for some answers, in these rows of the cache."""
         for answer in live:
             answer.phase.prepare(self.drafter)
         entries, readings = ([getattr(a.phase, part)() for a in live] for part in ("entries", "readings"))
         hidden = self.forward(live, entries, readings, rows)
-        for answer, computed, replies in zip(live, entries, self.predict(live, hidden, readings)):
+        drawn = self.predict(live, hidden, readings)
+        if probe:
+            probe(live, hidden, readings, drawn)
+        for answer, computed, replies in zip(live, entries, drawn):
             answer.positions += len(computed)
             answer.phase = answer.phase.take(replies)
             answer.seconds = time.perf_counter() - start
@@ -194,7 +205,9 @@ def main():
     parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
                         help="trained model (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    output.add_argument("--html", metavar="FILE", help="also write a page that plays the answers pass by pass")
     add_settings(parser, SampleConfig)
     args = parser.parse_args()
     sampler = Sampler.load(args.checkpoint, pick(SampleConfig, args), devices.find(args.device))
@@ -202,14 +215,16 @@ def main():
         for answer in sampler.answer(args.prompt):
             print(json.dumps(answer.result(), ensure_ascii=False))
         return
+    races = []
     for prompt in args.prompt:
-        (answer,) = sampler.answer([prompt], watch=Screen())
-        if not answer.plan_passes + answer.denoise_passes:
-            Screen()(answer)
-        if answer.cut:
+        frames = record(sampler, prompt, watch=Screen())
+        if frames[-1].ending == "cut":
             print(f"(cut: --max_tokens {args.max_tokens} leaves no place for more)")
-        if answer.broken:
+        if frames[-1].ending == "broken":
             print("(broken: the model left the grammar of plans here)")
+        races.append(Race(prompt, [(TITLES[sampler.method.method], sampler.method.method, frames)]))
+    if args.html:
+        print(write_page(args.html, races))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from masks import PLAN
 
 if TYPE_CHECKING:
     from answer import Answer
+    from decode import Phase, Reading, Reply
     from sample import Sampler
+
+TITLES = {
+    "planned": "Planned diffusion",
+    "dense": "Planned diffusion, dense",
+    "parallel-ar": "Parallel autoregressive",
+    "ar": "Autoregressive",
+    "block": "Block diffusion",
+    "diffusion": "Diffusion of the whole answer",
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +41,18 @@ class FrameRound:
 
 
 @dataclass(frozen=True)
+class FrameDraw:
+    """A token that a pass drew, or a draft that it checked."""
+
+    part: tuple | None  # what of the answer it is or would have been (see `parts`); None: a tag, or no part of it
+    text: str
+    probability: float  # that the model gave it, at temperature 1
+    outcome: str  # "new"; "unsure": its slot stays masked; "accepted" or "rejected": it was a draft
+
+
+@dataclass(frozen=True)
 class Frame:
-    """An answer after one of its passes, and what it has cost so far."""
+    """An answer after one of its passes, what it has cost so far, and what the pass drew."""
 
     rounds: tuple[FrameRound, ...]
     plan_passes: int
@@ -37,6 +60,7 @@ class Frame:
     critical_path: int
     positions: int
     ending: str  # "" until the last frame, then "finished", "cut" or "broken"
+    draws: tuple[FrameDraw, ...] = ()  # only in a recording; what the grammar forces is not drawn
 
     @property
     def passes(self) -> int:
@@ -65,11 +89,124 @@ def frame(answer: Answer) -> Frame:
     return Frame(rounds, *costs, ending)
 
 
-def record(sampler: Sampler, prompt: str) -> list[Frame]:
-    """Answer a prompt. Returns a frame per pass."""
-    frames = []
-    sampler.answer([prompt], watch=lambda answer: frames.append(frame(answer)))
+# ---------------------------------------------------------------- a recording
+
+
+def record(sampler: Sampler, prompt: str, watch: Callable | None = None) -> list[Frame]:
+    """Answer a prompt. Returns a frame per pass; of an answer that takes no pass, its end.
+
+    `watch`: called with the answer as it is in each frame.
+    """
+    frames, passes = [], []
+
+    def probe(live, hidden, readings, drawn):
+        phase, asked, tokenizer = live[0].phase, readings[0], sampler.tokenizer
+        n_entries = sum(len(reading.entries) for reading in asked)
+        probabilities = sampler.logits(phase, hidden[0, :n_entries], asked).softmax(-1)
+        passes.append([(phase.in_spans, entry, "" if token == tokenizer.pad else tokenizer.name(token),
+                        probabilities[row, token].item(), outcome)
+                       for row, entry, token, outcome in outcomes(phase, asked, drawn[0])])  # fmt: skip
+
+    def watching(answer):
+        frames.append(frame(answer))
+        if watch:
+            watch(answer)
+
+    (answer,) = sampler.answer([prompt], watching, probe)
+    if not frames:
+        watching(answer)
+    at = places(answer)
+    for n, drawn in enumerate(passes):
+        draws = (FrameDraw(at.get((in_spans, entry)), *what) for in_spans, entry, *what in drawn)
+        frames[n] = replace(frames[n], draws=tuple(draws))
     return frames
+
+
+def outcomes(phase: Phase, readings: list[Reading], replies: list[Reply]) -> Iterator[tuple[int, int, int, str]]:
+    """All that a pass draws or checks: (row of its predictions, layout entry, token, outcome as in FrameDraw).
+
+    Drafts that the grammar forces are left out, as they are from the answer's counts; so are drafts for later passes.
+    """
+    if phase.fills:
+        slots = [slot for r, reply in zip(readings, replies) for slot in zip(r.entries, reply.tokens, reply.kept)]
+        yield from ((row, entry, token, "new" if kept else "unsure") for row, (entry, token, kept) in enumerate(slots))
+        return
+    last, right = None, True
+    for row, (reading, reply) in enumerate(zip(readings, replies)):
+        (entry,) = reading.entries  # it predicts the token of the next one
+        right = right or entry - 1 != last  # another span's first reading: nothing is wrong in it yet
+        last, accepted, is_draft = entry, right and reply.kept[0], reading.draft >= 0
+        forced = is_draft and reading.allowed is not None and reading.allowed.sum() == 1
+        if is_draft and not forced:
+            yield row, entry + 1, reading.draft, "accepted" if accepted else "rejected"
+        if right and not accepted:
+            yield row, entry + 1, reply.tokens[0], "new"
+        right = accepted
+
+
+def places(answer: Answer) -> dict[tuple[bool, int], tuple]:
+    """(whether it is in a span, layout entry) -> the part of a finished answer that the entry holds; tags are none."""
+    layout, tokenizer, found = answer.layout, answer.tokenizer, {}
+    for r, round_ in enumerate(answer.rounds):
+        for k, span in enumerate(round_.spans):
+            found |= {(True, entry): ("slot", r, k, n) for n, entry in enumerate(answer.slots(span))}
+        k, n = -1, 0
+        for entry, token in enumerate(layout.token):
+            if layout.kind[entry] != PLAN or layout.round[entry] != r or token in (tokenizer.sync, tokenizer.topic_end):
+                continue
+            if token == tokenizer.topic:
+                k, n, part = k + 1, -1, ("topic", r, k + 1)
+            elif tokenizer.length_of(token):
+                part = "length", r, k
+            else:
+                part = ("text", r, n) if k < 0 else ("name", r, k, n)
+            found[False, entry], n = part, n + 1
+    return found
+
+
+# ---------------------------------------------------------------- what pictures have in common
+
+
+def parts(frame: Frame) -> Iterator[tuple]:
+    """A key for each part of an answer that a frame knows."""
+    for r, round_ in enumerate(frame.rounds):
+        yield from (("text", r, n) for n, _ in enumerate(round_.text))
+        for k, topic in enumerate(round_.topics):
+            yield "topic", r, k
+            yield from (("name", r, k, n) for n, _ in enumerate(topic.name))
+            yield from [("length", r, k)] * (topic.length > 0)
+        for k, span in enumerate(round_.spans):
+            yield "span", r, k
+            yield from (("slot", r, k, n) for n, slot in enumerate(span) if slot is not None)
+
+
+def since(frames: Sequence[Frame]) -> dict[tuple, int]:
+    """The pass after which each part is known."""
+    found = {}
+    for n, frame in enumerate(frames, 1):
+        for part in parts(frame):
+            found.setdefault(part, n)
+    return found
+
+
+def denoises(before: Frame | None, frame: Frame) -> bool:
+    """Whether the pass between two frames filled slots."""
+    return frame.denoise_passes > (before.denoise_passes if before else 0)
+
+
+def action(method: str, before: Frame | None, frame: Frame) -> str:
+    """What the pass between two frames does, in words."""
+    round_ = frame.rounds[len(before.rounds) - 1 if before else 0]
+    if denoises(before, frame):
+        n_spans, verb = len(round_.spans), "extends" if method == "parallel-ar" else "denoises"
+        return f"{verb} {counted(n_spans, 'span', 'spans')}" + " in parallel" * (n_spans > 1)
+    drafts = any(draw.outcome in ("accepted", "rejected") for draw in frame.draws)
+    how = "checking drafts" if drafts else "one token per pass"
+    return f"writes {'the plan' if round_.topics else 'text'}, {how}"
+
+
+def counted(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
 
 
 def printable(text: str) -> str:

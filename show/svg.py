@@ -23,7 +23,7 @@ from plumbing import device as devices
 from plumbing.files import write_whole
 from plumbing.settings import command
 from sample import SampleConfig, Sampler
-from show.record import Frame, FrameTopic, printable, record
+from show.record import TITLES, Frame, FrameTopic, action, counted, denoises, printable, record, since
 
 START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
 WIDTH, MARGIN, GAP = 900, 20, 32  # pixels: of the picture, around it, and between the panels
@@ -37,14 +37,6 @@ LEGEND = [  # a sample, the kind of box around it, and what it is
     (PAD, "", "[PAD]"),
     ("positions", "", "tokens computed so far"),
 ]
-TITLES = {
-    "planned": "Planned diffusion",
-    "dense": "Planned diffusion, dense",
-    "parallel-ar": "Parallel autoregressive",
-    "ar": "Autoregressive",
-    "block": "Block diffusion",
-    "diffusion": "Diffusion of the whole answer",
-}
 STYLE = """
 .page{fill:#fff;stroke:#d1d9e0}
 text{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,'Liberation Mono',monospace;white-space:pre;fill:#1f2328}
@@ -151,29 +143,13 @@ class Word(NamedTuple):
     kind: str = ""
 
 
-def parts(frame: Frame) -> Iterator[tuple]:
-    """A key for each part of an answer that a frame knows."""
-    for r, round_ in enumerate(frame.rounds):
-        yield from (("text", r, n) for n, _ in enumerate(round_.text))
-        for k, topic in enumerate(round_.topics):
-            yield "topic", r, k
-            yield from (("name", r, k, n) for n, _ in enumerate(topic.name))
-            yield from [("length", r, k)] * (topic.length > 0)
-        for k, span in enumerate(round_.spans):
-            yield "span", r, k
-            yield from (("slot", r, k, n) for n, slot in enumerate(span) if slot is not None)
-
-
 class Panel:
     """One answer, drawn onto a film from top to bottom; `y` is the base line of what comes next."""
 
     def __init__(self, film: Film, method: str, frames: Sequence[Frame], x: float, y: float):
         self.film, self.method, self.frames, self.x, self.y = film, method, frames, x, y
         self.steps = [*zip([None, *frames], frames)]  # (frame before, frame after) of each pass
-        self.since = {}  # pass after which each part is known
-        for n, frame in enumerate(frames, 1):
-            for part in parts(frame):
-                self.since.setdefault(part, n)
+        self.since = since(frames)
 
     def draw(self) -> None:
         self.film.add(text(self.x, self.y, TITLES[self.method], "strong"))
@@ -204,20 +180,12 @@ class Panel:
     def narrate(self) -> None:
         """What the network does now, and how the answer ended."""
         n, last = 0, self.frames[-1]
-        for words, steps in groupby(self.steps, lambda step: self.action(*step)):
+        for words, steps in groupby(self.steps, lambda step: action(self.method, *step)):
             first, n = n, n + len(list(steps))
             self.film.add(text(self.x, self.y, words), first, n)
         ending = f"{last.ending} after {counted(last.passes, 'pass', 'passes')}"
         self.film.add(text(self.x, self.y, ending, "strong"), n)
         self.y += LINE + 10
-
-    def action(self, before: Frame | None, frame: Frame) -> str:
-        """What the pass between two frames does, in words."""
-        round_ = frame.rounds[len(before.rounds) - 1 if before else 0]
-        if denoises(before, frame):
-            n_spans, verb = len(round_.spans), "extends" if self.method == "parallel-ar" else "denoises"
-            return f"{verb} {counted(n_spans, 'span', 'spans')}" + " in parallel" * (n_spans > 1)
-        return f"writes {'the plan' if round_.topics else 'text'}, one token per pass"
 
     def plan(self, r: int, topics: Sequence[FrameTopic]) -> None:
         """A box per topic, side by side; its name and length appear in it."""
@@ -255,15 +223,6 @@ class Panel:
                 self.film.add(box(left - 1, y - 12, width + 2, 16, "new"), since, since + 1)
                 self.film.add(text(left, y, content, kind), since)
         return line + 1
-
-
-def denoises(before: Frame | None, frame: Frame) -> bool:
-    """Whether the pass between two frames filled slots."""
-    return frame.denoise_passes > (before.denoise_passes if before else 0)
-
-
-def counted(n: int, one: str, many: str) -> str:
-    return f"{n} {one if n == 1 else many}"
 
 
 def legend(film: Film, y: float) -> None:
