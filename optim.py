@@ -59,9 +59,9 @@ class Optimizer:
 
     def __init__(self, model: Transformer, config: "TrainConfig"):
         attention, c = [block.attention for block in model.blocks], model.config
-        kv = c.d_model // c.n_head * c.n_kv_head
+        kv = c.head_dim * c.n_kv_head
         groups = [
-            dict(params=[layer.qkv.weight for layer in attention], rows=[c.d_model, kv, kv]),
+            dict(params=[layer.qkv.weight for layer in attention], rows=[c.head_dim * c.n_head, kv, kv]),
             dict(params=[block.gate_up.weight for block in model.blocks], rows=[c.d_ff, c.d_ff]),
             dict(params=[layer.out.weight for layer in attention] + [block.down.weight for block in model.blocks]),
         ]
