@@ -42,6 +42,8 @@ class ModelConfig:
         if not self.head_dim and self.d_model % (2 * self.n_head):
             raise ValueError(f"--d_model {self.d_model}: expected an even multiple of --n_head {self.n_head}")
         self.head_dim = self.head_dim or self.d_model // self.n_head
+        if self.half not in ("float16", "bfloat16"):
+            raise ValueError(f"half {self.half!r}: expected float16 or bfloat16")
         if self.rope_scaling:
             slowed(torch.ones(1), **self.rope_scaling)  # TypeError for other words
         if self.n_head % self.n_kv_head:

@@ -22,13 +22,16 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: str | Path, model: Transformer, tokenizer: Tokenizer, info: dict[str, Any],
-                    state: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                    state: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None,
+                    weights: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
     """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`.
 
-    The file appears whole or not at all. `dtype` converts the weights (float16 halves what is shipped).
+    The file appears whole or not at all. `dtype` converts the weights (float16 halves what is shipped); `weights`
+    are saved in place of the model's.
     Raises ValueError if a tensor is not finite, OSError if the file cannot be written; an old file then stays.
     """
-    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in weights.items()}
     tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
     if name := not_finite(tensors):
         raise ValueError(f"{path} is not written: {name} is no longer finite, the training has diverged")
