@@ -111,6 +111,9 @@ def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
             raise ValueError(f"{name} {str(config[name])[:60]}: only {only} is supported")
     if kinds := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"layer_types {', '.join(map(str, kinds))}: only full_attention is supported")
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name} {config[name]!r}: expected a whole number above 0")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}  # transformers 4 and 5
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     return ModelConfig(
@@ -269,5 +272,5 @@ def new_tokens(rows: list[int | None], tokenizer: Tokenizer) -> Iterator[tuple[i
     named = dict(zip(range(tokenizer.pad, tokenizer.vocab_size), tokens.names()))
     for token, row in enumerate(rows):
         if row is None:
-            words = re.search(r"\d+|[a-zA-Z]+", named.get(token, ""))
+            words = re.search(r"\d+|[a-zA-Z]+(?!.*\d)", named.get(token, ""))
             yield token, [piece for piece in tokenizer.encode(words[0]) if rows[piece] is not None] if words else []

@@ -100,7 +100,7 @@ def pattern_of(pre_tokenizer: dict[str, Any] | None) -> str:
 def normal_form(normalizer: dict[str, Any] | None) -> str | None:
     """The Unicode normal form that a text gets first, or None. Raises ValueError for another normalizer."""
     steps = normalizer and (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer])
-    forms = [step["type"] for step in steps or [] if step["type"] != "Strip"]  # texts are always stripped here
+    forms = [step["type"] for step in steps or []]
     if len(forms) > 1 or not set(forms) <= {"NFC", "NFD", "NFKC", "NFKD"}:
         raise ValueError(f"its normalizer is {', '.join(forms)}, expected a Unicode normal form or none: {ADVICE}")
     return forms[0] if forms else None
@@ -144,12 +144,11 @@ def written(tokenizer: Tokenizer) -> dict[str, Any]:
     text = lambda token: "".join(CHARACTER[b] for b in token)
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
     pairs = [last_pair(token, ranks) for token in tokenizer.tokens if len(token) > 1]
-    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    normal = {"type": tokenizer.normal} if tokenizer.normal else None
     if tokenizer.pattern is None:  # as `_spaced` in tokenizer.py
-        normal = [{"type": "Prepend", "prepend": " "},
-                  {"type": "Replace", "pattern": {"String": "\n"}, "content": "\n "}]  # fmt: skip
-    else:
-        normal = [{"type": tokenizer.normal}] if tokenizer.normal else []
+        strip, prepend = {"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Prepend", "prepend": " "}
+        replace = {"type": "Replace", "pattern": {"String": "\n"}, "content": "\n "}
+        normal = {"type": "Sequence", "normalizers": [strip, prepend, replace]}
     pattern = tokenizer.pattern or tokenizer.PATTERN
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -157,7 +156,7 @@ def written(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "version": "1.0",
         "added_tokens": [{"id": tokenizer.pad + n, "content": name, **special} for n, name in enumerate(names())],
-        "normalizer": {"type": "Sequence", "normalizers": [strip, *normal]},
+        "normalizer": normal,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
