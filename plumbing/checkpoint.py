@@ -76,6 +76,8 @@ def load_checkpoint(
 
 def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transformer:
     """A model without memory for its weights. Raises ValueError if its weights would not have these shapes."""
+    if "embedding.new" in shapes:
+        raise ValueError("it holds adapters alone: go on with the --lora of its run, or take another --out")
     layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if layers != config.n_layer:
         raise ValueError(f"its config has {config.n_layer} layers, its weights have {layers}")
