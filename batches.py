@@ -10,6 +10,7 @@ from data import Example, read_split
 from methods import MethodConfig, encode
 from noise import Batch, Sequence, make_batch
 from plumbing.settings import locate
+from pretrained.llama import look
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ class TrainingData:
             raise ValueError(f"--ahead {config.ahead}: --method {method_config.method} writes nothing left to right")
         folder, self.config = locate(config.data), config
         say(f"reading {folder}")
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        train, validation = (read_split(folder / f"{split}.jsonl") for split in ("train", "val"))
+        self.tokenizer, init = Tokenizer.load(folder / "tokenizer.json"), locate(config.init or ".")
+        self.pretrained = look(init, self.tokenizer.unit) if config.init and init.is_dir() else None
+        if self.pretrained:
+            self.tokenizer = self.pretrained.tokenizer
+        train, validation = (read_split(folder / f"{split}.jsonl", self.tokenizer) for split in ("train", "val"))
         if not train or not validation:
             raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
                              "expected some of each")  # fmt: skip

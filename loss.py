@@ -53,10 +53,10 @@ class JointLoss(nn.Module):
         Padding, keys that the mask hides and logits that no target needs are not counted.
         """
         model, (any_token, slot_token) = self.model, batch.places
-        embedding = model.embedding.weight
-        blocks = batch.n_tokens * (model.flops_per_token(batch.n_keys / batch.n_tokens) - 2 * embedding.numel())
-        logits = len(any_token) * len(embedding) + len(slot_token) * self.slot_tokens
-        return 3 * (blocks + 2 * embedding.shape[1] * logits)
+        size, width = model.config.vocab_size, model.config.d_model
+        blocks = batch.n_tokens * (model.flops_per_token(batch.n_keys / batch.n_tokens) - 2 * size * width)
+        logits = len(any_token) * size + len(slot_token) * self.slot_tokens
+        return 3 * (blocks + 2 * width * logits)
 
 
 def counts(batch: Batch, weight: str) -> torch.Tensor:

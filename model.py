@@ -1,14 +1,17 @@
 """A small decoder in Llama's shape, with attention by three integers a token and an exact KV cache.
 
-RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings (Touvron et al. 2023, arXiv 2302.13971).
+RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings (Touvron et al. 2023, arXiv 2302.13971). What the
+published Llama, Qwen2 and Qwen3 have besides is in the last fields of the config (pretrained/llama.py fills them in).
 Nothing here knows about plans or spans: `see` (masks.py) says what each token sees.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import BACKENDS, choose
 from plumbing.linear import Linear
@@ -27,11 +30,22 @@ class ModelConfig:
     d_ff: int = setting(384, "hidden size of SwiGLU", at_least=1)
     rope_theta: float = setting(10000.0, "longest wavelength of RoPE, in positions / 2 pi", above=1)
     qk_norm: bool = setting(True, "RMSNorm on queries and keys (Qwen3); Llama has none")
+    head_dim: int = 0  # dimensions per head; 0: d_model / n_head
+    qkv_bias: bool = False  # a bias on queries, keys and values (Qwen2)
+    tied: bool = True  # the output layer is the embedding
+    norm_eps: float = 1e-5
+    rope_scaling: dict | None = None  # for long contexts, in the words of a transformers config: linear or llama3
+    half: str = "float16"  # type of 16 bits in which weights are shipped and a GPU samples
 
     def __post_init__(self) -> None:
         check(self)
-        if self.d_model % (2 * self.n_head):
+        if not self.head_dim and self.d_model % (2 * self.n_head):
             raise ValueError(f"--d_model {self.d_model}: expected an even multiple of --n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        if self.half not in ("float16", "bfloat16"):
+            raise ValueError(f"half {self.half!r}: expected float16 or bfloat16")
+        if self.rope_scaling:
+            slowed(torch.ones(1), **self.rope_scaling)  # TypeError for other words
         if self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head {self.n_head}: expected a multiple of --n_kv_head {self.n_kv_head}")
 
@@ -43,7 +57,7 @@ class KVCache:
     """
 
     def __init__(self, config, batch, length, device=None, dtype=None):
-        shape = (batch, length + 1, config.n_kv_head, config.d_model // config.n_head)
+        shape = (batch, length + 1, config.n_kv_head, config.head_dim)
         zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
         self.k, self.v = ([zeros() for _ in range(config.n_layer)] for _ in "kv")
         self.batch, self.junk = batch, length
@@ -61,12 +75,26 @@ class KVCache:
         return [cache[self.read, :n_keys].transpose(1, 2) for cache in caches]  # (B, Hkv, n_keys, hd) each
 
 
-def rope(position, head_dim, theta):
+def rope(position, head_dim, theta, scaling=None):
     """The factors of `rotate` (B, 1, T, head_dim) for RoPE (arXiv 2104.09864) at the given positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    if scaling:
+        frequency = frequency / scaling["factor"] * slowed(frequency, **scaling)
     angle = position[:, None, :, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def slowed(frequency, rope_type, factor, low_freq_factor=0, high_freq_factor=0, original_max_position_embeddings=0):
+    """By what to multiply frequencies that were divided by `factor`: 1, or `factor` for those that are kept.
+
+    `llama3` keeps the waves that the model saw more than high_freq_factor times in its original context.
+    """
+    if rope_type == "linear":
+        return 1.0
+    times = original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((times - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return 1 - kept + factor * kept
 
 
 def rotate(x, cos, sin):
@@ -86,12 +114,12 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.d_model // config.n_head
-        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
-        self.out = Linear(config.d_model, config.d_model)
+        self.head_dim = config.head_dim
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * self.head_dim, config.qkv_bias)
+        self.out = Linear(config.n_head * self.head_dim, config.d_model)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, 1e-5), nn.RMSNorm(self.head_dim, 1e-5)
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) for _ in "qk")
 
     def forward(self, x, rotation, attend, mask, store, columns=None):
         """Attention of x (B, T, D), or only of its `columns` (B, R) to keys and values of all: (B, T or R, D)."""
@@ -116,7 +144,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention_norm, self.ff_norm = nn.RMSNorm(config.d_model, 1e-5), nn.RMSNorm(config.d_model, 1e-5)
+        self.attention_norm, self.ff_norm = (nn.RMSNorm(config.d_model, config.norm_eps) for _ in range(2))
         self.attention = Attention(config)
         self.gate_up = Linear(config.d_model, 2 * config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
@@ -133,16 +161,19 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # tied: also the output layer
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)  # if tied, also the output layer
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, 1e-5)
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        if not config.tied:
+            self.output = nn.Embedding(config.vocab_size, config.d_model)
+        self.recompute = False  # gradient checkpointing: backward computes a block's activations once more
         self.attend_by("dense")
         self.apply(self._init)
 
     def attend_by(self, backend, dtype=torch.float32, sampling=False):
         """Choose what computes attention (attention.py) of queries in `dtype`."""
-        head_size = self.config.d_model // self.config.n_head
-        self.backend = BACKENDS[choose(backend, self.embedding.weight.device, dtype, head_size, sampling)]
+        device = self.embedding.weight.device
+        self.backend = BACKENDS[choose(backend, device, dtype, self.config.head_dim, sampling)]
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -160,26 +191,31 @@ class Transformer(nn.Module):
         """
         n_keys = n_keys or (token.shape[1] if cache is None else int(ranges.max()))
         prepare, attend = self.backend
-        mask, x = prepare(ranges, n_keys), self.embedding(token)
-        rotation = rope(position, self.config.d_model // self.config.n_head, self.config.rope_theta)
+        c, mask, x = self.config, prepare(ranges, n_keys), self.embedding(token)
+        rotation = rope(position, c.head_dim, c.rope_theta, c.rope_scaling)
         for layer, block in enumerate(self.blocks):
             if cache is None:
                 store = lambda k, v: (k, v)
             else:
                 store = lambda k, v, layer=layer: cache.update(layer, index, k, v, n_keys)
-            if columns is not None and layer == self.config.n_layer - 1:
+            if columns is not None and layer == c.n_layer - 1:
                 x = block(x, rotation, attend, prepare(*pick_columns(columns, ranges), n_keys), store, columns)
+            elif self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, attend, mask, store, use_reentrant=False)
             else:
                 x = block(x, rotation, attend, mask, store)
         return self.norm(x)
 
     def logits(self, hidden, n_tokens=None):
         """(..., D) -> (..., n_tokens), logits of the first n_tokens ids (default: all)."""
-        return F.linear(hidden, self.embedding.weight[:n_tokens])
+        layer = self.embedding if self.config.tied else self.output
+        return F.linear(hidden, layer.weight[:n_tokens])
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, n_keys):
         """Forward FLOPs of a token that sees n_keys keys (multiply-adds count 2; training costs 3x)."""
-        return 2 * self.n_params() + 4 * self.config.n_layer * self.config.d_model * n_keys
+        c = self.config
+        looked_up = 0 if c.tied else c.vocab_size * c.d_model  # without arithmetic
+        return 2 * (self.n_params() - looked_up) + 4 * c.n_layer * c.n_head * c.head_dim * n_keys

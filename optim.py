@@ -28,6 +28,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, updates = [], []
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
@@ -54,29 +56,47 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
+def only_new_tokens(model: Transformer, first: int) -> None:
+    """Drop all gradients but those of the embeddings of the tokens from `first` on."""
+    for name, p in model.named_parameters():
+        if name in ("embedding.weight", "output.weight"):
+            p.grad[:first] = 0
+        elif name not in ("embedding.new", "output.new"):
+            p.grad = None
+
+
 class Optimizer:
-    """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule."""
+    """Muon for the matrices of the blocks, AdamW for embedding and norms, and their shared schedule.
+
+    A model with adapters (pretrained/lora.py) has AdamW alone.
+    """
 
     def __init__(self, model: Transformer, config: "TrainConfig"):
+        self.config, self.peaks = config, (config.lr, config.adam_lr)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if len(trained) < len([*model.parameters()]):
+            self.parts, self.peaks = (torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0),), self.peaks[1:]
+            return
         attention, c = [block.attention for block in model.blocks], model.config
-        kv = c.d_model // c.n_head * c.n_kv_head
+        kv = c.head_dim * c.n_kv_head
         groups = [
-            dict(params=[layer.qkv.weight for layer in attention], rows=[c.d_model, kv, kv]),
+            dict(params=[layer.qkv.weight for layer in attention], rows=[c.head_dim * c.n_head, kv, kv]),
             dict(params=[block.gate_up.weight for block in model.blocks], rows=[c.d_ff, c.d_ff]),
             dict(params=[layer.out.weight for layer in attention] + [block.down.weight for block in model.blocks]),
         ]
         muon = Muon(groups, config.lr, weight_decay=config.weight_decay)
         norms = [p for p in model.parameters() if p.ndim == 1]
-        decayed, others = dict(params=[model.embedding.weight]), dict(params=norms, weight_decay=0.0)
+        embeddings = [p for name, p in model.named_parameters() if name in ("embedding.weight", "output.weight")]
+        decayed, others = dict(params=embeddings), dict(params=norms, weight_decay=0.0)
         adam = torch.optim.AdamW([decayed, others], config.adam_lr, (0.9, 0.99), weight_decay=config.weight_decay)
-        self.parts, self.config = (muon, adam), config
+        self.parts = muon, adam
 
     def step(self, step: int) -> None:
         """Update the weights with their gradients at the rates of update number `step`."""
         c = self.config
         falling = c.decay * max(c.steps - c.warmup, 1)
         fraction = min((step + 1) / max(c.warmup, 1), (c.steps - step) / falling, 1)
-        for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
+        for part, peak in zip(self.parts, self.peaks):
             for group in part.param_groups:
                 group["lr"] = peak * fraction
             part.step()

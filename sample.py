@@ -145,7 +145,9 @@ class Sampler(Predictions):
         """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
         method = decoded_as(trained_by(info, path), config.decode)
-        return cls(model.to(devices.sampling_dtype(device)), tokenizer, config, method, drafter)
+        dtype = devices.sampling_dtype(device)
+        dtype = getattr(torch, model.config.half) if dtype == torch.float16 else dtype
+        return cls(model.to(dtype), tokenizer, config, method, drafter)
 
     def begin(self, prompts):
         """Answers to prompts in their first phase. Raises ValueError if a prompt is too long."""

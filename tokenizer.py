@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
@@ -41,15 +42,19 @@ class Tokenizer:
 
     PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-    def __init__(self, tokens: Iterable[bytes], unit: int = 10):
-        """`tokens`: the byte string of each text token, in order of rank. `unit`: tokens per unit of length."""
+    def __init__(self, tokens: Iterable[bytes], unit: int = 10, pattern: str | None = None, normal: str | None = None):
+        """`tokens`: the byte string of each text token, in order of rank. `unit`: tokens per unit of length.
+
+        Of a pretrained model (pretrained/tokens.py): `pattern`, by which it cuts text into words, and `normal`, the
+        Unicode normal form that it puts text into first. Its lines do not begin with a space.
+        """
         if type(unit) is not int or not 1 <= unit <= MAX_UNIT:
             raise ValueError(f"unit {unit!r}: expected a whole number of tokens, 1 to {MAX_UNIT}")
-        self.tokens, self.unit = list(tokens), unit
+        self.tokens, self.unit, self.pattern, self.normal = list(tokens), unit, pattern, normal
         n, names = len(self.tokens), [*TAGS, *(f"<length {i}>" for i in range(1, MAX_LENGTH + 1))]
         self.encoding = tiktoken.Encoding(
             "planned-diffusion",
-            pat_str=self.PATTERN,
+            pat_str=pattern or self.PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)},
             special_tokens={name: n + i for i, name in enumerate(names)},
         )
@@ -76,15 +81,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a tag typed in it is text. White space at its ends is dropped."""
-        return self.encoding.encode_ordinary(_spaced(text))
+        text = _spaced(text) if self.pattern is None else text.strip()
+        return self.encoding.encode_ordinary(unicodedata.normalize(self.normal, text) if self.normal else text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of text tokens; `[PAD]` is dropped, any other tag is a ValueError.
 
-        `decode(encode(text))` is `text.strip()`; bytes that are no character become U+FFFD.
+        `decode(encode(text))` is `text.strip()`, in normal form; bytes that are no character become U+FFFD.
         """
         text = self.encoding.decode([self._text_id(i) for i in ids if i != self.pad], errors="replace")
-        return text.replace("\n ", "\n").strip()
+        return (text.replace("\n ", "\n") if self.pattern is None else text).strip()
 
     def _text_id(self, i: int) -> int:
         if not 0 <= i < self.pad:
@@ -130,7 +136,8 @@ class Tokenizer:
     def to_json(self) -> str:
         """The tokenizer as ASCII text; `from_json` reads it back exactly."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        return json.dumps({"unit": self.unit, "tokens": tokens})
+        pretrained = {"pattern": self.pattern, "normal": self.normal} if self.pattern is not None else {}
+        return json.dumps({"unit": self.unit, **pretrained, "tokens": tokens})
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -138,11 +145,14 @@ class Tokenizer:
         try:
             saved = json.loads(text)
             tokens, unit = [base64.b64decode(token, validate=True) for token in saved["tokens"]], saved["unit"]
+            pattern, normal = saved.get("pattern"), saved.get("normal")
         except (KeyError, TypeError, RecursionError):
             raise ValueError("expected an object with 'unit', a number, and 'tokens', base64 texts") from None
+        if not isinstance(pattern, str | None) or normal not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise ValueError("expected a regular expression in 'pattern' and a Unicode normal form in 'normal'")
         if tokens[:256] != [bytes([b]) for b in range(256)] or b"" in tokens or len(set(tokens)) < len(tokens):
             raise ValueError("expected the 256 bytes, then longer tokens, each once")
-        return cls(tokens, unit)
+        return cls(tokens, unit, pattern, normal)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -22,11 +22,13 @@ from drafts import TERMS
 from loss import JointLoss, counts, validate, validate_streams
 from methods import MethodConfig
 from model import ModelConfig, Transformer
-from optim import Optimizer
+from optim import Optimizer, only_new_tokens
 from plumbing.bookkeeping import CtrlC, Log, Processes, Progress
 from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.device import CHOICES, fast_dtype
 from plumbing.settings import add_settings, check, command, locate, pick, setting
+from pretrained.llama import load
+from pretrained.lora import adapt, merged, restore, save_adapter, trained
 
 
 @dataclass
@@ -35,7 +37,13 @@ class TrainConfig:
 
     data: str = setting("data/tasks", "folder of a data set, written by its prepare.py")
     out: str = setting("runs/tasks", "folder of checkpoint and log; an interrupted run in it is resumed")
-    init: str = setting("", "checkpoint to start from, such as an autoregressive model as warm-up")
+    init: str = setting("", "what to start from: a checkpoint, such as an autoregressive model as warm-up, or the folder "
+                            "of a pretrained model (docs/your-own-model.md)")  # fmt: skip
+    new_only: int = setting(0, "first updates, which train the embeddings of tags and lengths alone", at_least=0)
+    lora: int = setting(0, "rank of adapters that are trained in place of a pretrained model's weights; 0: no adapters",
+                        at_least=0, at_most=1024)  # fmt: skip
+    lora_alpha: float = setting(32.0, "adapters are scaled by lora_alpha / lora", above=0)
+    recompute: bool = setting(False, "gradient checkpointing: less memory for a third more time")
     steps: int = setting(10000, "updates", at_least=1)
     batch: int = setting(8, "sequences per micro-batch", at_least=1)
     accumulate: int = setting(1, "micro-batches per update, over all processes", at_least=1)
@@ -87,7 +95,8 @@ class Trainer:
         self.data = TrainingData(config, method_config, self.processes.say)
         self.tokenizer, dtype = self.data.tokenizer, fast_dtype(self.device)
         torch.manual_seed(config.seed)
-        self.model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
+        self.model = self.new_model(model_config, dtype)
+        self.model.recompute = config.recompute
         self.model.attend_by(config.attention, dtype)
         if config.compile:
             self.model.compile(dynamic=True)
@@ -95,6 +104,22 @@ class Trainer:
         self.shared_loss = self.processes.exchanging_gradients(self.loss)
         self.optimizer, self.progress = Optimizer(self.model, config), Progress(config.steps, self.device)
         self.stopping = False  # since an update noticed Ctrl-C
+
+    def new_model(self, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
+        """The model that the training begins with, on its device: random, or pretrained, with adapters if asked for."""
+        c, pretrained = self.config, self.data.pretrained
+        if not pretrained:
+            if c.lora:
+                raise ValueError(f"--lora {c.lora}: expected --init FOLDER, of a pretrained model")
+            return Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
+        if model_config != ModelConfig():
+            raise ValueError(f"--init {c.init}: its config.json decides the shape of the model, so leave out --n_layer, "
+                             "--d_model and the like")  # fmt: skip
+        self.processes.say(f"reading the weights of {c.init}")
+        model = load(pretrained, self.device, dtype if c.lora else torch.float32)
+        if c.lora:
+            adapt(model, c.lora, c.lora_alpha, self.tokenizer.pad)
+        return model
 
     def update(self) -> torch.Tensor:
         """One update. Returns the loss of the global batch by terms, in nats per token, and its share of padding."""
@@ -113,6 +138,8 @@ class Trainer:
             (processes.count * (sums * weights).sum()).backward()
             losses += sums.detach()
         losses = processes.sum(losses / targets.float().to(self.device))
+        if step < c.new_only:
+            only_new_tokens(self.model, self.tokenizer.pad)
         nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step(step)
         self.model.zero_grad()
@@ -139,7 +166,7 @@ class Run:
         self.log: Log | None = None
         if self.checkpoint.exists():
             self.resume()
-        elif self.config.init:
+        elif self.config.init and not trainer.data.pretrained:
             self.take_weights(locate(self.config.init))
 
     def take_weights(self, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -153,7 +180,8 @@ class Run:
 
     def resume(self) -> None:
         """Go on with an interrupted run. Raises ValueError if it had other settings."""
-        info, state = self.take_weights(self.checkpoint)
+        adapted = self.config.lora > 0
+        info, state = restore(self.checkpoint, self.trainer.model) if adapted else self.take_weights(self.checkpoint)
         new = asdict(self.config) | asdict(self.trainer.data.method)
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:
@@ -205,13 +233,22 @@ class Run:
                 self.progress.recent = []
 
     def save(self) -> None:
-        """Write all that the run needs to go on, after what a finished run leaves: float16 weights alone."""
+        """Write all that the run needs to go on, after what a finished run leaves."""
         if self.log:
             self.progress.row()  # refuses losses that are not finite
             self.log.to_disk()
             if self.progress.step == self.config.steps:
-                self.write(self.model, dtype=torch.float16)
-            self.write(self.checkpoint, state=self.trainer.optimizer.state())
+                self.finish()
+            adapters = {"weights": trained(self.trainer.model)} if self.config.lora else {}
+            self.write(self.checkpoint, state=self.trainer.optimizer.state(), **adapters)
+
+    def finish(self) -> None:
+        """Write what a finished run leaves: weights in 16 bits, any adapters merged, and these also as `peft` has them."""
+        c, model = self.config, self.trainer.model
+        if c.lora:
+            save_adapter(self.out / "adapter", model, c.init, c.lora, c.lora_alpha)
+        weights = {"weights": merged(model)} if c.lora else {"dtype": getattr(torch, model.config.half)}
+        self.write(self.model, **weights)
 
     def write(self, path: Path, **more: Any) -> None:
         """Save the model and how it was made; `more` goes to save_checkpoint."""
@@ -233,7 +270,7 @@ class Run:
                 self.log.write(row)
             progress.recent = []
         if self.log and progress.step == c.steps and not self.model.exists():  # the run was killed before it wrote that
-            self.write(self.model, dtype=torch.float16)
+            self.finish()
 
 
 def main() -> None:

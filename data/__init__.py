@@ -174,15 +174,21 @@ class _Sizes:
 # ---------------------------------------------------------------- reading
 
 
-def read_split(path: str | Path) -> list[Example]:
-    """Examples of a .jsonl file. Raises ValueError that names file and line of what is wrong."""
+def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Example]:
+    """Examples of a .jsonl file. Raises ValueError that names file and line of what is wrong.
+
+    For another `tokenizer` than that of the data set, such as a pretrained model's, span lengths are counted anew.
+    """
     path, examples = Path(path), []
     if not path.exists():
         raise ValueError(f"{path} does not exist: `python {path.parent / 'prepare.py'}` writes it, or, for data of "
                          "your own, a script as in data/README.md")  # fmt: skip
+    own = path.with_name("tokenizer.json")
+    anew = tokenizer and own.exists() and own.read_text(encoding="utf-8") != tokenizer.to_json()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text may hold other line breaks
         try:
-            examples.append(_read_line(line))
+            example = _read_line(line)
+            examples.append(_with_lengths(example, tokenizer) if anew else example)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         except RecursionError:

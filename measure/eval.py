@@ -137,7 +137,7 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
         sampler.drafter = Drafter.load(config.draft, sampler.tokenizer, place)
     folder = locate(config.data)
     path = folder / f"{config.split}.jsonl"
-    examples = read_split(path)[: config.limit or None]
+    examples = read_split(path, sampler.tokenizer)[: config.limit or None]
     if not examples:
         raise ValueError(f"{path} has no examples: name another --split")
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]

@@ -22,13 +22,16 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: str | Path, model: Transformer, tokenizer: Tokenizer, info: dict[str, Any],
-                    state: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                    state: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None,
+                    weights: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
     """Write model, tokenizer and `info` (a dict for JSON), with optimizer tensors `state`.
 
-    The file appears whole or not at all. `dtype` converts the weights (float16 halves what is shipped).
+    The file appears whole or not at all. `dtype` converts the weights (float16 halves what is shipped); `weights`
+    are saved in place of the model's.
     Raises ValueError if a tensor is not finite, OSError if the file cannot be written; an old file then stays.
     """
-    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    tensors = {f"model.{name}": p.detach().to(dtype or p.dtype).contiguous() for name, p in weights.items()}
     tensors |= {f"state.{name}": value for name, value in (state or {}).items()}
     if name := not_finite(tensors):
         raise ValueError(f"{path} is not written: {name} is no longer finite, the training has diverged")
@@ -73,6 +76,8 @@ def load_checkpoint(
 
 def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transformer:
     """A model without memory for its weights. Raises ValueError if its weights would not have these shapes."""
+    if "embedding.new" in shapes:
+        raise ValueError("it holds adapters alone: go on with the --lora of its run, or take another --out")
     layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if layers != config.n_layer:
         raise ValueError(f"its config has {config.n_layer} layers, its weights have {layers}")

@@ -11,21 +11,22 @@ LARGE = 1 << 24  # multiplications; smaller products take longer this way
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, of which a part of the outputs can be asked for."""
+    """A linear layer, of which a part of the outputs can be asked for."""
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__(n_in, n_out, bias)
         self.packed: dict | None = None  # (first, last) -> packed weights; None: never pack
 
     def forward(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Outputs [first, last) of x (..., n_in): all by default."""
         weight = self.weight if (first, last) == (0, None) else self.weight[first:last]
+        bias = None if self.bias is None else self.bias[first:last]
         large = x.numel() * len(weight) >= LARGE
         if self.packed is None or not large or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(x, weight)
+            return F.linear(x, weight, bias)
         if (first, last) not in self.packed:
             self.packed[first, last] = torch.ops.mkldnn._reorder_linear_weight(weight.clone())
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[first, last], bias, "none", [], "")
 
 
 def pack(model: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """The transformer against a naive one, and its cache against a fresh forward."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -40,28 +43,44 @@ def span_entries(layout, round_, span):
 # ---------------------------------------------------------------- the transformer, written naively
 
 
-def naive_norm(x, weight):
-    return x / (x.pow(2).mean() + 1e-5) ** 0.5 * weight
+def naive_norm(x, weight, eps=1e-5):
+    return x / (x.pow(2).mean() + eps) ** 0.5 * weight
 
 
-def naive_rope(x, position, theta):
+def naive_scaling(frequency, rope_type, factor, low_freq_factor=0, high_freq_factor=0,
+                  original_max_position_embeddings=0):  # fmt: skip
+    """As in Llama's published code: by the wavelength, long waves are stretched, short ones kept."""
+    wavelength = 2 * math.pi / frequency
+    if rope_type == "linear" or wavelength > original_max_position_embeddings / low_freq_factor:
+        return frequency / factor
+    if wavelength < original_max_position_embeddings / high_freq_factor:
+        return frequency
+    smooth = original_max_position_embeddings / wavelength - low_freq_factor
+    smooth /= high_freq_factor - low_freq_factor
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def naive_rope(x, position, theta, scaling=None):
     """Turn each pair (x_i, x_{i + half}), a complex number, by position * theta^(-2i / head_dim) radians."""
     half = len(x) // 2
-    turn = torch.tensor([position * theta ** (-2 * i / len(x)) for i in range(half)], dtype=torch.double)
+    frequencies = [theta ** (-2 * i / len(x)) for i in range(half)]
+    frequencies = [naive_scaling(f, **scaling) for f in frequencies] if scaling else frequencies
+    turn = torch.tensor([position * f for f in frequencies], dtype=torch.double)
     turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * turn)
     return torch.cat([turned.real, turned.imag])
 
 
 def naive_attention(block, x, position, ranges, config):
     """A softmax a query and head over the keys that its three integers name."""
-    T, hd, group = len(x), config.d_model // config.n_head, config.n_head // config.n_kv_head
-    heads = (x @ block.qkv.weight.T).view(T, -1, hd)
+    T, hd, group = len(x), config.head_dim, config.n_head // config.n_kv_head
+    heads = (x @ block.qkv.weight.T + (block.qkv.bias if config.qkv_bias else 0)).view(T, -1, hd)
     kv = config.n_head + config.n_kv_head
     q, k, v = heads[:, : config.n_head], heads[:, config.n_head : kv], heads[:, kv:]
     out = torch.zeros(T, config.n_head, hd, dtype=x.dtype)
     for h in range(config.n_head):
         norms = (block.q_norm.weight, block.k_norm.weight) if config.qk_norm else (None, None)
-        turned = [[naive_rope(row if w is None else naive_norm(row, w), int(p), config.rope_theta)
+        turned = [[naive_rope(row if w is None else naive_norm(row, w, config.norm_eps), int(p), config.rope_theta,
+                              config.rope_scaling)
                    for row, p in zip(rows, position)] for rows, w in zip((q[:, h], k[:, h // group]), norms)]  # fmt: skip
         for i, (prefix, begin, end) in enumerate(ranges.tolist()):
             keys = sorted({*range(prefix), *range(begin, end)})
@@ -72,18 +91,26 @@ def naive_attention(block, x, position, ranges, config):
 
 def naive_forward(model, token, position, ranges):
     """Hidden states (T, D) of one sequence, in double precision."""
-    x = model.embedding.weight[token]
+    x, norm = model.embedding.weight[token], partial(naive_norm, eps=model.config.norm_eps)
     for block in model.blocks:
-        normed = torch.stack([naive_norm(row, block.attention_norm.weight) for row in x])
+        normed = torch.stack([norm(row, block.attention_norm.weight) for row in x])
         x = x + naive_attention(block.attention, normed, position, ranges, model.config)
-        normed = torch.stack([naive_norm(row, block.ff_norm.weight) for row in x])
+        normed = torch.stack([norm(row, block.ff_norm.weight) for row in x])
         gate, up = (normed @ block.gate_up.weight.T).chunk(2, dim=-1)
         x = x + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
-    return torch.stack([naive_norm(row, model.norm.weight) for row in x])
+    return torch.stack([norm(row, model.norm.weight) for row in x])
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+          "original_max_position_embeddings": 40.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("config", [{}, {"qk_norm": False}, {"n_kv_head": 4}, {"n_kv_head": 1, "rope_theta": 100.0}])
+@pytest.mark.parametrize("config", [
+    {}, {"qk_norm": False}, {"n_kv_head": 4}, {"n_kv_head": 1, "rope_theta": 100.0}, {"head_dim": 16, "norm_eps": 0.1},
+    {"qkv_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    {"rope_scaling": LLAMA3, "rope_theta": 100.0},
+])  # fmt: skip
 def test_forward_is_the_naive_softmax_over_the_visible_keys(tokenizer, attention, config):
     model = small_model(tokenizer.vocab_size, **config)
     example = Example("", (Round("", (Span("food", "fish", 1), Span("play", "", 1))), Round("In")))
@@ -101,6 +128,33 @@ def test_only_relative_positions_matter(model, tokenizer):
         here, shifted, stretched = (model(token, p, ranges) for p in (position, position + 100, position * 2))
     torch.testing.assert_close(here, shifted, atol=1e-4, rtol=1e-4)
     assert (here - stretched).abs().max() > 0.1
+
+
+def test_the_waves_of_the_test_are_stretched_partly_stretched_and_kept():
+    waves = [100.0 ** (-2 * i / 8) for i in range(4)]
+    ratios = [round(naive_scaling(f, **LLAMA3) / f, 6) for f in waves]
+    assert ratios[0] == 1 and ratios[-1] == 0.25 and any(0.25 < ratio < 1 for ratio in ratios)
+
+
+def test_an_output_layer_of_its_own_gives_the_logits_and_costs_nothing_to_look_up(tokenizer):
+    model, tied = small_model(tokenizer.vocab_size, tied=False), small_model(tokenizer.vocab_size)
+    hidden = torch.randn(2, model.config.d_model, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(hidden, 17), hidden @ model.output.weight[:17].T)
+    assert model.flops_per_token(5) == tied.flops_per_token(5)
+
+
+def test_recomputed_blocks_give_the_same_gradients(tokenizer):
+    grads, sizes = [], []
+    for recompute in (False, True):
+        model, kept = small_model(tokenizer.vocab_size), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            hidden = model(*inputs(encode_example(OTTER, tokenizer)))
+        hidden.square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+        sizes.append(sum(kept))
+    torch.testing.assert_close(*grads)
+    assert sizes[1] < sizes[0] / 3
 
 
 def test_logits_can_be_restricted_to_the_first_ids_and_are_tied_to_the_embedding(model):

@@ -32,6 +32,7 @@ from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
 from plumbing.files import atomic
 from plumbing.settings import add_settings, check, command, locate, pick, setting
+from pretrained.tokens import read
 from tags import plain_text
 from tokenizer import Tokenizer
 
@@ -46,7 +47,8 @@ class PrepareConfig:
     form: str = setting("", "form of the records, if their fields do not tell", among=("", *FORMS))
     annotations: str = setting("", "file (.jsonl) of plans made elsewhere, used where they fit (prompt.md)")
     requests: str = setting("", "file (.jsonl) to write what to ask a large model for such plans")
-    tokenizer: str = setting("", "tokenizer.json to use, such as that of an earlier data set; empty: train one")
+    tokenizer: str = setting("", "what to use: tokenizer.json of an earlier data set, or folder of a pretrained model; "
+                                 "empty: train one")  # fmt: skip
     show: int = setting(0, "print the first so many annotated examples", at_least=0)
     max_bad: int = setting(100, "most records that may be unusable", at_least=0)
     max_tokens: int = setting(1024, "leave out records with more tokens of prompt and answer", at_least=1)
@@ -252,7 +254,8 @@ def main() -> None:
     config = pick(PrepareConfig, args)
     survey = Survey(args.files, config)
     if config.tokenizer:
-        tokenizer = Tokenizer.load(locate(config.tokenizer))
+        path = locate(config.tokenizer)
+        tokenizer = read(path, config.unit)[0] if path.is_dir() else Tokenizer.load(path)
     else:
         tokenizer = Tokenizer.train(survey.texts(), config.vocab_size, config.unit)
     decider = write(args.files, config, survey, tokenizer)

@@ -1,0 +1,1 @@
+"""Models trained elsewhere: their weights and tokenizers in, ours out, and low-rank training."""

@@ -1,0 +1,148 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the pretrained weights W stay, W + alpha / r * B A is used.
+
+Trained are A and B of every linear layer, and the embeddings of tags and lengths. Names and files are those of `peft`.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from model import Transformer
+from plumbing.checkpoint import UNREADABLE
+from plumbing.files import atomic, write_whole
+from plumbing.linear import Linear
+from pretrained.llama import places
+
+LAYERS = ("attention.qkv", "attention.out", "gate_up", "down")  # of a block
+
+
+class Adapted(nn.Module):
+    """A linear layer that stays as it is, and adapters for each of the matrices in it."""
+
+    def __init__(self, base: Linear, rows: list[int], rank: int, alpha: float):
+        """`rows`: how many outputs each of its matrices has."""
+        super().__init__()
+        self.base, self.scale, place = base, alpha / rank, base.weight.device
+        self.a = nn.ParameterList(torch.empty(rank, base.in_features, device=place) for _ in rows)
+        self.b = nn.ParameterList(torch.zeros(n, rank, device=place) for n in rows)  # so that training begins with W
+        for a in self.a:
+            nn.init.kaiming_uniform_(a, math.sqrt(5))
+
+    def forward(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Outputs [first, last) of x (..., n_in): all by default."""
+        added = torch.cat([F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b)], dim=-1)
+        return self.base(x, first, last) + self.scale * added[..., first:last]
+
+    def merged(self) -> torch.Tensor:
+        """The weights of a plain layer that computes the same, in float32."""
+        return self.base.weight.float() + self.scale * torch.cat([b @ a for a, b in zip(self.a, self.b)])
+
+
+class NewRows(nn.Module):
+    """An embedding of which only the last rows, those of new tokens, are trained."""
+
+    def __init__(self, base: nn.Embedding, first: int):
+        super().__init__()
+        self.old = nn.Parameter(base.weight.detach()[:first].clone(), requires_grad=False)
+        self.new = nn.Parameter(base.weight.detach()[first:].float())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([self.old, self.new.to(self.old.dtype)])
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token, self.weight).to(self.new.dtype)
+
+
+def adapt(model: Transformer, rank: int, alpha: float, first_new: int) -> None:
+    """Give a model adapters, and train nothing else but the embeddings of the tokens from `first_new` on."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.float() if p.ndim == 1 else p.data  # norms and biases: small, and not multiplied in 16 bits
+    table = places(model.config)
+    for n, block in enumerate(model.blocks):
+        for name in LAYERS:
+            owner, _, layer = name.rpartition(".")
+            owner, rows = block.get_submodule(owner), [rows for _, rows in table[f"blocks.{n}.{name}.weight"]]
+            setattr(owner, layer, Adapted(getattr(owner, layer), rows, rank, alpha))
+    model.embedding = NewRows(model.embedding, first_new)
+    if not model.config.tied:
+        model.output = NewRows(model.output, first_new)
+
+
+def trained(model: Transformer) -> dict[str, torch.Tensor]:
+    """What is trained of an adapted model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merged(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of a plain Transformer that computes the same, on the CPU, in the 16-bit type of the model."""
+    weights, half = {}, getattr(torch, model.config.half)
+    for name in places(model.config):
+        layer, _, kind = name.rpartition(".")
+        module = model.get_submodule(layer)
+        if isinstance(module, Adapted):
+            value = module.merged() if kind == "weight" else module.base.bias
+        else:
+            value = getattr(module, kind)
+        weights[name] = value.detach().to("cpu", half)
+    return weights
+
+
+def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Take what a checkpoint holds of an adapted model (`trained`). Returns its info and state. Raises ValueError."""
+    try:
+        with safe_open(path, "pt") as file:
+            info, tensors = json.loads(file.metadata()["info"]), {name: file.get_tensor(name) for name in file.keys()}
+        targets = trained(model)
+        if {f"model.{name}": p.shape for name, p in targets.items()} != {
+            name: value.shape for name, value in tensors.items() if name.startswith("model.")
+        }:
+            raise ValueError("it holds other adapters than this run trains")
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no checkpoint of this run ({error}): take the same settings, or another --out") from None
+    with torch.no_grad():
+        for name, p in targets.items():
+            p.copy_(tensors[f"model.{name}"])
+    device = model.norm.weight.device
+    return info, {name[6:]: value.to(device) for name, value in tensors.items() if name.startswith("state.")}
+
+
+# ---------------------------------------------------------------- peft
+
+
+def save_adapter(folder: Path, model: Transformer, base: str, rank: int, alpha: float) -> None:
+    """Write an adapted model's adapters as `peft` loads them, on top of what pretrained/export.py makes of `base`."""
+    tensors, targets = {}, set()
+    for name, parts in places(model.config).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        names = ["base_model.model." + theirs.removesuffix(".weight") for theirs, _ in parts]
+        if isinstance(module, NewRows):
+            tensors[f"{names[0]}.token_adapter.trainable_tokens_delta"] = module.new
+        elif isinstance(module, Adapted) and name.endswith(".weight"):
+            for theirs, a, b in zip(names, module.a, module.b):
+                targets.add(theirs.rpartition(".")[2])
+                tensors |= {f"{theirs}.lora_A.weight": a, f"{theirs}.lora_B.weight": b}
+    new = [*range(len(model.embedding.old), model.config.vocab_size)]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "trainable_token_indices": {"embed_tokens": new} | ({} if model.config.tied else {"lm_head": new}),
+        "inference_mode": True,
+    }
+    with atomic(folder / "adapter_model.safetensors") as temporary:
+        save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()}, temporary, {"format": "pt"})
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
