@@ -35,6 +35,7 @@ class TrainingData:
         if not train or not validation:
             raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
                              "expected some of each")  # fmt: skip
+        train = train[: config.train_on or None]
         self.method = method_config.fitted(train, self.tokenizer)
         self.train = list(self._encoded(train, say, config.extra_pads))
         self.validation = list(self._encoded(validation[: config.validate_on], say))

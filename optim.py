@@ -74,7 +74,8 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update the weights with their gradients at the rates of update number `step`."""
         c = self.config
-        fraction = min((step + 1) / max(c.warmup, 1), (c.steps - step) / max(c.steps - c.warmup, 1))
+        falling = c.decay * max(c.steps - c.warmup, 1)
+        fraction = min((step + 1) / max(c.warmup, 1), (c.steps - step) / falling, 1)
         for part, peak in zip(self.parts, (c.lr, c.adam_lr)):
             for group in part.param_groups:
                 group["lr"] = peak * fraction

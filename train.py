@@ -52,12 +52,15 @@ class TrainConfig:
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)", at_least=0)
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding", at_least=0)
-    warmup: int = setting(100, "updates of linear warm-up; then the rates fall linearly to 0", at_least=0)
+    warmup: int = setting(100, "updates of linear warm-up", at_least=0)
+    decay: float = setting(1.0, "share of the updates, the last ones, in which the rates fall linearly to 0; before "
+                                "they are constant", above=0, at_most=1)  # fmt: skip
     device: str = setting("auto", f"where to train: {', '.join(CHOICES)}")
     attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
     compile: bool = setting(False, "torch.compile: faster after a minute, in which Ctrl-C waits; needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise", at_least=0, below=2**63)
+    train_on: int = setting(0, "training examples used, the first of the split; 0: all", at_least=0)
     validate_every: int = setting(1000, "updates between validations and checkpoints", at_least=1)
     validate_on: int = setting(128, "validation examples used during training", at_least=1)
     log_every: int = setting(50, "updates between lines of the log", at_least=1)

@@ -35,7 +35,8 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     if kind == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = kind == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # there since torch 2.6
+        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # there since torch 2.6
+        fast = kind == "cpu" and any(getattr(torch.cpu, ask, bool)() for ask in asks)
     return torch.bfloat16 if fast else torch.float32
 
 
