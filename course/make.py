@@ -96,14 +96,16 @@ def body_in_python(file: str, source: str, name: str) -> tuple[int, int, str]:
     """Where a function's body, without its docstring, begins and ends, and what replaces it."""
     node = ast.parse(source)
     for part in name.split("."):
-        kinds = (ast.FunctionDef, ast.ClassDef)
+        kinds, outer = (ast.FunctionDef, ast.ClassDef), node
         node = next((n for n in node.body if isinstance(n, kinds) and n.name == part), None)
         if node is None:
             raise ValueError(f"{file} has no function {name} any more: name its new name in the assignment")
-    if not ast.get_docstring(node):
+    documented = ast.get_docstring(node) or part == "__init__" and ast.get_docstring(outer)
+    if not documented:
         raise ValueError(f"{file}: {name} has no docstring, which would be its specification")
     lines = source.splitlines(keepends=True)
-    first, last = node.body[0].end_lineno, node.end_lineno
+    first = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+    last = node.end_lineno
     indent = " " * node.body[0].col_offset
     body = "".join(f"{indent}# {shape}\n" for line in lines[first:last] if (shape := shape_in(line)))
     body += f"{indent}raise NotImplementedError\n"
@@ -122,7 +124,7 @@ def body_in_cpp(file: str, source: str, name: str) -> tuple[int, int, str]:
     if not found:
         raise ValueError(f"{file} has no function {name} any more: name its new name in the assignment")
     above = re.sub(r"(template[^\n]*\n)+\Z", "", source[: found.start()]).splitlines()
-    if not above or not above[-1].startswith("//"):
+    if not above or not above[-1].lstrip().startswith("//"):
         raise ValueError(f"{file}: {name} has no comment above it, which would be its specification")
     end, depth = found.end(), 1
     while depth:
@@ -240,6 +242,11 @@ def wrong_sources(module: ModuleType, sources: dict[str, str]) -> dict[str, dict
     return found
 
 
+def wrong_folder(out: Path, wrong: Wrong) -> Path:
+    """Where an assignment's folder has a wrong solution."""
+    return out / "wrong" / re.sub(r"\W+", "-", wrong.name).strip("-")
+
+
 def make(number: int, out: Path, hidden_seeds: Sequence[int] = ()) -> None:
     """Write an assignment into the folder `out`, which must not exist. `hidden_seeds`: drawn if none are given."""
     path, files = assignments()[number], project_files()
@@ -259,13 +266,14 @@ def make(number: int, out: Path, hidden_seeds: Sequence[int] = ()) -> None:
                     "AGENTS.md": (COURSE / "for-assistants.md").read_text(encoding="utf-8")})  # fmt: skip
     with tempfile.TemporaryDirectory() as hidden:
         record(module, student, seeds, {PUBLIC: public, HIDDEN: Path(hidden)})  # before the bodies are left out
+        shutil.rmtree(student / ".cache", ignore_errors=True)  # of kernels that were compiled
         write(student, blanks)
         handed_out = {f: grade.digest(student / f) for f in [*files, "course/probes.py"]}
         write(public, {"files.json": json.dumps(handed_out, indent=1)})
         pack(out / "autograder.zip", student, Path(hidden))
     write(out / "solution", sources)
-    for name, texts in wrongs.items():
-        write(out / "wrong" / re.sub(r"\W+", "-", name).strip("-"), texts)
+    for wrong in module.WRONG:
+        write(wrong_folder(out, wrong), wrongs[wrong.name])
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def walk(grammar, tok, rng, longest):
     """States and numbers of allowed tokens along a random answer, with a token of each kind as likely as another."""
     import numpy as np
 
-    names, states, allowed, left = ["begin"], [grammar.state], [int(grammar.allowed().sum())], [grammar.positions_left]
+    names, states, allowed = ["begin"], [grammar.state], [int(grammar.allowed().sum())]
     while not grammar.done and len(names) < longest:
         tokens = np.flatnonzero(grammar.allowed())
         parts = [tokens[tokens < tok.pad], tokens[(tokens >= tok.pad) & (tokens <= tok.eos)], tokens[tokens > tok.eos]]
@@ -148,8 +148,8 @@ def walk(grammar, tok, rng, longest):
         token = int(part[rng.integers(len(part))])
         grammar.advance(token)
         names.append(tok.name(token)), states.append(grammar.state)
-        allowed.append(int(grammar.allowed().sum())), left.append(grammar.positions_left)
-    return {"names": names, "state": states, "allowed tokens": allowed, "positions left": left}
+        allowed.append(int(grammar.allowed().sum()))
+    return {"names": names, "state": states, "allowed tokens": allowed}
 
 
 @check(points=15, idea="each token leads to the state in which the grammar goes on: after a plan no text of its round",
