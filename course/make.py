@@ -181,8 +181,9 @@ Signatures, docstrings and the comments with shapes are their specification. Eve
 
 ## Tests and points
 
-    python course/grade.py                          # all public tests, with points
-    python course/grade.py --only {next(iter(probes_of(module)))}     # one of them
+    source .venv/bin/activate            # after `make test` or `make demo` has set it up, see README.md
+    python course/grade.py               # all public tests, with points
+    python course/grade.py --only {next(iter(probes_of(module)))}   # one of them
 
 | test | points | what it tests |
 |---|---|---|
@@ -191,13 +192,13 @@ Signatures, docstrings and the comments with shapes are their specification. Eve
 
 Half of a test's points is for its public inputs, half for hidden ones: other draws, and larger. For the first case that
 fails a test prints what was expected and what came. Tests of the project itself (tests/) may help too, but give no
-points. Set up Python as README.md says.
+points.
 
 ## What to hand in
 
-{" and ".join(f"`{file}`" for file in module.FUNCTIONS)}{", and your written answers" if written else ""}; new Python
-files of your own are allowed. Changes of other files are not handed in. AGENTS.md asks coding assistants to explain
-rather than to solve: you are on your honour.
+{" and ".join(f"`{file}`" for file in module.FUNCTIONS)}{", and your written answers" if written else ""}.
+New Python files of your own are allowed; changes of other files are not handed in. AGENTS.md asks coding assistants to
+explain rather than to solve: you are on your honour.
 """
 
 
