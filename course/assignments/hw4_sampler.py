@@ -51,13 +51,18 @@ of them compete. `certainty` gives a number per slot, `ranks` its rank among its
 - `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens a
   topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>` and
   `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not constrained
-  can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows.
-- Where the grammar allows one token, `force` writes it without a pass.
+  can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. `answer.cut`: constrained, and
+  `max_tokens` left nothing but `<eos>`; ask the grammar before you tell it.
+- Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before you
+  write on. (In assignment 5 `force` will also have to drop the draft of that token.)
 - A round after the first begins with `<sync/>` in the layout, as a token of the new round.
 - `begin` must not claim that anything is cached: `answer.cached` says how much is.
+- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase that the
+  table `DECODERS` names. `answer.method.repeat_topic` says whether a span begins with its topic.
 - `critical_path` counts every token that `write` takes, unless it was drafted.
 
-**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, `self.first` is the first entry of the scaffold.
+**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, as pairs: (first entry, last + 1) and its slots.
+`self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots.
 
 - What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans, whole.
 - After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that.
@@ -66,7 +71,7 @@ of them compete. `certainty` gives a number per slot, `ranks` its rank among its
 
 ## Hints
 
-1. *Nothing works end to end.* `python course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2
+1. *Nothing works end to end.* (The three `raise NotImplementedError` in `Phase` belong there.) `python course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2
    alone and `passes_by_hand` step 3 alone. The tests are in that order.
 2. *ceil of a float.* n s / S with whole numbers is exact enough for the sizes here; do not multiply by `steps_ratio`
    again.
@@ -198,23 +203,31 @@ def scribble(rng, answer, phase, rounds):
 
 
 def draw_plan(expected, came):
-    """Expected and came, as text."""
-    return f"expected {' '.join(expected['plan'])}\n    came {' '.join(came['plan'])}"
+    """Plans as text, where they differ."""
+    name = next(key for key in expected if expected[key] != came[key])
+    row = lambda table: " ".join(piece.strip() for piece in table[name]["plan"])
+    same = row(expected) == row(came)
+    return f"{name}: the plan is right, {row(came)}" if same else f"{name}\nexpected {row(expected)}\n    came {row(came)}"
 
 
 @check(points=15, idea="a plan is written into rounds and layout token by token; what the grammar forces takes no pass",
        draw=draw_plan)  # fmt: skip
 def plan_by_hand(rng, size):
+    return {f"at most {limit} tokens": planned(rng, limit, 1 + size) for limit in (12 + 4 * size, 40 + 30 * size)}
+
+
+def planned(rng, limit, rounds):
+    """What an answer of random plans has noted."""
     from decode import next_round
     from masks import PLAN
 
     tokenizer = small.tokenizer()
-    answer, phase = begun(tokenizer, max_tokens=40 + 30 * size)
+    answer, phase = begun(tokenizer, max_tokens=limit)
     forced, phases = 0, []
-    for _ in range(2 + size):
+    for _ in range(rounds + 1):
         if phase is None:
             break
-        phase, n = scribble(rng, answer, phase, 1 + size)
+        phase, n = scribble(rng, answer, phase, rounds)
         forced += n
         phases.append(type(phase).__name__)
         if phases[-1] == "Denoise":  # as if its spans were finished
@@ -236,7 +249,7 @@ def plan_by_hand(rng, size):
 def draw_layout(expected, came):
     """The scaffold's tokens."""
     name = next(key for key in expected if expected[key] != came[key])
-    row = lambda table: " ".join(table[name]["tokens"])
+    row = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
     return f"{name}\nexpected {row(expected)}\n    came {row(came)}"
 
 
@@ -419,6 +432,7 @@ WRONG = (
           "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
     Wrong("forced tokens take a pass", "decode.py", "while phase is self and self.config.constrained and (",
           "while False and (", ("plan_by_hand", "exact_cache")),
+    Wrong("cut not noted", "decode.py", "answer.cut = self.config.constrained and", "answer.cut = False and", "plan_by_hand"),
     Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
           "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
     Wrong("names of topics are text", "decode.py", "(round_.topics[-1][0] if round_.topics else round_.text)",
