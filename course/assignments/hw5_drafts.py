@@ -201,12 +201,12 @@ def stream_by_hand(rng, size):
         n, right = int(rng.integers(0, 5)), int(rng.integers(0, 6))
         stream.drafts, stream.probs = [int(token) for token in rng.integers(97, 123, n)], [None] * n
         stream.counted, stream.ends = [bool(rng.integers(4)) for _ in range(n)], bool(n and rng.integers(4) == 0)
-        stream.slots = 0 if stream.ends else int(rng.integers(0, 5))
+        stream.slots = 0 if stream.ends else int(rng.integers(0, 7))
         drafts = "".join(map(chr, stream.drafts))
         entries, readings = stream.entries(), stream.readings()
         replies = [Reply([d if i < right else d - 32], [i < right]) for i, d in enumerate(stream.drafts)]
         replies += [Reply([int(rng.integers(65, 91))], [False])] * (not stream.ends)
-        replies += [Reply([int(rng.integers(97, 123))], [False], float(rng.random() ** 0.5)) for _ in range(stream.slots)]
+        replies += [Reply([int(rng.integers(97, 123))], [False], float(rng.uniform(0.2, 0.9))) for _ in range(stream.slots)]
         own = "".join(chr(reply.tokens[0]) for reply in replies[: len(replies) - stream.slots])
         later = " ".join(f"{chr(r.tokens[0])} {r.confidence:.2f}" for r in replies[len(replies) - stream.slots :])
         slots, cached = stream.slots, stream.cached
@@ -351,9 +351,8 @@ WRONG = (
           ("stream_by_hand", "same_text")),
     Wrong("each draft as sure as it is alone", "decode.py", "confidence *= reply.confidence",
           "confidence = reply.confidence", "stream_by_hand"),
-    Wrong("text after the end of a span", "decode.py",
-          "stop = stream.drafts.index(self.tokenizer.pad) + 1 if self.tokenizer.pad in stream.drafts else left",
-          "stop = left", "same_text"),
+    Wrong("drafts that the grammar forbids", "decode.py", "if not grammar.allowed()[token]:\n                break",
+          "if grammar.done:\n                break", "same_text"),
     Wrong("forced tokens count as drafts", "decode.py", "stream.counted.append(forced is None)",
           "stream.counted.append(True)", ("same_text", "passes_saved")),
 )  # fmt: skip

@@ -150,7 +150,9 @@ def visited_tiles(rng, size):
         library = emulated(Path(folder))
     found = {"names": [], "mask": [], "visited": []}
     far = torch.zeros(70, 3, dtype=torch.long)
-    far[:, 0], far[3::7, 1], far[3::7, 2] = int(rng.integers(1, 70)), 200, int(rng.integers(260, 400))
+    far[:, 0] = int(rng.integers(1, 64))
+    far[32:, 0] += 64  # half of the rows see a tile that the others do not
+    far[35::7, 1], far[35::7, 2] = 200, int(rng.integers(260, 400))
     for name, ranges in (("layout", layout_ranges(rng, int(rng.integers(30, 90)), size)), ("far", far)):
         queries, keys = len(ranges), int(ranges.max())
         tiles, width = -(-queries // 64), -(-keys // 64)
