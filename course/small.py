@@ -1,4 +1,4 @@
-"""What the probes of assignments 4 and 5 run on: a small tokenizer, and small random models that plan and write.
+"""What probes run on: a small tokenizer, random examples, and small random models that plan and write.
 
 Everything is imported inside the functions, because a probe runs on the project of a submission.
 """
@@ -9,6 +9,8 @@ TEXT = (
     "It eats fish, crabs and frogs. In short: a playful river animal.",
     "Top 5 tips for the kitchen: sharpen the knife, taste, and rest the dough.",
 )
+PARTS = ("rivers and lakes", "fish", "", "crabs and frogs", "the otter")
+TOPICS = ("habitat", "food", "top 5 tips", "the kitchen")
 BIAS = dict(topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)  # added to logits, so that plans of several rounds come
 
 
@@ -23,6 +25,20 @@ def prompts(rng, n):
     """A few words each."""
     words = " ".join(TEXT).split()
     return [" ".join(rng.choice(words, int(rng.integers(1, 9)))) for _ in range(n)]
+
+
+def example(rng, tok, spans):
+    """An example whose rounds have so many spans each, some planned longer than their text needs."""
+    from data import Example
+    from tags import Round, Span
+
+    pick = lambda: PARTS[rng.integers(len(PARTS))]
+
+    def span(name):
+        text = pick()
+        return Span(name, text, tok.units(text) + int(rng.integers(2)))
+
+    return Example(TEXT[0][:20], tuple(Round(pick(), tuple(map(span, TOPICS[:n]))) for n in spans))
 
 
 def planner(rng, tokenizer, lengths=3, **bias):

@@ -1,5 +1,6 @@
 """Assignment 1: answers as tagged text, and the automaton that lets a model write plans that parse."""
 
+import small
 from checks import Wrong, check, draw_rows
 
 TITLE = "Tags and grammar"
@@ -19,49 +20,39 @@ tokens may come next.
 
 1. README.md, "The method", with its example of a tagged answer.
 2. Section 3 of [the paper](https://arxiv.org/abs/2510.18087) up to the control tags.
-3. tags.py from the top. What is left there is yours to use: `_escape`, `_TOPIC`, and `_Reader`, which cuts tagged text
-   into texts and tags in turn and raises errors that name line and column.
+3. tags.py from the top. What is left there is yours to use: `_escape`, `_TOPIC`, and `_Reader`, which cuts tagged
+   text into texts and tags in turn and raises errors that name line and column.
 4. tokenizer.py: `span_slots`, the docstring of `Tokenizer`, `length_id` and `length_of`.
 5. grammar.py: the docstrings and `_mask`. Draw the automaton on paper: five states, and a token on each arrow.
 
 ## Build
 
 **Writing and reading** (tags.py). `format_answer` writes what the module's docstring shows: the text of a round, its
-whole plan, then its spans in the order of the plan, each with its topic and a colon at the head. `parse_answer` reads it
-back. Where the tagged text is wrong, `reader.fail(message, piece)` says where: `piece` is the number of the text or tag
-that is wrong. (`reader.next` is the number of the piece to be read next.)
+whole plan, then its spans in the order of the plan, each with its topic and a colon at the head. `parse_answer` reads
+it back. Where the tagged text is wrong, `reader.fail(message, piece)` says where: `piece` is the number of the text
+or tag that is wrong. (`reader.next` is the number of the piece to be read next.)
 
 **The automaton** (grammar.py). `_mask` is given and asks for four facts: `state`, `length`, `name_tokens` and `blank`
 of the open topic, and how many `positions_left` there are. `advance` keeps them up to date. Each token takes a
-position. When a topic closes its whole scaffold is paid for: the tags, name and colon of its span (`_scaffold`), and its
-slots. `_fits` and `_slots_left` look ahead: what would be left for slots if the open topic got a name of so many tokens,
-were closed, and the answer ended with `<eos>`?
+position. When a topic closes its whole scaffold is paid for: the tags, name and colon of its span (`_scaffold`), and
+its slots. `_fits` and `_slots_left` look ahead: what would be left for slots if the open topic got a name of so many
+tokens, were closed, and the answer ended with `<eos>`?
 
 ## Hints, in steps
 
 1. Writing: build three lists per round, and join them. Which white space does the example have, and where not?
-2. Reading: one loop over rounds, in it one over topics and one over spans. `reader.tag(...)` takes a tag that must come.
-   `reader.tag_alone(...)` is for places where no text may be.
+2. Reading: one loop over rounds, in it one over topics and one over spans. `reader.tag(...)` takes a tag that must
+   come. `reader.tag_alone(...)` is for places where no text may be.
 3. "top 5 tips 3" plans three units. What does `_TOPIC` make of it?
-4. `advance` begins with a token that is not allowed: raise ValueError. Then it is one branch per state, but two where a
-   name may go on or end.
+4. `advance` begins with a token that is not allowed: raise ValueError. Then it is one branch per state, but two where
+   a name may go on or end.
 5. `_still_blank` gives the new `blank` after one more token of a name.
-6. `_slots_left`: write down a topic with a name of three tokens and one slot, token by token, with its span and `<eos>`,
-   and count.
+6. `_slots_left`: write down a topic with a name of three tokens and one slot, token by token, with its span and
+   `<eos>`, and count.
 """
 
-SENTENCES = (
-    "Tell me about the otter: its habitat, its food and its play.",
-    "It eats fish, crabs and frogs. Top 5 tips for the kitchen: sharpen the knife, and rest the dough.",
-)
 TEXTS = ("rivers and lakes", "fish", "", "a <eos> typed", "top 5", "ends in \\", "<topic> a 1</topic>", "\\<sync/>")
 NAMES = ("habitat", "food", "top 5 tips", "7", "2 or 3: which", "the kitchen")
-
-
-def tokenizer():
-    from tokenizer import Tokenizer
-
-    return Tokenizer.train(SENTENCES, 256 + 74 + 40, unit=4)
 
 
 def answer(rng, size, texts=TEXTS):
@@ -121,7 +112,8 @@ def last_number(rng, size):
 def mistakes(rng, size):
     n = int(rng.integers(1, 9))
     plan, span = f"<topic> food {n}</topic>", "<async> food: fish</async>"
-    wrong = ["<topic> food</topic><eos>", "<topic> food 0</topic><async> food: x</async><eos>", "<topic> 2</topic><eos>",
+    wrong = ["<topic> food</topic><eos>", "<topic> food 0</topic><async> food: x</async><eos>",
+             "<topic> 2</topic><eos>",
              plan + "<eos>", plan + "<async> fodo: x</async><eos>", plan + "<async> food</async><eos>",
              plan + span + " more<eos>", plan + span + span + "<eos>", plan + plan + span + "<eos>",
              "one\n\ntwo</async><eos>", "a<eos> b", "a<eos><eos>", "hello", plan + " and " + plan]  # fmt: skip
@@ -157,7 +149,7 @@ def walk(grammar, tok, rng, longest):
 def states(rng, size):
     from grammar import Grammar
 
-    tok = tokenizer()
+    tok = small.tokenizer()
     return walk(Grammar(tok, 100_000), tok, rng, 60 * size)
 
 
@@ -166,7 +158,7 @@ def states(rng, size):
 def budget(rng, size):
     from grammar import Grammar
 
-    tok = tokenizer()
+    tok = small.tokenizer()
     longest = {"names": [], "longest span": [], "left": []}
     for positions in range(10, 10 + 40 * size, 3):
         grammar = Grammar(tok, positions + int(rng.integers(3)))
@@ -189,7 +181,7 @@ def budget(rng, size):
 def forced(rng, size):
     from grammar import Grammar
 
-    tok, grammar = tokenizer(), Grammar(tokenizer(), 1000)
+    tok, grammar = small.tokenizer(), Grammar(small.tokenizer(), 1000)
     found = []
     for token in [tok.topic, *tok.encode("food"), tok.length_id(int(rng.integers(1, 9))), tok.topic_end, tok.eos]:
         found.append([tok.name(token), grammar.forced()])

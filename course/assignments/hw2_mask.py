@@ -1,5 +1,6 @@
 """Assignment 2: where everything is in a sequence, and who sees whom."""
 
+import small
 from checks import Wrong, check, draw_mask, draw_rows
 
 TITLE = "Layout and hybrid mask"
@@ -18,66 +19,38 @@ one, with the same result. You write the mask as three integers per token, and t
 3. masks.py: the docstrings; `_columns` and `cut` are given.
 4. tokenizer.py: `encode_span` and the token ids in `Tokenizer.__init__`.
 
-Before you begin, draw the mask of the README's example on squared paper: prompt, two topics, two spans of three slots,
-`<sync/>`, two words. Rows are queries, columns are keys.
+Before you begin, draw the mask of the README's example on squared paper: prompt, two topics, two spans of three
+slots, `<sync/>`, two words. Rows are queries, columns are keys.
 
 ## Build
 
 **The rule** (`sees`, `visible`). A query with the integers prefix, begin and end sees the keys [0, prefix) and
 [begin, end). `visible` makes the dense mask of a whole batch of them.
 
-**Writing** (`Layout.write`). Prompt, plan and text see all that is before them, and themselves. Finished spans of earlier
-rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1.
+**Writing** (`Layout.write`). Prompt, plan and text see all that is before them, and themselves. Finished spans of
+earlier rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1.
 
-**The scaffold** (`Layout.scaffold`). All spans of a round, each `<async>`, topic, colon, slots, `</async>`. Tags, topic
-and colon are GIVEN, the rest are SLOT. The prefix of every span of the round ends where the first `<async>` is. `begin` and
-`end` are the span itself; for `attention` "dense" all spans of the round; for "causal" the span up to the token itself.
-The argument `at` is for block diffusion (`encode_blocks`): where it is given, a span has the positions of another one, and
-its prefix ends where that begins. It is tested as well, but do it last.
+**The scaffold** (`Layout.scaffold`). All spans of a round, each `<async>`, topic, colon, slots, `</async>`. Tags,
+topic and colon are GIVEN, the rest are SLOT. The prefix of every span of the round ends where the first `<async>` is.
+`begin` and `end` are the span itself; for `attention` "dense" all spans of the round; for "causal" the span up to the
+token itself. The argument `at` is for block diffusion (`encode_blocks`): where it is given, a span has the positions
+of another one, and its prefix ends where that begins. It is tested as well, but do it last.
 
-**A whole example** (`encode_example`). The prompt, then each round: `<sync/>` before all but the first, text, the plan,
-the spans; `<eos>` at the end, which belongs to the last round. A span has exactly the slots that its plan says,
+**A whole example** (`encode_example`). The prompt, then each round: `<sync/>` before all but the first, text, the
+plan, the spans; `<eos>` at the end, which belongs to the last round. A span has exactly the slots that its plan says,
 `Tokenizer.encode_span` pads it.
 
 ## Hints, in steps
 
 1. `visible`: `ranges` is (B, T, 3), keys are (n_keys,). Which shapes broadcast to (B, T, n_keys)?
 2. `write`: the first token written is number len(self). How many keys does it see?
-3. `scaffold`: note where the first span begins before you write anything. Note where each span begins and ends: that is
-   also what you return.
+3. `scaffold`: note where the first span begins before you write anything. Note where each span begins and ends: that
+   is also what you return.
 4. Dense: only when the last span is written do you know where they all end.
-5. `encode_example`: a topic in the plan is `<topic>`, its tokens, one token for the length, `</topic>`. Catch the ValueError
-   of `encode_span` and say which prompt it is about.
+5. `encode_example`: a topic in the plan is `<topic>`, its tokens, one token for the length, `</topic>`. Catch the
+   ValueError of `encode_span` and say which prompt it is about.
 6. `python show/mask.py --attention causal` draws a mask in the terminal.
 """
-
-SENTENCES = (
-    "Tell me about the otter: its habitat, its food and its play.",
-    "It eats fish, crabs and frogs. Top 5 tips for the kitchen: sharpen the knife, and rest the dough.",
-)
-TEXTS = ("rivers and lakes", "fish", "", "crabs and frogs", "the otter")
-NAMES = ("habitat", "food", "play", "top 5 tips", "the kitchen")
-
-
-def tokenizer():
-    from tokenizer import Tokenizer
-
-    return Tokenizer.train(SENTENCES, 256 + 74 + 40, unit=4)
-
-
-def example(rng, tok, spans, texts):
-    """An example of len(spans) rounds: how many spans each has, and whether it has text."""
-    from data import Example
-    from tags import Round, Span
-
-    pick = lambda choices: choices[rng.integers(len(choices))]
-
-    def span():
-        text = pick(TEXTS)
-        return Span(pick(NAMES), text, tok.units(text) + int(rng.integers(2)))
-
-    rounds = [Round(pick(TEXTS[:2]) if text else "", tuple(span() for _ in range(n))) for n, text in zip(spans, texts)]
-    return Example(pick(SENTENCES)[:20], tuple(rounds))
 
 
 def mask(layout, tok, queries=lambda layout, i: True):
@@ -112,58 +85,62 @@ def rule(rng, size):
 def text(rng, size):
     from masks import PLAN, PROMPT, Layout
 
-    tok, layout = tokenizer(), Layout()
+    tok, layout = small.tokenizer(), Layout()
     layout.write(tok.encode("Tell me about the otter"), PROMPT, 0)
     for round_ in range(size):
         layout.write(rng.integers(0, tok.pad, 4).tolist(), PLAN, round_)
     return mask(layout, tok)
 
 
-@check(points=20, idea="`<async>`, topic, colon and `</async>` are given, and a span has as many slots as its plan says",
+@check(points=20, idea="a span's tags, topic and colon are given, and it has as many slots as its plan says",
        draw=draw_rows)  # fmt: skip
 def layout(rng, size):
     from masks import encode_example
 
-    tok = tokenizer()
-    drawn = encode_example(example(rng, tok, [2, 0, 3][: size + 1], [1, 1, 0]), tok)
+    tok = small.tokenizer()
+    drawn = encode_example(small.example(rng, tok, [2, 0, 3][: size + 1]), tok)
     columns = {"token": drawn.token, "kind": drawn.kind, "round": drawn.round, "span": drawn.span}
     return {"names": [tok.name(i) for i in drawn.token], **columns, "position": drawn.position}
 
 
-@check(points=15, idea="a span sees prompt and plan up to the first `<async>` of its round, and itself in both directions",
+@check(points=15, idea="a span sees all up to the first `<async>` of its round, and itself in both directions",
        draw=draw_mask)  # fmt: skip
 def one_span(rng, size):
     from masks import encode_example
 
-    tok = tokenizer()
-    return mask(encode_example(example(rng, tok, [1], [size > 1]), tok), tok, in_span)
+    tok = small.tokenizer()
+    return mask(encode_example(small.example(rng, tok, [1]), tok), tok, in_span)
 
 
 @check(points=15, idea="sibling spans must stay hidden from each other", draw=draw_mask)
 def siblings(rng, size):
     from masks import encode_example
 
-    tok = tokenizer()
-    return mask(encode_example(example(rng, tok, [1 + size], [0]), tok), tok, in_span)
+    tok = small.tokenizer()
+    return mask(encode_example(small.example(rng, tok, [1 + size]), tok), tok, in_span)
 
 
-@check(points=10, idea="a later round sees the finished spans of earlier ones; nothing sees a span before its `<sync/>`",
+@check(points=10, idea="later rounds see the spans of earlier ones; no text sees a span before its `<sync/>`",
        draw=draw_mask)  # fmt: skip
 def later_rounds(rng, size):
     from masks import encode_example
 
-    tok = tokenizer()
-    drawn = encode_example(example(rng, tok, [2, 1, 2][: size + 1], [0, 1, 1]), tok)
+    tok = small.tokenizer()
+    drawn = encode_example(small.example(rng, tok, [2, 1, 2][: size + 1]), tok)
     return mask(drawn, tok, lambda layout, i: layout.span[i] < 0)
 
 
+def draw_variants(expected, came):
+    return "\n\n".join(f"{kind}: {draw_mask(expected[kind], came[kind])}" for kind in expected)
+
+
 @check(points=10, idea="dense: spans see all spans of their round; causal: a span sees itself only up to each token",
-       draw=lambda expected, came: "\n\n".join(f"{k}: {draw_mask(expected[k], came[k])}" for k in expected))  # fmt: skip
+       draw=draw_variants)  # fmt: skip
 def variants(rng, size):
     from masks import encode_example
 
-    tok = tokenizer()
-    drawn = example(rng, tok, [2] * size, [1] * size)
+    tok = small.tokenizer()
+    drawn = small.example(rng, tok, [2] * size)
     return {kind: mask(encode_example(drawn, tok, kind), tok, in_span) for kind in ("dense", "causal")}
 
 
@@ -171,8 +148,8 @@ def variants(rng, size):
 def copies(rng, size):
     from masks import encode_blocks
 
-    tok = tokenizer()
-    words = " ".join(TEXTS[rng.integers(2)] for _ in range(2 * size))
+    tok = small.tokenizer()
+    words = " ".join(small.PARTS[rng.integers(2)] for _ in range(2 * size))
     drawn = encode_blocks("Tell", words, tok, 4)
     columns = {"position": drawn.position, "prefix": drawn.prefix, "begin": drawn.begin, "end": drawn.end}
     return {"names": [tok.name(i) for i in drawn.token], **columns}
