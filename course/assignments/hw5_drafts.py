@@ -84,7 +84,8 @@ Hand in `report.md` or `report.pdf` with its plots, and the script that makes th
 3. *Indices.* Let a stream have `known` tokens. The prediction at entry known - 1 checks the first draft; the one at entry
    known - 1 + n checks draft n, or follows the last; a draft slot at entry e predicts what comes after e.
 4. *The text differs only sometimes.* Was a draft compared with the prediction of its own entry instead of the one before?
-   Does `cached` include a rejected draft? Is `[PAD]` followed by text?
+   Does `cached` include a rejected draft? Is `[PAD]` followed by text? (A `KeyError` in passes.py means that a reading
+   asks for an entry which the pass does not compute.)
 5. *The text is right but takes as many passes as without drafts.* Are the new drafts kept by the stream? Does
    `WrittenPlan.prepare` start from them?
 6. *The distribution is off by little.* Accept with `u * q < p`; where the grammar forbids a token that q allows, q must be
@@ -137,8 +138,12 @@ def greedy_check(rng, size):
 
 def judged(counted, exact, n, limit):
     """Whether draws are distributed as they should be: "" or, where chi-square exceeds its limit, a table."""
-    chi_square = sum((counted.get(key, 0) - n * p) ** 2 / (n * p) for key, p in exact.items() if p > 1e-9)
     impossible = [key for key in counted if exact.get(key, 0) <= 1e-9]
+    rare = {key for key, p in exact.items() if n * p < 10}  # too few for chi-square each: taken together
+    rest = sum(exact[key] for key in rare)
+    cells = [(counted.get(key, 0), p) for key, p in exact.items() if key not in rare]
+    cells += [(sum(counted.get(key, 0) for key in rare), rest)] * (n * rest >= 10)
+    chi_square = sum((came - n * p) ** 2 / (n * p) for came, p in cells)
     if chi_square <= limit and not impossible:
         return {"distributed as without drafts": True, "table": ""}
     rows = sorted(exact, key=lambda key: -abs(counted.get(key, 0) - n * exact[key]))[:8]
@@ -228,7 +233,8 @@ def draw_texts(expected, came):
     e, c = expected[name]["text"], came[name]["text"]
     first = next((n for n, pair in enumerate(zip(e, c)) if pair[0] != pair[1]), min(len(e), len(c)))
     if e == c:
-        return f"{name}: the text is right; passes and drafts are not: {came[name]}"
+        costs = [f"{key} {expected[name][key]}, came {value}" for key, value in came[name].items() if key != "text"]
+        return f"{name}: the text is right; passes and drafts: expected {'; '.join(costs)}"
     around = lambda text: " ".join(text[max(0, first - 6) : first + 6])
     return f"{name}: token {first} of the text differs\nexpected .. {around(e)} ..\n    came .. {around(c)} .."
 
@@ -239,9 +245,9 @@ def same_text(rng, size):
     from sample import SampleConfig, Sampler
 
     tokenizer, found = small.tokenizer(), {}
-    model, prompts = small.planner(rng, tokenizer), small.prompts(rng, 1 + size)
+    model, prompts = small.planner(rng, tokenizer), small.prompts(rng, 2)
     for method in ("ar", "planned", "parallel-ar"):
-        for ahead, limit in ((0, 30 * size), (1, 30 * size), (4, 30 * size), (4, 7)):
+        for ahead, limit in ((0, 24 + 8 * size), (1, 24 + 8 * size), (4, 24 + 8 * size), (4, 7)):
             config = SampleConfig(max_tokens=limit, ahead=ahead, steps_ratio=0.2)
             for n, answer in enumerate(Sampler(model, tokenizer, config, MethodConfig(method)).answer(prompts)):
                 costs = ("plan_passes", "denoise_passes", "drafted", "accepted", "critical_path")
@@ -321,14 +327,14 @@ def text_distribution(rng, size):
     from methods import MethodConfig
     from sample import SampleConfig, Sampler
 
-    tokenizer, tokens, n, found = small.tokenizer(), [97, 98], 2000, {}
-    for ahead in (1, 3) if size > 1 else (2,):
+    tokenizer, tokens, n, found = small.tokenizer(), [97, 98], 3000, {}
+    for ahead in (1 + size,):
         model = bigrams(rng, tokenizer, [*tokens, tokenizer.eos])
-        config = SampleConfig(temperature=1.0, max_tokens=5, ahead=ahead, seed=int(rng.integers(1 << 30)))
+        config = SampleConfig(temperature=1.0, max_tokens=4, ahead=ahead, seed=int(rng.integers(1 << 30)))
         answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)
         counted = Counter("".join(map(chr, answer.rounds[0].text)) for answer in answers)
-        exact = enumerated(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 4)
-        found[f"{ahead} ahead"] = judged(counted, exact, n, 75)  # 30 degrees of freedom: once in 100,000 cases
+        exact = enumerated(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 3)
+        found[f"{ahead} ahead"] = judged(counted, exact, n, 50)  # 14 degrees of freedom: once in 100,000 cases
     return found
 
 
@@ -346,13 +352,13 @@ WRONG = (
     Wrong("drafts kept after a rejected one", "decode.py", "if all_right and self.slots else []",
           "if self.slots else []", "stream_by_hand"),
     Wrong("rejected drafts stay in the cache", "decode.py", "self.known + accepted - (all_right and self.ends)",
-          "self.known + n_drafts - self.ends", ("stream_by_hand", "same_text")),
+          "self.known + n_drafts - self.ends", "stream_by_hand"),
     Wrong("checked a token too late", "decode.py", "Reading([self.known - 1 + n]", "Reading([self.known - (n == 0) + n]",
-          ("stream_by_hand", "same_text")),
+          "stream_by_hand"),
     Wrong("each draft as sure as it is alone", "decode.py", "confidence *= reply.confidence",
           "confidence = reply.confidence", "stream_by_hand"),
-    Wrong("drafts that the grammar forbids", "decode.py", "if not grammar.allowed()[token]:\n                break",
-          "if grammar.done:\n                break", "same_text"),
+    Wrong("drafts never used", "decode.py", "proposed, stream.counted = [answer.grammar], stream.drafts, []",
+          "proposed, stream.counted = [answer.grammar], [], []", ("same_text", "passes_saved")),
     Wrong("forced tokens count as drafts", "decode.py", "stream.counted.append(forced is None)",
           "stream.counted.append(True)", ("same_text", "passes_saved")),
 )  # fmt: skip

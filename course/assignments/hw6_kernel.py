@@ -179,7 +179,7 @@ def inside_nan(x):
 
 
 def compared(rng, ranges, keys, splits=1, heads=(2, 1), sharp=False, seeds=(0,)):
-    """What is wrong with the kernel's outputs and lse: against dense attention in float64. Empty texts if nothing is.
+    """Whether the kernel's outputs and lse are those of dense attention in float64.
 
     `sharp`: scores grow along the keys, so that maxima change from tile to tile.
     """
@@ -210,28 +210,28 @@ def compared(rng, ranges, keys, splits=1, heads=(2, 1), sharp=False, seeds=(0,))
         o, got = kernels.forward(q, k, v, ranges[None], 32**-0.5, splits, library)
         size = want.norm(dim=-1) + 0.05
         good = (o.double() - want).norm(dim=-1) <= 3 * BOUND * size
-        found |= {f"schedule {seed}, outputs": picture(good, o.isnan().any(-1)),
-                  f"schedule {seed}, lse": picture((got == lse) | ((got - lse).abs() < 1e-3), got.isnan())}  # fmt: skip
+        found[f"schedule {seed}, outputs"] = rows(good, o.isnan().any(-1))
+        found[f"schedule {seed}, lse"] = rows((got == lse) | ((got - lse).abs() < 1e-3), got.isnan())
     return found
 
 
-def picture(good, nan):
-    """Which rows (1, H, T) are wrong, a line per tile of queries; "" if none is."""
+def rows(good, nan):
+    """Whether all rows (1, H, T) are right, and a picture, a line per tile of queries, if they are not."""
     if good.all():
-        return ""
+        return {"right": True, "picture": ""}
     lines = []
     for head, (right, none) in enumerate(zip(good[0].tolist(), nan[0].tolist())):
         for first in range(0, len(right), 64):
             ink = ["." if r else "N" if n else "X" for r, n in zip(right[first : first + 64], none[first : first + 64])]
             warps = " ".join("".join(ink[i : i + 16]) for i in range(0, len(ink), 16))
             lines.append(f"head {head}, queries from {first:4}: {warps}")
-    return "\n".join(lines)
+    return {"right": False, "picture": "\n".join(lines)}
 
 
 def draw_wrong(expected, came):
     """The first picture of wrong rows."""
-    name = next(name for name in came if came[name])
-    return f"{name}, a column per query, 16 of a warp together: . right, X wrong, N NaN\n{came[name]}"
+    name = next(name for name in came if not came[name]["right"])
+    return f"{name}, a column per query, 16 of a warp together: . right, X wrong, N NaN\n{came[name]['picture']}"
 
 
 def all_seen(queries, keys):
