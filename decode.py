@@ -81,6 +81,7 @@ class Stream:
         self.drafts, self.probs, self.counted, self.ends, self.slots = [], [], [], False, 0
 
     def entries(self) -> range:
+        """The layout entries of the next pass."""
         return range(self.cached, self.known + len(self.drafts) - self.ends + self.slots)
 
     def readings(self, allowed: list | None = None) -> list[Reading]:
@@ -282,6 +283,7 @@ class Denoise(Phase):
         self.step, self.steps = 1, math.ceil(self.config.steps_ratio * max(len(slots) for _, slots in self.spans))
 
     def entries(self):
+        """What the cache lacks before the spans, then all of each unfinished span."""
         return [*range(self.answer.cached, self.first), *(i for span, _ in self.spans for i in range(*span))]
 
     def masked(self, slots):
@@ -292,6 +294,7 @@ class Denoise(Phase):
         return [slots for _, slots in self.spans]
 
     def readings(self):
+        """A reading per group: its masked slots, and how many of them to fill."""
         masked = [(slots, self.masked(slots)) for slots in self.groups()]
         return [Reading(left, self.quota(len(slots), len(left))) for slots, left in masked]
 
@@ -302,6 +305,7 @@ class Denoise(Phase):
         return max(0, math.ceil(slots * self.step / self.steps) - (slots - left))
 
     def take(self, replies):
+        """Fill the slots whose tokens are kept. Raises RuntimeError if there are none: the next pass would be the same."""
         filled = 0
         for reading, reply in zip(self.readings(), replies):
             for entry, token, kept in zip(reading.entries, reply.tokens, reply.kept):

@@ -71,6 +71,7 @@ __device__ inline Bounds tile_bounds(const Call &call, int batch, int query0) {
 struct Visits {
     int in_prefix, first_in_span, n;
 
+    // The tiles that begin below max_prefix; then, without those, the tiles from min_begin to max_end.
     __device__ explicit Visits(const Bounds &bounds) {
         in_prefix = (bounds.max_prefix + TILE - 1) / TILE;
         first_in_span = max(in_prefix, bounds.min_begin / TILE);

@@ -1,0 +1,443 @@
+"""Assignment 4: the two-stage sampler with its exact cache."""
+
+import small
+from checks import Wrong, check
+
+TITLE = "A sampler in two stages, with an exact cache"
+HOURS = 10
+TESTS_TAKE = 0.5
+FUNCTIONS = {
+    "unmask.py": ("certainty", "ranks", "fill"),
+    "answer.py": ("Answer.scaffold",),
+    "decode.py": (
+        "WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
+        "Denoise.entries", "Denoise.groups", "Denoise.readings", "Denoise.quota", "Denoise.take",
+    ),
+}  # fmt: skip
+HANDOUT = """
+You build the loop that turns a trained network into a writer: first a plan, token by token; then all spans of the
+plan at once, the most certain slots first; then, after `<sync/>`, the next round, which reads what the spans came to
+say. The network, the mask, the grammar and the batching are there. What is missing is what happens between two passes.
+
+A sampler that is slow and right is there too: `tests/naive_sampler.py` recomputes the whole sequence in every pass. Yours
+has to write the same answers and compute each token only when something it depends on has changed.
+
+## Read first (an hour)
+
+1. README.md, "The method". The mask's table tells which keys a query sees: the cache rests on it.
+2. The paper, section 4: [Planned Diffusion](https://arxiv.org/abs/2510.18087).
+3. `grammar.py`, only the docstrings of `Grammar`, `allowed`, `forced` and `advance`.
+4. `masks.py`, only `Layout`: entry i of the layout is entry i of the KV cache.
+5. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to compute)
+   and `readings` (which predictions to read), and gives it what was drawn by `take`, which returns the next phase.
+6. `decode.py` down to the end of `Denoise`. `Stream` is for drafting (assignment 5); here it returns one token per pass.
+7. `tests/naive_sampler.py`, all of it.
+
+Before you write code, answer for yourself: a plan token is computed in pass 3. Can its keys and values be different in
+pass 9? Can those of a slot? Can those of a slot whose span is finished?
+
+## Build, in this order
+
+**Step 1: which slots are filled** (`unmask.py`). All slots of all answers of a batch come as one list; `group` says which
+of them compete. `certainty` gives a number per slot, `ranks` its rank among its group, `fill` draws tokens and decides.
+
+- Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
+- With `threshold` every slot that reaches it is kept, and the quota (then 1) makes sure that something is.
+- `ranks` without a loop: sort by certainty, then stably by group. The place in that order, less the place where the
+  group begins, is the rank. `scatter_` puts ranks back where their slots are.
+
+**Step 2: the plan** (`WrittenPlan.begin`, `write`, `force`, `spans`, and `Answer.scaffold`).
+
+- `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens a
+  topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>` and
+  `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not constrained
+  can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. `answer.cut`: constrained, and
+  `max_tokens` left nothing but `<eos>`; ask the grammar before you tell it.
+- Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before you
+  write on. (In assignment 5 `force` will also have to drop the draft of that token.)
+- A round after the first begins with `<sync/>` in the layout, as a token of the new round.
+- `begin` must not claim that anything is cached: `answer.cached` says how much is.
+- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase that the
+  table `DECODERS` names. `answer.method.repeat_topic` says whether a span begins with its topic.
+- `critical_path` counts every token that `write` takes, unless it was drafted.
+
+**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, as pairs: (first entry, last + 1) and its slots.
+`self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots.
+
+- What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans, whole.
+- After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that.
+- After the pass, entries before `first` are exact in the cache. Is anything else?
+- A pass that fills no slot would repeat itself for ever: raise RuntimeError.
+
+## Hints
+
+1. *Nothing works end to end.* (The three `raise NotImplementedError` in `Phase` belong there.) `python course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2
+   alone and `passes_by_hand` step 3 alone. The tests are in that order.
+2. *ceil of a float.* n s / S with whole numbers is exact enough for the sizes here; do not multiply by `steps_ratio`
+   again.
+3. *The picture of the cache test* shows a line per pass and a column per layout entry. If the pass after the spans computes
+   only `<sync/>`, then the spans' keys in the cache are those of their last pass, when some slots were still `[MASK]`.
+4. *Still the cache.* Which three numbers say what the next plan pass computes? Look at `Stream.entries`.
+5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy, and at ties: the first wins.
+6. `python -m pytest tests/test_unmask.py tests/test_sample.py` compares with the naive sampler, in about two minutes.
+
+## Think about it (no points)
+
+Dense spans see each other (`--method dense`). Why would one quota per span be wrong there, and which of your functions
+changes? (`DenoiseTogether` has the answer.)
+"""
+
+
+def unmask_inputs(rng, size):
+    """Logits (N, V) of slots in groups of random sizes, and the groups' numbers (N,)."""
+    import torch
+
+    sizes = rng.integers(1, 4 + 3 * size, 2 + size)
+    logits = torch.from_numpy(2 * rng.standard_normal((int(sizes.sum()), 9))).float()
+    return logits, torch.tensor([n for n, k in enumerate(sizes) for _ in range(k)])
+
+
+@check(points=10, idea="certainty is the model's own: of its probabilities at temperature 1, whatever tokens are drawn with")
+def certainty_of_slots(rng, size):
+    import torch
+
+    from sample import SampleConfig
+    from unmask import certainty
+
+    logits, _ = unmask_inputs(rng, size)
+    token, found = logits.argmax(-1), {}
+    for order in ("entropy", "confidence", "margin"):
+        for settings in (dict(), dict(temperature=0.3), dict(temperature=2.0, top_p=0.5), dict(threshold=0.7)):
+            name = ", ".join([order, *(f"{key} {value}" for key, value in settings.items())])
+            found[name] = certainty(logits, token, SampleConfig(order=order, **settings), [])
+    generators = [(torch.Generator().manual_seed(7), 2), (torch.Generator().manual_seed(8), len(logits) - 2)]
+    drawn = certainty(logits, token, SampleConfig(order="random"), generators)
+    found["random: from each answer's own generator"] = drawn
+    return found
+
+
+@check(points=8, idea="rank 0 is the most certain slot of its own group, and of equally certain ones the first")
+def rank_in_group(rng, size):
+    import torch
+
+    from unmask import ranks
+
+    _, group = unmask_inputs(rng, size)
+    sure = torch.from_numpy(rng.integers(0, 6, len(group)) / 8).float()
+    names = [f"group {g}: {s:.3f}" for g, s in zip(group.tolist(), sure.tolist())]
+    return {"names": names, "rank": ranks(sure, group)}
+
+
+def draw_kept(expected, came):
+    """The slots of the first case that differs: which were kept."""
+    name = next(key for key in expected if expected[key] != came[key])
+    lines = [f"{name} ('#' kept, '.' not; a line per group)"]
+    for n, (e, c) in enumerate(zip(expected[name], came[name])):
+        row = lambda flags: "".join(".#"[flag] for flag in flags)
+        lines.append(f"group {n}: expected {row(e)}, came {row(c)}" + "  <-" * (e != c))
+    return "\n".join(lines)
+
+
+@check(points=12, idea="of each group the most certain slots up to its quota are kept, and with a threshold all that reach it",
+       draw=draw_kept)  # fmt: skip
+def slots_kept(rng, size):
+    import torch
+
+    from sample import SampleConfig
+    from unmask import fill
+
+    logits, group = unmask_inputs(rng, size)
+    quota = torch.from_numpy(rng.integers(1, 4, int(group.max()) + 1))[group]
+    found = {}
+    for settings in (dict(order="entropy"), dict(order="margin"), dict(threshold=0.5), dict(threshold=0.99),
+                     dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
+        limit = torch.ones_like(quota) if "threshold" in settings else quota
+        generators = [(torch.Generator().manual_seed(1), len(logits))]
+        token, kept = fill(logits, group, limit, False, SampleConfig(**settings), generators)
+        if not torch.equal(token, logits.argmax(-1)):
+            found["the likeliest token of each slot"] = token
+        name = ", ".join(f"{key} {value}" for key, value in settings.items())
+        found[name] = [kept[group == n].tolist() for n in range(int(group.max()) + 1)]
+    return found
+
+
+def begun(tokenizer, seed=0, method="planned", repeat_topic=True, **settings):
+    """An answer before its first pass, and its first phase."""
+    from answer import Answer
+    from decode import next_round
+    from methods import MethodConfig
+    from sample import SampleConfig
+
+    config = MethodConfig(method, repeat_topic=repeat_topic)
+    answer = Answer("the otter", tokenizer, SampleConfig(**settings), config, seed)
+    return answer, next_round(answer)
+
+
+def wished(phase, name, length):
+    """The phase after a topic was written."""
+    tokenizer = phase.tokenizer
+    for token in (tokenizer.topic, *tokenizer.encode(name), tokenizer.length_id(length), tokenizer.topic_end):
+        phase = phase.write(token)
+    return phase
+
+
+def scribble(rng, answer, phase, rounds):
+    """Write random tokens that the grammar allows until the round's plan is finished; no network takes part.
+
+    Returns the next phase and the tokens that were forced. `rounds`: after so many the answer ends.
+    """
+    import numpy as np
+
+    tokenizer, forced = answer.tokenizer, 0
+    likely = [tokenizer.topic] * 3 + ([tokenizer.sync] if len(answer.rounds) < rounds else [tokenizer.eos])
+    likely += list(tokenizer.encode("otter food in the river")) * 2 + [tokenizer.length_id(n) for n in (1, 2, 3)] * 4
+    while phase is not None and type(phase).__name__ == "WrittenPlan" and len(answer.rounds) <= rounds:
+        tokens = [t for t in likely if answer.grammar.allowed()[t]]
+        written = len(answer.layout)
+        phase = phase.write(int(rng.choice(tokens or np.flatnonzero(answer.grammar.allowed()))))
+        if type(phase).__name__ == "WrittenPlan":
+            before = len(answer.layout)
+            phase = phase.force()
+            forced += len(answer.layout) - before if len(answer.layout) > written else 0
+    return phase, forced
+
+
+def draw_plan(expected, came):
+    """Plans as text, where they differ."""
+    name = next(key for key in expected if expected[key] != came[key])
+    row = lambda table: " ".join(piece.strip() for piece in table[name]["plan"])
+    same = row(expected) == row(came)
+    return f"{name}: the plan is right, {row(came)}" if same else f"{name}\nexpected {row(expected)}\n    came {row(came)}"
+
+
+@check(points=15, idea="a plan is written into rounds and layout token by token; what the grammar forces takes no pass",
+       draw=draw_plan)  # fmt: skip
+def plan_by_hand(rng, size):
+    return {f"at most {limit} tokens": planned(rng, limit, 1 + size) for limit in (12 + 4 * size, 40 + 30 * size)}
+
+
+def planned(rng, limit, rounds):
+    """What an answer of random plans has noted."""
+    from decode import next_round
+    from masks import PLAN
+
+    tokenizer = small.tokenizer()
+    answer, phase = begun(tokenizer, max_tokens=limit)
+    forced, phases = 0, []
+    for _ in range(rounds + 1):
+        if phase is None:
+            break
+        phase, n = scribble(rng, answer, phase, rounds)
+        forced += n
+        phases.append(type(phase).__name__)
+        if phases[-1] == "Denoise":  # as if its spans were finished
+            phase = next_round(answer)
+    plan = [i for i in range(len(answer.layout)) if answer.layout.kind[i] == PLAN]
+    return {
+        "plan": small.names([answer.layout.token[i] for i in plan], tokenizer),
+        "round of each token": [answer.layout.round[i] for i in plan],
+        "rounds": [[small.names(r.text, tokenizer), [[small.names(name, tokenizer), n] for name, n in r.topics]]
+                   for r in answer.rounds],
+        "phase after each plan": phases,
+        "tokens written without a pass": forced,
+        "critical path": answer.critical_path,
+        "cut": answer.cut,
+        "cached": answer.cached,
+    }  # fmt: skip
+
+
+def draw_layout(expected, came):
+    """The scaffold's tokens."""
+    name = next(key for key in expected if expected[key] != came[key])
+    row = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
+    return f"{name}\nexpected {row(expected)}\n    came {row(came)}"
+
+
+@check(points=10, idea="each topic becomes a span: its tags, its topic, and length x unit x length_scale slots of [MASK]",
+       draw=draw_layout)  # fmt: skip
+def scaffold_of_a_plan(rng, size):
+    tokenizer, found = small.tokenizer(), {}
+    for repeat, scale in ((True, 1.0), (False, 1.0), (True, float(rng.choice([0.3, 0.5, 1.1, 2.5])))):
+        answer, phase = begun(tokenizer, repeat_topic=repeat, length_scale=scale, max_tokens=400)
+        for _ in range(1 + size):
+            name = str(rng.choice(["otter", "the food", "river animal"]))
+            phase = wished(phase, name, int(rng.integers(1, 5)))
+        first = len(answer.layout)
+        phase = phase.write(tokenizer.eos)
+        y = answer.layout
+        found[f"repeat_topic {repeat}, length_scale {scale}, unit {tokenizer.unit}"] = {
+            "tokens": small.names(y.token[first:], tokenizer),
+            "kinds": y.kind[first:], "prefix": y.prefix[first:], "begin": y.begin[first:], "end": y.end[first:],
+            "spans": [[*span] for span in answer.rounds[0].spans],
+            "next phase": type(phase).__name__,
+        }  # fmt: skip
+    return found
+
+
+def draw_order(expected, came):
+    """When each slot was filled."""
+    name = next(key for key in expected if expected[key] != came[key])
+    lines = [f"{name}: the pass in which each slot is filled, a line per span"]
+    row = lambda steps: " ".join(f"{step:2}" for step in steps)
+    for n, (e, c) in enumerate(zip(expected[name]["filled in pass"], came[name]["filled in pass"])):
+        lines += [f"span {n}: expected {row(e)}", f"            came {row(c)}" + "  <-" * (e != c)]
+    return "\n".join(lines)
+
+
+@check(points=15, idea="after step s of S, ceil(n s / S) of each span's own n slots are filled; only unfinished spans are computed",
+       draw=draw_order)  # fmt: skip
+def passes_by_hand(rng, size):
+    tokenizer, found = small.tokenizer(), {}
+    for settings in (dict(steps_ratio=float(rng.choice([0.3, 0.5, 0.8]))), dict(threshold=0.8)):
+        answer, phase = begun(tokenizer, max_tokens=400, **settings)
+        for length in (3, 1, *(int(n) for n in rng.integers(1, 5, size))):
+            phase = wished(phase, "food", length)
+        phase = phase.write(tokenizer.eos)
+        slots = [answer.slots(span) for span in answer.rounds[0].spans]
+        sure = {i: rng.random() for i in sum(slots, [])}  # as if the network had said so
+        phase, passes, filled = denoised(phase, sure, settings.get("threshold"))
+        found[", ".join(f"{key} {value}" for key, value in settings.items())] = {
+            "filled in pass": [[filled.get(i, 0) for i in entries] for entries in slots],
+            "passes": passes,
+            "cached": answer.cached,
+            "counted": {"denoise_passes": answer.denoise_passes, "critical_path": answer.critical_path},
+            "the answer ends": phase is None,
+        }
+    return found
+
+
+def denoised(phase, sure, threshold):
+    """The phase after spans were filled, what its passes were, and in which of them each entry was filled.
+
+    `sure`: how certain the token of each entry is.
+    """
+    from decode import Reply
+
+    passes, filled = [], {}
+    while phase is not None and len(passes) < 60:
+        readings = phase.readings()
+        passes.append({"computes": small.ranges_of(phase.entries()), "quotas": [r.quota for r in readings],
+                       "reads": [small.ranges_of(r.entries) for r in readings]})  # fmt: skip
+        replies = []
+        for reading in readings:
+            kept = sorted(reading.entries, key=lambda i: -sure[i])[: reading.quota]
+            kept += [i for i in reading.entries if threshold and sure[i] >= threshold]
+            filled |= {i: len(passes) for i in kept}
+            replies.append(Reply([65] * len(reading.entries), [i in kept for i in reading.entries]))
+        phase = phase.take(replies)
+    return phase, passes, filled
+
+
+def recorded(model, tokenizer, settings, prompt):
+    """An answer, and of each of its passes the stage, what it computes, and its largest error.
+
+    The error is that of the hidden states that are read, against those of a pass over everything without a cache.
+    """
+    import torch
+
+    from sample import SampleConfig, Sampler
+
+    passes = []
+
+    class Recorder(Sampler):
+        def forward(self, live, entries, readings, rows):
+            hidden = super().forward(live, entries, readings, rows)
+            read = [entry for reading in readings[0] for entry in reading.entries]
+            fresh = small.without_cache(self.model, live[0].layout)[read]
+            stage = "spans" if live[0].phase.in_spans else "plan"
+            error = float((hidden[0, : len(read)] - fresh).abs().max())
+            passes.append({"stage": stage, "computes": small.ranges_of(entries[0]), "error": error})
+            return hidden
+
+    sampler = Recorder(model, tokenizer, SampleConfig(**settings))
+    with torch.inference_mode():
+        return sampler.answer([prompt])[0], passes
+
+
+def draw_passes(expected, came):
+    """What the passes around the first wrong one compute."""
+    entries = lambda text: {i for run in text.split() for i in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)}
+    rows = [*zip(expected["passes"], came["passes"])]
+    first = next(n for n, (e, c) in enumerate(rows) if e["computes"] != c["computes"] or c["error"] > 1e-4)
+    width = min(110, 1 + max(max(entries(e["computes"]) | entries(c["computes"])) for e, c in rows[: first + 3]))
+    lines = ["a line per pass, a column per layout entry: # computed, . not; wrong: X need not be, O should be"]
+    for n, (e, c) in enumerate(rows[max(0, first - 4) : first + 3], max(0, first - 4)):
+        right, was = entries(e["computes"]), entries(c["computes"])
+        ink = "".join(".XO#"[(i in was) + 2 * (i in right)] for i in range(width))
+        lines.append(f"{n:3} {e['stage']:5} {ink}" + f"  error {c['error']:.1g}" * (c["error"] > 1e-4))
+    return "\n".join(lines)
+
+
+@check(points=15, idea="the cache holds what a fresh pass would compute: the pass that reads <sync/> computes the finished spans "
+       "once more, and nothing else is computed twice", draw=draw_passes, seconds=40)  # fmt: skip
+def exact_cache(rng, size):
+    tokenizer = small.tokenizer()
+    for _ in range(20):
+        model = small.planner(rng, tokenizer)
+        (prompt,) = small.prompts(rng, 1)
+        settings = dict(max_tokens=40 + 40 * size, steps_ratio=float(rng.choice([0.3, 0.5, 1.0])))
+        answer, passes = recorded(model, tokenizer, settings, prompt)
+        if any(round_.spans for round_ in answer.rounds[:-1]):
+            break  # a round after spans: what the test is about
+    y = answer.layout
+    return {
+        "passes": passes,
+        "tokens": small.names(y.token, tokenizer),
+        "counted": {name: answer.result()[name] for name in ("plan_passes", "denoise_passes", "critical_path", "positions")},
+    }  # fmt: skip
+
+
+@check(points=10, idea="with a trained model: plan, spans and costs are those of the rules, step by step", seconds=60)
+def shipped_model(rng, size):
+    import random
+
+    from data.tasks.families import build_world, facts, lookups
+    from sample import SampleConfig, Sampler
+
+    draws = random.Random(int(rng.integers(1 << 30)))
+    family = (facts, lookups)[int(rng.integers(2))] if size > 1 else facts
+    ask = family(draws, build_world(0, "test")).prompt
+    settings = [dict(steps_ratio=0.5), dict(threshold=0.9)]
+    found = {}
+    for given in settings:
+        sampler = Sampler.load("checkpoints/tasks/planned.safetensors", SampleConfig(**given))
+        result = sampler.answer([ask])[0].result()
+        costs = ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "pads")
+        found[str(given)] = {"answer": result["tagged"], **{name: result[name] for name in costs}}
+    return found
+
+
+WRONG = (
+    Wrong("certainty the wrong way round", "unmask.py", "order = sure.argsort(descending=True, stable=True)",
+          "order = sure.argsort(stable=True)", ("rank_in_group", "slots_kept")),
+    Wrong("entropy without its sign", "unmask.py", "return torch.linalg.vecdot(probs,",
+          "return -torch.linalg.vecdot(probs,", ("certainty_of_slots", "slots_kept")),
+    Wrong("certainty of what is drawn from", "unmask.py", "    probs = torch.softmax(logits, dim=-1)\n",
+          "    probs = probabilities(logits, config) if config.temperature else torch.softmax(logits, dim=-1)\n",
+          "certainty_of_slots"),
+    Wrong("one ranking for all groups", "unmask.py", "order = order[group[order].argsort(stable=True)]", "pass",
+          ("rank_in_group", "slots_kept")),
+    Wrong("a threshold that holds slots back", "unmask.py", "kept | (sure >= config.threshold)",
+          "kept & (sure >= config.threshold)", "slots_kept"),
+    Wrong("stale cache after sync", "decode.py", "self.answer.cached, self.step = self.first, self.step + 1",
+          "self.answer.cached, self.step = len(self.layout), self.step + 1", "exact_cache"),
+    Wrong("quota over the round", "decode.py", "return [slots for _, slots in self.spans]",
+          "return [[i for _, slots in self.spans for i in slots]]", "passes_by_hand"),
+    Wrong("quota rounded down", "decode.py", "math.ceil(slots * self.step / self.steps)",
+          "max(1, slots * self.step // self.steps)", "passes_by_hand"),
+    Wrong("quota per pass instead of in all", "decode.py", "(slots * self.step / self.steps) - (slots - left))",
+          "(slots / self.steps))", "passes_by_hand"),
+    Wrong("finished spans go on", "decode.py", "        self.leave(unfinished)\n", "", "passes_by_hand"),
+    Wrong("plan computed by every pass", "decode.py", "return [*range(self.answer.cached, self.first), *(",
+          "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
+    Wrong("forced tokens take a pass", "decode.py", "while phase is self and self.config.constrained and (",
+          "while False and (", ("plan_by_hand", "exact_cache")),
+    Wrong("cut not noted", "decode.py", "answer.cut = self.config.constrained and", "answer.cut = False and", "plan_by_hand"),
+    Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
+          "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
+    Wrong("names of topics are text", "decode.py", "(round_.topics[-1][0] if round_.topics else round_.text)",
+          "round_.text", ("plan_by_hand", "scaffold_of_a_plan")),
+    Wrong("length in tokens", "decode.py", "span_slots(length, unit, scale)", "span_slots(length, 1, scale)",
+          "scaffold_of_a_plan"),
+    Wrong("topic not repeated", "decode.py", "(name if repeat else [], ", "([], ", "scaffold_of_a_plan"),
+)  # fmt: skip
