@@ -255,7 +255,8 @@ const press = (key, target = document.body) => {
 };
 seen.end = press("End"); seen.left = press("ArrowLeft"); seen.home = press("Home"); seen.right = press("ArrowRight");
 seen.below = (press("Home"), press("ArrowLeft")); seen.onSlider = press("ArrowRight", slider);
-seen.onSelect = press("End", speed); seen.playing = press(" "); seen.paused = press(" ");
+seen.onSelect = press("End", speed);
+seen.again = (press("End"), press(" ")); press("ArrowRight"); seen.playing = press(" "); seen.paused = press(" ");
 forth.click(); seen.forth = [$("now").textContent, $("play").ariaLabel];
 back.click(); seen.back = [$("now").textContent, $("play").ariaLabel];
 press(" ");
@@ -340,6 +341,6 @@ def test_keys_and_buttons_move_through_the_passes(browse, race):
     at = lambda n, label="Play": [f"pass {n} of {last}", label]
     assert seen == {
         "loaded": at(0, "Pause"), "end": at(last), "left": at(last - 1), "home": at(0), "right": at(1), "below": at(0),
-        "onSlider": at(1), "onSelect": at(1), "playing": at(1, "Pause"), "paused": at(1), "forth": at(2),
+        "onSlider": at(1), "onSelect": at(1), "again": at(0, "Pause"), "playing": at(1, "Pause"), "paused": at(1), "forth": at(2),
         "back": at(1), "later": at(last),
     }  # fmt: skip

@@ -56,7 +56,7 @@ def test_every_cell_runs_and_shows_what_its_text_says(capsys, shown):
     said = capsys.readouterr().out
     assert "matplotlib is missing" not in said
     assert "rows see columns" in said and re.search(r"span 0: .*____", said)
-    first = next(frame for frame in names["frames"] if frame.denoise_passes)
+    first = next(frame for frame in names["recipe"] if frame.denoise_passes)
     assert said.count("  kept") == sum(draw.outcome == "new" for draw in first.draws if draw.part[2] == 0)
     player, picture = shown
     assert "srcdoc=" in player and "&lt;!DOCTYPE html&gt;" in player and picture.exists()
