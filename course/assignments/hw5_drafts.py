@@ -41,7 +41,12 @@ the `[MASK]` that follow serve as draft slots.
 - A draft that the grammar forbids is dropped, with all after it. Where the grammar leaves one token, that token is
   the draft, whatever the model drafted, and does not count as one (`counted`).
 - `ends`: after a draft that ends the stream (`<sync/>`, `<eos>`; in spans `[PAD]` or the last slot) there is nothing
-  to read. That draft is not computed either: nobody looks at its prediction.
+  to read. Drafts behind it are dropped, and it is not computed either: nobody looks at its prediction.
+- Draft slots: `ahead` of them, but no more than there is room for, in the answer (`max_length`) or in the span; none
+  where the stream ends, or where a second model drafts (`drafter.draft(answer)` returns drafts and what they were
+  drawn from).
+- `self.grammars` of a plan: the grammar before each draft and after the last, for `readings`. `copy` it before you go
+  on.
 - `check`: drafts are right up to the first that was not kept; there the model's own token follows. What the draft
   slots predict is worth something only if all drafts were right, and only as far as the product of their confidences
   is at least `DRAFT_CONFIDENCE`.
