@@ -97,7 +97,8 @@ def opened(kit: str) -> Iterator[Kit]:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
-            zipfile.ZipFile(kit).extractall(folder)
+            with zipfile.ZipFile(kit) as archive:
+                archive.extractall(folder)
         except zipfile.BadZipFile:
             raise ValueError(f"--kit {kit}: expected the autograder.zip of an assignment") from None
         yield Kit(Path(folder) / "project", Path(folder) / "hidden")

@@ -43,10 +43,10 @@ hundred slots away. The last token of the sequence predicts nothing.
 **`Sequence.stop`, `Sequence.targets_in`**: a line or two each. What is predicted in a round: its slots, and its
 tokens that have a `next`.
 
-**`pad`** puts the `Piece`s of several sequences into arrays of one width. Padding holds [PAD], predicts nothing,
-belongs to `Term.PLAN`, and sees the key 0 alone. All weights are 1 for now. It returns the batch (of arrays;
-`make_batch` makes tensors of them with `batch.map`), and the group of each slot, -1 where there is none, made
-different from row to row.
+**`pad`** puts the `Piece`s of several sequences into arrays of one width. Padding holds [PAD] at position 0, predicts
+nothing, belongs to `Term.PLAN`, and sees the key 0 alone. All weights are 1 for now, in float32. It returns the batch
+(of arrays; `make_batch` makes tensors of them with `batch.map`), and the group of each slot, -1 where there is none,
+made different from row to row.
 
 **`make_batch`**: call `arrange` for each sequence and `pad` for all. Then noise all tokens whose term is `Term.SPAN`.
 Each group among them draws one t. Stratified means: of n groups, one has its t in (0, 1/n], one in (1/n, 2/n], and so

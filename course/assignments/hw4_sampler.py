@@ -1,5 +1,6 @@
 """Assignment 4: the two-stage sampler with its exact cache."""
 
+import by_hand
 import small
 from checks import Wrong, check
 
@@ -14,13 +15,15 @@ FUNCTIONS = {
         "Denoise.entries", "Denoise.groups", "Denoise.readings", "Denoise.quota", "Denoise.take",
     ),
 }  # fmt: skip
+COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions")
 HANDOUT = """
 You build the loop that turns a trained network into a writer: first a plan, token by token; then all spans of the
 plan at once, the most certain slots first; then, after `<sync/>`, the next round, which reads what the spans came to
-say. The network, the mask, the grammar and the batching are there. What is missing is what happens between two passes.
+say. The network, the mask, the grammar and the batching are there. What is missing is what happens between two
+passes.
 
-A sampler that is slow and right is there too: `tests/naive_sampler.py` recomputes the whole sequence in every pass. Yours
-has to write the same answers and compute each token only when something it depends on has changed.
+A sampler that is slow and right is there too: `tests/naive_sampler.py` recomputes the whole sequence in every pass.
+Yours has to write the same answers and compute each token only when something it depends on has changed.
 
 ## Read first (an hour)
 
@@ -28,18 +31,21 @@ has to write the same answers and compute each token only when something it depe
 2. The paper, section 4: [Planned Diffusion](https://arxiv.org/abs/2510.18087).
 3. `grammar.py`, only the docstrings of `Grammar`, `allowed`, `forced` and `advance`.
 4. `masks.py`, only `Layout`: entry i of the layout is entry i of the KV cache.
-5. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to compute)
-   and `readings` (which predictions to read), and gives it what was drawn by `take`, which returns the next phase.
-6. `decode.py` down to the end of `Denoise`. `Stream` is for drafting (assignment 5); here it returns one token per pass.
+5. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to
+   compute) and `readings` (which predictions to read), and gives it what was drawn by `take`, which returns the next
+   phase.
+6. `decode.py` down to the end of `Denoise`. `Stream` is for drafting (assignment 5); here it returns one token per
+   pass.
 7. `tests/naive_sampler.py`, all of it.
 
-Before you write code, answer for yourself: a plan token is computed in pass 3. Can its keys and values be different in
-pass 9? Can those of a slot? Can those of a slot whose span is finished?
+Before you write code, answer for yourself: a plan token is computed in pass 3. Can its keys and values be different
+in pass 9? Can those of a slot? Can those of a slot whose span is finished?
 
 ## Build, in this order
 
-**Step 1: which slots are filled** (`unmask.py`). All slots of all answers of a batch come as one list; `group` says which
-of them compete. `certainty` gives a number per slot, `ranks` its rank among its group, `fill` draws tokens and decides.
+**Step 1: which slots are filled** (`unmask.py`). All slots of all answers of a batch come as one list; `group` says
+which of them compete. `certainty` gives a number per slot, `ranks` its rank among its group, `fill` draws tokens and
+decides.
 
 - Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
 - With `threshold` every slot that reaches it is kept, and the quota (then 1) makes sure that something is.
@@ -48,43 +54,47 @@ of them compete. `certainty` gives a number per slot, `ranks` its rank among its
 
 **Step 2: the plan** (`WrittenPlan.begin`, `write`, `force`, `spans`, and `Answer.scaffold`).
 
-- `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens a
-  topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>` and
-  `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not constrained
-  can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. `answer.cut`: constrained, and
-  `max_tokens` left nothing but `<eos>`; ask the grammar before you tell it.
-- Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before you
-  write on. (In assignment 5 `force` will also have to drop the draft of that token.)
+- `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens
+  a topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>`
+  and `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not
+  constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. `answer.cut`:
+  constrained, and `max_tokens` left nothing but `<eos>`; ask the grammar before you tell it.
+- Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before
+  you write on. (In assignment 5 `force` will also have to drop the draft of that token.)
 - A round after the first begins with `<sync/>` in the layout, as a token of the new round.
 - `begin` must not claim that anything is cached: `answer.cached` says how much is.
-- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase that the
-  table `DECODERS` names. `answer.method.repeat_topic` says whether a span begins with its topic.
+- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase that
+  the table `DECODERS` names. `answer.method.repeat_topic` says whether a span begins with its topic.
 - `critical_path` counts every token that `write` takes, unless it was drafted.
 
-**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, as pairs: (first entry, last + 1) and its slots.
-`self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots.
+**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, as pairs: (first entry, last + 1) and its
+slots. `self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots.
 
-- What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans, whole.
+- What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans,
+  whole.
 - After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that.
 - After the pass, entries before `first` are exact in the cache. Is anything else?
 - A pass that fills no slot would repeat itself for ever: raise RuntimeError.
 
 ## Hints
 
-1. *Nothing works end to end.* (The three `raise NotImplementedError` in `Phase` belong there.) `python course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2
-   alone and `passes_by_hand` step 3 alone. The tests are in that order.
+1. *Nothing works end to end.* (The three `raise NotImplementedError` in `Phase` belong there.) `python
+   course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2 alone and `passes_by_hand` step 3
+   alone. The tests are in that order.
 2. *ceil of a float.* n s / S with whole numbers is exact enough for the sizes here; do not multiply by `steps_ratio`
    again.
-3. *The picture of the cache test* shows a line per pass and a column per layout entry. If the pass after the spans computes
-   only `<sync/>`, then the spans' keys in the cache are those of their last pass, when some slots were still `[MASK]`.
+3. *The picture of the cache test* shows a line per pass and a column per layout entry. If the pass after the spans
+   computes only `<sync/>`, then the spans' keys in the cache are those of their last pass, when some slots were still
+   `[MASK]`.
 4. *Still the cache.* Which three numbers say what the next plan pass computes? Look at `Stream.entries`.
-5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy, and at ties: the first wins.
+5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy, and at ties: the first
+   wins.
 6. `python -m pytest tests/test_unmask.py tests/test_sample.py` compares with the naive sampler, in about two minutes.
 
 ## Think about it (no points)
 
-Dense spans see each other (`--method dense`). Why would one quota per span be wrong there, and which of your functions
-changes? (`DenoiseTogether` has the answer.)
+Dense spans see each other (`--method dense`). Why would one quota per span be wrong there, and which of your
+functions changes? (`DenoiseTogether` has the answer.)
 """
 
 
@@ -97,7 +107,10 @@ def unmask_inputs(rng, size):
     return logits, torch.tensor([n for n, k in enumerate(sizes) for _ in range(k)])
 
 
-@check(points=10, idea="certainty is the model's own: of its probabilities at temperature 1, whatever tokens are drawn with")
+@check(
+    points=10,
+    idea="certainty is the model's own: of its probabilities at temperature 1, whatever tokens are drawn with",
+)
 def certainty_of_slots(rng, size):
     import torch
 
@@ -138,8 +151,11 @@ def draw_kept(expected, came):
     return "\n".join(lines)
 
 
-@check(points=12, idea="of each group the most certain slots up to its quota are kept, and with a threshold all that reach it",
-       draw=draw_kept)  # fmt: skip
+@check(
+    points=12,
+    idea="of each group the most certain slots up to its quota are kept, and with a threshold all that reach it",
+    draw=draw_kept,
+)
 def slots_kept(rng, size):
     import torch
 
@@ -161,57 +177,21 @@ def slots_kept(rng, size):
     return found
 
 
-def begun(tokenizer, seed=0, method="planned", repeat_topic=True, **settings):
-    """An answer before its first pass, and its first phase."""
-    from answer import Answer
-    from decode import next_round
-    from methods import MethodConfig
-    from sample import SampleConfig
-
-    config = MethodConfig(method, repeat_topic=repeat_topic)
-    answer = Answer("the otter", tokenizer, SampleConfig(**settings), config, seed)
-    return answer, next_round(answer)
-
-
-def wished(phase, name, length):
-    """The phase after a topic was written."""
-    tokenizer = phase.tokenizer
-    for token in (tokenizer.topic, *tokenizer.encode(name), tokenizer.length_id(length), tokenizer.topic_end):
-        phase = phase.write(token)
-    return phase
-
-
-def scribble(rng, answer, phase, rounds):
-    """Write random tokens that the grammar allows until the round's plan is finished; no network takes part.
-
-    Returns the next phase and the tokens that were forced. `rounds`: after so many the answer ends.
-    """
-    import numpy as np
-
-    tokenizer, forced = answer.tokenizer, 0
-    likely = [tokenizer.topic] * 3 + ([tokenizer.sync] if len(answer.rounds) < rounds else [tokenizer.eos])
-    likely += list(tokenizer.encode("otter food in the river")) * 2 + [tokenizer.length_id(n) for n in (1, 2, 3)] * 4
-    while phase is not None and type(phase).__name__ == "WrittenPlan" and len(answer.rounds) <= rounds:
-        tokens = [t for t in likely if answer.grammar.allowed()[t]]
-        written = len(answer.layout)
-        phase = phase.write(int(rng.choice(tokens or np.flatnonzero(answer.grammar.allowed()))))
-        if type(phase).__name__ == "WrittenPlan":
-            before = len(answer.layout)
-            phase = phase.force()
-            forced += len(answer.layout) - before if len(answer.layout) > written else 0
-    return phase, forced
-
-
 def draw_plan(expected, came):
     """Plans as text, where they differ."""
     name = next(key for key in expected if expected[key] != came[key])
     row = lambda table: " ".join(piece.strip() for piece in table[name]["plan"])
     same = row(expected) == row(came)
-    return f"{name}: the plan is right, {row(came)}" if same else f"{name}\nexpected {row(expected)}\n    came {row(came)}"
+    return (
+        f"{name}: the plan is right, {row(came)}" if same else f"{name}\nexpected {row(expected)}\n    came {row(came)}"
+    )
 
 
-@check(points=15, idea="a plan is written into rounds and layout token by token; what the grammar forces takes no pass",
-       draw=draw_plan)  # fmt: skip
+@check(
+    points=15,
+    idea="a plan is written into rounds and layout token by token; what the grammar forces takes no pass",
+    draw=draw_plan,
+)
 def plan_by_hand(rng, size):
     return {f"at most {limit} tokens": planned(rng, limit, 1 + size) for limit in (12 + 4 * size, 40 + 30 * size)}
 
@@ -222,12 +202,12 @@ def planned(rng, limit, rounds):
     from masks import PLAN
 
     tokenizer = small.tokenizer()
-    answer, phase = begun(tokenizer, max_tokens=limit)
+    answer, phase = by_hand.begun(tokenizer, max_tokens=limit)
     forced, phases = 0, []
     for _ in range(rounds + 1):
         if phase is None:
             break
-        phase, n = scribble(rng, answer, phase, rounds)
+        phase, n = by_hand.scribble(rng, answer, phase, rounds)
         forced += n
         phases.append(type(phase).__name__)
         if phases[-1] == "Denoise":  # as if its spans were finished
@@ -253,15 +233,18 @@ def draw_layout(expected, came):
     return f"{name}\nexpected {row(expected)}\n    came {row(came)}"
 
 
-@check(points=10, idea="each topic becomes a span: its tags, its topic, and length x unit x length_scale slots of [MASK]",
-       draw=draw_layout)  # fmt: skip
+@check(
+    points=10,
+    idea="each topic becomes a span: its tags, its topic, and length x unit x length_scale slots of [MASK]",
+    draw=draw_layout,
+)
 def scaffold_of_a_plan(rng, size):
     tokenizer, found = small.tokenizer(), {}
     for repeat, scale in ((True, 1.0), (False, 1.0), (True, float(rng.choice([0.3, 0.5, 1.1, 2.5])))):
-        answer, phase = begun(tokenizer, repeat_topic=repeat, length_scale=scale, max_tokens=400)
+        answer, phase = by_hand.begun(tokenizer, repeat_topic=repeat, length_scale=scale, max_tokens=400)
         for _ in range(1 + size):
             name = str(rng.choice(["otter", "the food", "river animal"]))
-            phase = wished(phase, name, int(rng.integers(1, 5)))
+            phase = by_hand.wished(phase, name, int(rng.integers(1, 5)))
         first = len(answer.layout)
         phase = phase.write(tokenizer.eos)
         y = answer.layout
@@ -284,18 +267,21 @@ def draw_order(expected, came):
     return "\n".join(lines)
 
 
-@check(points=15, idea="after step s of S, ceil(n s / S) of each span's own n slots are filled; only unfinished spans are computed",
-       draw=draw_order)  # fmt: skip
+@check(
+    points=15,
+    idea="after step s of S, ceil(n s / S) of each span's own n slots are filled; only unfinished spans are computed",
+    draw=draw_order,
+)
 def passes_by_hand(rng, size):
     tokenizer, found = small.tokenizer(), {}
     for settings in (dict(steps_ratio=float(rng.choice([0.3, 0.5, 0.8]))), dict(threshold=0.8)):
-        answer, phase = begun(tokenizer, max_tokens=400, **settings)
+        answer, phase = by_hand.begun(tokenizer, max_tokens=400, **settings)
         for length in (3, 1, *(int(n) for n in rng.integers(1, 5, size))):
-            phase = wished(phase, "food", length)
+            phase = by_hand.wished(phase, "food", length)
         phase = phase.write(tokenizer.eos)
         slots = [answer.slots(span) for span in answer.rounds[0].spans]
         sure = {i: rng.random() for i in sum(slots, [])}  # as if the network had said so
-        phase, passes, filled = denoised(phase, sure, settings.get("threshold"))
+        phase, passes, filled = by_hand.denoised(phase, sure, settings.get("threshold"))
         found[", ".join(f"{key} {value}" for key, value in settings.items())] = {
             "filled in pass": [[filled.get(i, 0) for i in entries] for entries in slots],
             "passes": passes,
@@ -304,28 +290,6 @@ def passes_by_hand(rng, size):
             "the answer ends": phase is None,
         }
     return found
-
-
-def denoised(phase, sure, threshold):
-    """The phase after spans were filled, what its passes were, and in which of them each entry was filled.
-
-    `sure`: how certain the token of each entry is.
-    """
-    from decode import Reply
-
-    passes, filled = [], {}
-    while phase is not None and len(passes) < 60:
-        readings = phase.readings()
-        passes.append({"computes": small.ranges_of(phase.entries()), "quotas": [r.quota for r in readings],
-                       "reads": [small.ranges_of(r.entries) for r in readings]})  # fmt: skip
-        replies = []
-        for reading in readings:
-            kept = sorted(reading.entries, key=lambda i: -sure[i])[: reading.quota]
-            kept += [i for i in reading.entries if threshold and sure[i] >= threshold]
-            filled |= {i: len(passes) for i in kept}
-            replies.append(Reply([65] * len(reading.entries), [i in kept for i in reading.entries]))
-        phase = phase.take(replies)
-    return phase, passes, filled
 
 
 def recorded(model, tokenizer, settings, prompt):
@@ -356,7 +320,9 @@ def recorded(model, tokenizer, settings, prompt):
 
 def draw_passes(expected, came):
     """What the passes around the first wrong one compute."""
-    entries = lambda text: {i for run in text.split() for i in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)}
+    entries = lambda text: {
+        i for run in text.split() for i in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)
+    }
     rows = [*zip(expected["passes"], came["passes"])]
     first = next(n for n, (e, c) in enumerate(rows) if e["computes"] != c["computes"] or c["error"] > 1e-4)
     width = min(110, 1 + max(max(entries(e["computes"]) | entries(c["computes"])) for e, c in rows[: first + 3]))
@@ -368,8 +334,13 @@ def draw_passes(expected, came):
     return "\n".join(lines)
 
 
-@check(points=15, idea="the cache holds what a fresh pass would compute: the pass that reads <sync/> computes the finished spans "
-       "once more, and nothing else is computed twice", draw=draw_passes, seconds=40)  # fmt: skip
+@check(
+    points=15,
+    idea="the cache holds what a fresh pass would compute: the pass that reads <sync/> computes the finished spans "
+    "once more, and nothing else is computed twice",
+    draw=draw_passes,
+    seconds=40,
+)
 def exact_cache(rng, size):
     tokenizer = small.tokenizer()
     for _ in range(20):
@@ -383,8 +354,8 @@ def exact_cache(rng, size):
     return {
         "passes": passes,
         "tokens": small.names(y.token, tokenizer),
-        "counted": {name: answer.result()[name] for name in ("plan_passes", "denoise_passes", "critical_path", "positions")},
-    }  # fmt: skip
+        "counted": {name: getattr(answer, name) for name in COSTS},
+    }
 
 
 @check(points=10, idea="with a trained model: plan, spans and costs are those of the rules, step by step", seconds=60)
@@ -402,8 +373,8 @@ def shipped_model(rng, size):
     for given in settings:
         sampler = Sampler.load("checkpoints/tasks/planned.safetensors", SampleConfig(**given))
         result = sampler.answer([ask])[0].result()
-        costs = ("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "pads")
-        found[str(given)] = {"answer": result["tagged"], **{name: result[name] for name in costs}}
+        costs = {name: result[name] for name in (*COSTS, "content_tokens", "pads")}
+        found[str(given)] = {"answer": result["tagged"], **costs}
     return found
 
 
@@ -432,7 +403,8 @@ WRONG = (
           "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
     Wrong("forced tokens take a pass", "decode.py", "while phase is self and self.config.constrained and (",
           "while False and (", ("plan_by_hand", "exact_cache")),
-    Wrong("cut not noted", "decode.py", "answer.cut = self.config.constrained and", "answer.cut = False and", "plan_by_hand"),
+    Wrong("cut not noted", "decode.py", "answer.cut = self.config.constrained and", "answer.cut = False and",
+          "plan_by_hand"),
     Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
           "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
     Wrong("names of topics are text", "decode.py", "(round_.topics[-1][0] if round_.topics else round_.text)",

@@ -12,10 +12,10 @@ FUNCTIONS = {
     "decode.py": ("Stream.entries", "Stream.readings", "Stream.check", "WrittenPlan.prepare", "Extend.prepare"),
 }
 HANDOUT = """
-Text that is written left to right takes a pass per token, although a pass over ten tokens costs hardly more than a pass
-over one. So guess: let the model draft the next tokens, and check them all in its next pass. What is written must be
-*exactly* what one token per pass would have written: at temperature 0 the same text, above it a draw from the same
-distribution. Then measure what that saves, or what another way of decoding saves that you invent.
+Text that is written left to right takes a pass per token, although on a GPU a pass over ten tokens costs hardly more
+than a pass over one. So guess: let the model draft the next tokens, and check them all in its next pass. What is
+written must be *exactly* what one token per pass would have written: at temperature 0 the same text, above it a draw
+from the same distribution. Then measure what that saves, or what another way of decoding saves that you invent.
 
 ## Read first (an hour)
 
@@ -24,72 +24,80 @@ distribution. Then measure what that saves, or what another way of decoding save
 3. `decode.py`: `Reading`, `Reply`, `Phase`, then `Stream` with `WrittenPlan.take` and `Extend.take`, which use it.
 4. `sample.py`: `Sampler.step`. Before a pass `prepare` is called, then `entries` and `readings`; `take` comes after.
 
-With pencil and paper: the model says p = (0.5, 0.3, 0.2), the draft is drawn from q = (0.2, 0.7, 0.1). How often is a draft
-accepted? What is a rejected one replaced by, with which probabilities? Add up how often token 1 is written. (Hint 2.)
+With pencil and paper: the model says p = (0.5, 0.3, 0.2), the draft is drawn from q = (0.2, 0.7, 0.1). How often is a
+draft accepted? What is a rejected one replaced by, with which probabilities? Add up how often token 1 is written.
+(Hint 2.)
 
 ## Build, in this order
 
-**Step 1: one token per pass.** With `--ahead 0` there are no drafts and no draft slots, but everything runs through the same
-functions. Write `Stream.entries`, `readings` and `check` for that case, and `check_drafts` for temperature 0. Then
-`python sample.py --prompt "Tell me about the food of Brivok."` answers.
+**Step 1: one token per pass.** With `--ahead 0` there are no drafts and no draft slots, but everything runs through
+the same functions. Write `Stream.entries`, `readings` and `check` for that case, and `check_drafts` for temperature
+0. Then `python sample.py --prompt "Tell me about the food of Brivok."` answers.
 
-**Step 2: drafts at temperature 0.** `WrittenPlan.prepare` writes drafts and then `[MASK]` draft slots into the layout, behind
-what is known; `take` cuts them off again. `Extend.prepare` puts drafts in slots of its spans, where the `[MASK]` that follow
-serve as draft slots.
+**Step 2: drafts at temperature 0.** `WrittenPlan.prepare` writes drafts and then `[MASK]` draft slots into the
+layout, behind what is known; `take` cuts them off again. `Extend.prepare` puts drafts in slots of its spans, where
+the `[MASK]` that follow serve as draft slots.
 
-- A draft that the grammar forbids is dropped, with all after it. Where the grammar leaves one token, that token is the
-  draft, whatever the model drafted, and does not count as one (`counted`).
-- `ends`: after a draft that ends the stream (`<sync/>`, `<eos>`; in spans `[PAD]` or the last slot) there is nothing to read.
-  That draft is not computed either: nobody looks at its prediction.
-- `check`: drafts are right up to the first that was not kept; there the model's own token follows. What the draft slots
-  predict is worth something only if all drafts were right, and only as far as the product of their confidences is at
-  least `DRAFT_CONFIDENCE`.
-- `cached`: which entries hold keys and values of tokens that turned out right? The model's own new token was never computed.
+- A draft that the grammar forbids is dropped, with all after it. Where the grammar leaves one token, that token is
+  the draft, whatever the model drafted, and does not count as one (`counted`).
+- `ends`: after a draft that ends the stream (`<sync/>`, `<eos>`; in spans `[PAD]` or the last slot) there is nothing
+  to read. Drafts behind it are dropped, and it is not computed either: nobody looks at its prediction.
+- Draft slots: `ahead` of them, but no more than there is room for, in the answer (`max_length`) or in the span; none
+  where the stream ends, or where a second model drafts (`drafter.draft(answer)` returns drafts and what they were
+  drawn from).
+- `self.grammars` of a plan: the grammar before each draft and after the last, for `readings`. `copy` it before you go
+  on.
+- `check`: drafts are right up to the first that was not kept; there the model's own token follows. What the draft
+  slots predict is worth something only if all drafts were right, and only as far as the product of their confidences
+  is at least `DRAFT_CONFIDENCE`.
+- `cached`: which entries hold keys and values of tokens that turned out right? The model's own new token was never
+  computed.
 
-**Step 3: above temperature 0.** `residual`, and the rest of `check_drafts`. Rows without a draft have `draft` -1 and a q of
-zeros: they are the same formula. Tokens that the grammar forbids have logits of minus infinity and so p = 0.
+**Step 3: above temperature 0.** `residual`, and the rest of `check_drafts`. Rows without a draft have `draft` -1 and
+a q of zeros: they are the same formula. Tokens that the grammar forbids have logits of minus infinity and so p = 0.
 
 **Step 4: measure, and write two pages (20 points).** Choose one.
 
 *A. Drafting on a frontier.* How much does drafting save, where, and at what price? Run
 
     python data/tasks/prepare.py
-    python measure/eval.py --checkpoint checkpoints/tasks/joint.safetensors --decode parallel-ar --ahead 4 --limit 70 --json
+    python measure/eval.py --checkpoint checkpoints/tasks/joint.safetensors --decode parallel-ar --ahead 4 \\
+      --limit 70 --draws 1 --json
 
-for K (`--ahead`) of 0, 1, 2, 4, 8 and 16, decoded as `parallel-ar` and as `planned --threshold 0.9`; also at temperature 1,
-and with recipes (`checkpoints/recipes/joint.safetensors --data data/recipes`, after `python data/recipes/prepare.py`) for
-three K. Half a minute to two minutes each on one core.
+for K (`--ahead`) of 0, 1, 2, 4, 8 and 16, decoded as `parallel-ar` and as `planned` with `--threshold 0.9`; also at
+temperature 1, and with recipes (`checkpoints/recipes/joint.safetensors --data data/recipes`, after `python
+data/recipes/prepare.py`) for three K. Half a minute to two minutes each on one core.
 
-*B. A way of decoding of your own.* A subclass of `Phase` in a new file, a line in `DECODERS`, and a method or setting that
-selects it. Ideas: fill a slot only if its neighbours are filled or it is very certain; re-mask the least certain slots
-once; take more steps for long spans; start denoising a span while the plan is still being written; draft spans by
-denoising and check them left to right. Compare it with `planned` at five or more settings on 70 or more prompts, with the
-same checkpoint. A way that loses is as good as one that wins, if you can say why.
+*B. A way of decoding of your own.* A subclass of `Phase` in a new file, a line in `DECODERS`, and a method or setting
+that selects it. Ideas: fill a slot only if its neighbours are filled or it is very certain; re-mask the least certain
+slots once; take more steps for long spans; start denoising a span while the plan is still being written; draft spans
+by denoising and check them left to right. Compare it with `planned` at five or more settings on 70 or more prompts,
+with the same checkpoint. A way that loses is as good as one that wins, if you can say why.
 
 Hand in `report.md` or `report.pdf` with its plots, and the script that makes them:
 
-1. A plot of quality against passes, one line per way of decoding, one point per setting, and the same against positions or
-   seconds. Say which machine, how many threads, how many prompts.
+1. A plot of quality against passes, one line per way of decoding, one point per setting, and the same against
+   positions or seconds. Say which machine, how many threads, how many prompts.
 2. Where on the lines would you work on a laptop, and where on a GPU that computes 500 positions as fast as one? Why?
-3. Which tokens are drafted right, and which are not? Show one answer with its accepted and rejected drafts (A), or one in
-   which your way fills other slots than `planned` (B).
+3. Which tokens are drafted right, and which are not? Show one answer with its accepted and rejected drafts (A), or
+   one in which your way fills other slots than `planned` (B).
 4. The strongest objection to your own conclusion, and the experiment that would settle it.
 
 ## Hints
 
-1. *Start with* `python course/grade.py --only stream_by_hand`: no network takes part, and its picture shows what is known,
-   what is drafted, and what the model said.
-2. *The pencil exercise.* Accepted: sum of min(p, q) = 0.2 + 0.3 + 0.1 = 0.6. Left of p - q: (0.3, 0, 0.1), so a rejected
-   draft becomes token 0 with probability 3/4, token 2 with 1/4. Token 1: 0.7 * 0.3 / 0.7 + 0.4 * 0 = 0.3.
-3. *Indices.* Let a stream have `known` tokens. The prediction at entry known - 1 checks the first draft; the one at entry
-   known - 1 + n checks draft n, or follows the last; a draft slot at entry e predicts what comes after e.
-4. *The text differs only sometimes.* Was a draft compared with the prediction of its own entry instead of the one before?
-   Does `cached` include a rejected draft? Is `[PAD]` followed by text? (A `KeyError` in passes.py means that a reading
-   asks for an entry which the pass does not compute.)
+1. *Start with* `python course/grade.py --only stream_by_hand`: no network takes part, and its picture shows what is
+   known, what is drafted, and what the model said.
+2. *The pencil exercise.* Accepted: sum of min(p, q) = 0.2 + 0.3 + 0.1 = 0.6. Left of p - q: (0.3, 0, 0.1), so a
+   rejected draft becomes token 0 with probability 3/4, token 2 with 1/4. Token 1: 0.7 * 0.3 / 0.7 + 0.4 * 0 = 0.3.
+3. *Indices.* Let a stream have `known` tokens. The prediction at entry known - 1 checks the first draft; the one at
+   entry known - 1 + n checks draft n, or follows the last; a draft slot at entry e predicts what comes after e.
+4. *The text differs only sometimes.* Was a draft compared with the prediction of its own entry instead of the one
+   before? Does `cached` include a rejected draft? Is `[PAD]` followed by text? (A `KeyError` in passes.py means that
+   a reading asks for an entry which the pass does not compute.)
 5. *The text is right but takes as many passes as without drafts.* Are the new drafts kept by the stream? Does
    `WrittenPlan.prepare` start from them?
-6. *The distribution is off by little.* Accept with `u * q < p`; where the grammar forbids a token that q allows, q must be
-   normalised again.
+6. *The distribution is off by little.* Accept with `u * q < p`; where the grammar forbids a token that q allows, q
+   must be normalised again.
 
 ## How the report is graded (20 points)
 
@@ -122,7 +130,10 @@ def residual_of(rng, size):
     return {"p": p, "q": q, "replaced by": left / left.sum(-1, keepdim=True)}
 
 
-@check(points=8, idea="at temperature 0 a draft is right if it is the model's likeliest token, which is written in any case")
+@check(
+    points=8,
+    idea="at temperature 0 a draft is right if it is the model's likeliest token, which is written in any case",
+)
 def greedy_check(rng, size):
     import torch
 
@@ -159,8 +170,11 @@ def draw_table(expected, came):
     return next(part["table"] for part in came.values() if part["table"])
 
 
-@check(points=12, idea="accept a draft with probability min(1, p/q), else draw from the residual: tokens are distributed as p",
-       draw=draw_table)  # fmt: skip
+@check(
+    points=12,
+    idea="accept a draft with probability min(1, p/q), else draw from the residual: tokens are distributed as p",
+    draw=draw_table,
+)
 def draft_distribution(rng, size):
     import torch
 
@@ -177,7 +191,9 @@ def draft_distribution(rng, size):
         token, accepted, _ = check_drafts(logits, draft, probs, config, [(generator, n)])
         name = f"p {[round(x, 2) for x in p[row].tolist()]}, q {[round(x, 2) for x in q[row].tolist()]}"
         counted = dict(enumerate(torch.bincount(token, minlength=6).tolist()))
-        found[name + ": tokens"] = judged({k: v for k, v in counted.items() if v}, dict(enumerate(p[row].tolist())), n, 40)
+        found[name + ": tokens"] = judged(
+            {k: v for k, v in counted.items() if v}, dict(enumerate(p[row].tolist())), n, 40
+        )
         right, yes = float(torch.minimum(p[row], q[row]).sum()), int(accepted.sum())
         counted = {"accepted": yes, "rejected": n - yes}
         found[name + ": drafts"] = judged({k: v for k, v in counted.items() if v},
@@ -189,11 +205,16 @@ def draw_scene(expected, came):
     """The first scene in which they differ."""
     name = next(key for key in expected if expected[key] != came[key])
     e, c = expected[name], came[name]
-    return "\n".join([e["scene"], *(f"{key}: expected {e[key]}, came {c.get(key)}" for key in e if e[key] != c.get(key))])
+    return "\n".join(
+        [e["scene"], *(f"{key}: expected {e[key]}, came {c.get(key)}" for key in e if e[key] != c.get(key))]
+    )
 
 
-@check(points=12, idea="right drafts up to the first wrong one, then the model's own token; new drafts only if all were right",
-       draw=draw_scene)  # fmt: skip
+@check(
+    points=12,
+    idea="right drafts up to the first wrong one, then the model's own token; new drafts only if all were right",
+    draw=draw_scene,
+)
 def stream_by_hand(rng, size):
     from types import SimpleNamespace
 
@@ -211,14 +232,16 @@ def stream_by_hand(rng, size):
         entries, readings = stream.entries(), stream.readings()
         replies = [Reply([d if i < right else d - 32], [i < right]) for i, d in enumerate(stream.drafts)]
         replies += [Reply([int(rng.integers(65, 91))], [False])] * (not stream.ends)
-        replies += [Reply([int(rng.integers(97, 123))], [False], float(rng.uniform(0.2, 0.9))) for _ in range(stream.slots)]
+        replies += [
+            Reply([int(rng.integers(97, 123))], [False], float(rng.uniform(0.2, 0.9))) for _ in range(stream.slots)
+        ]
         own = "".join(chr(reply.tokens[0]) for reply in replies[: len(replies) - stream.slots])
         later = " ".join(f"{chr(r.tokens[0])} {r.confidence:.2f}" for r in replies[len(replies) - stream.slots :])
         slots, cached = stream.slots, stream.cached
         tokens, accepted = stream.check(replies, answer)
         found[f"scene {number}"] = {
-            "scene": f"known: entries 0-{known - 1}, cached {cached}; drafts '{drafts}'" + " (the last ends)" * stream.ends
-            + f"; the model says '{own}'; {slots} draft slots: {later or 'none'}",
+            "scene": f"known: entries 0-{known - 1}, cached {cached}; drafts '{drafts}'"
+            + " (the last ends)" * stream.ends + f"; the model says '{own}'; {slots} draft slots: {later or 'none'}",
             "entries": small.ranges_of(entries),
             "readings": [[*r.entries, r.draft] for r in readings],
             "tokens": "".join(map(chr, tokens)), "accepted": accepted, "cached": stream.cached,
@@ -257,7 +280,9 @@ def same_text(rng, size):
     return found
 
 
-@check(points=8, idea="right drafts save passes: a trained model writes the same answer in a fraction of them", seconds=60)
+@check(
+    points=8, idea="right drafts save passes: a trained model writes the same answer in a fraction of them", seconds=60
+)
 def passes_saved(rng, size):
     import random
 
@@ -270,12 +295,14 @@ def passes_saved(rng, size):
         config = SampleConfig(decode="parallel-ar", ahead=ahead)
         for n, answer in enumerate(Sampler.load("checkpoints/tasks/joint.safetensors", config).answer(prompts)):
             costs = ("plan_passes", "denoise_passes", "drafted", "accepted")
-            found[f"prompt {n}, {ahead} ahead"] = {c: getattr(answer, c) for c in costs} | {"answer": answer.result()["tagged"]}
+            found[f"prompt {n}, {ahead} ahead"] = {c: getattr(answer, c) for c in costs} | {
+                "answer": answer.result()["tagged"]
+            }
     return found
 
 
 def bigrams(rng, tokenizer, tokens):
-    """Stands for a model whose next token depends on position and last token; a draft slot's guess on position alone."""
+    """Stands for a model whose next token depends on position and last token; a draft slot's guess, on position."""
     from types import SimpleNamespace
 
     import torch
@@ -303,7 +330,9 @@ def bigrams(rng, tokenizer, tokens):
         def logits(self, hidden, n_tokens=None):
             return self.table[hidden[..., 0], hidden[..., 1], :n_tokens]
 
-    Bigrams.table[:, :, tokens] = 1.5 * torch.from_numpy(rng.standard_normal((tokenizer.vocab_size, 64, len(tokens)))).float()
+    Bigrams.table[:, :, tokens] = (
+        1.5 * torch.from_numpy(rng.standard_normal((tokenizer.vocab_size, 64, len(tokens)))).float()
+    )
     return Bigrams()
 
 
@@ -319,8 +348,12 @@ def enumerated(model, last, position, tokens, eos, left):
     return texts
 
 
-@check(points=12, idea="above temperature 0 whole texts are distributed as without drafts (by enumeration of all short texts)",
-       draw=draw_table, seconds=60)  # fmt: skip
+@check(
+    points=12,
+    idea="above temperature 0 whole texts are distributed as without drafts (by enumeration of all short texts)",
+    draw=draw_table,
+    seconds=60,
+)
 def text_distribution(rng, size):
     from collections import Counter
 
@@ -345,7 +378,8 @@ WRONG = (
           "(uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])",
           "(q.gather(1, at)[:, 0] <= p.gather(1, at)[:, 0])", ("draft_distribution", "text_distribution")),
     Wrong("every draft accepted", "unmask.py",
-          "(uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])", "(p.gather(1, at)[:, 0] > 0)",
+          "(uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])",
+          "(p.gather(1, at)[:, 0] > 0)",
           ("draft_distribution", "text_distribution")),
     Wrong("one token too many", "decode.py", "tokens, self.cached = self.drafts[:accepted] + own",
           "tokens, self.cached = self.drafts[: accepted + 1] + own", ("stream_by_hand", "same_text")),
@@ -353,7 +387,8 @@ WRONG = (
           "if self.slots else []", "stream_by_hand"),
     Wrong("rejected drafts stay in the cache", "decode.py", "self.known + accepted - (all_right and self.ends)",
           "self.known + n_drafts - self.ends", "stream_by_hand"),
-    Wrong("checked a token too late", "decode.py", "Reading([self.known - 1 + n]", "Reading([self.known - (n == 0) + n]",
+    Wrong("checked a token too late", "decode.py", "Reading([self.known - 1 + n]",
+          "Reading([self.known - (n == 0) + n]",
           "stream_by_hand"),
     Wrong("each draft as sure as it is alone", "decode.py", "confidence *= reply.confidence",
           "confidence = reply.confidence", "stream_by_hand"),

@@ -18,36 +18,39 @@ kernel's source under `kernels/emulate.h`, which treats it as badly as CUDA's ru
 
 1. kernels/README.md, down to "Online softmax", then "Splitting the keys".
 2. [FlashAttention-2](https://arxiv.org/abs/2307.08691), sections 2.3 and 3.1.
-3. `kernels/gpu.h`, the comment at the top: which lane holds which element of a matrix. (On the CPU, `emulate.h` has the same
-   functions.)
+3. `kernels/gpu.h`, the comment at the top: which lane holds which element of a matrix. (On the CPU, `emulate.h` has
+   the same functions.)
 4. `kernels/tiles.h`, all: it has the pieces that your kernel is made of. `copy_tile`, `Rows`, `dot`, `add_product`,
    `write_rows`, `row_sum` and `row_max` are there.
-5. `backward_q` in `kernels/attention.cu`. It is there, and walks over tiles of keys as your `forward` has to, but with known
-   maxima and sums.
+5. `backward_q` in `kernels/attention.cu`. It is there, and walks over tiles of keys as your `forward` has to, but
+   with known maxima and sums.
 
-Before you write code: a row's scores are 1, 2, then in the next tile 4. Compute its output and its sum by hand, relative to
-the greatest score so far, tile by tile. Which two numbers must change when the 4 arrives, and by which factor?
+Before you write code: a row's scores are 1, 2, then in the next tile 4. Compute its output and its sum by hand,
+relative to the greatest score so far, tile by tile. Which two numbers must change when the 4 arrives, and by which
+factor?
 
 ## Build, in this order
 
-**Step 1: which tiles are visited** (`tiles.h`). `tile_bounds`: what the 64 queries of a tile see, taken together. Each lane
-of a warp reads two of the 64; `__reduce_max_sync` and `__reduce_min_sync` join the lanes. `Visits` numbers the tiles of keys:
-first those that some prefix reaches, then those of the spans which are not among them. No tile twice.
+**Step 1: which tiles are visited** (`tiles.h`). `tile_bounds`: what the 64 queries of a tile see, taken together.
+Each lane of a warp reads two of the 64; `__reduce_max_sync` and `__reduce_min_sync` join the lanes. `Visits` numbers
+the tiles of keys: first those that some prefix reaches, then those of the spans which are not among them. No tile
+twice.
 
-**Step 2: one tile of keys** (`forward`). A block of 4 warps owns 64 queries of a head, each warp 16 rows. Shared memory has
-the tile of q, then two stages with a tile of k and a tile of v each. `grid.x` counts tiles of queries (take them in reverse:
-late queries see most), `grid.y` heads, `grid.z` is batch * splits + split. Query heads share key heads. Copy, wait, meet at a
-barrier, then 16 keys at a time: scores by `dot`, and outputs by `add_product`. At the end divide by the row's sum, and write
-lse, the logarithm of the sum of exp(score * scale).
+**Step 2: one tile of keys** (`forward`). A block of 4 warps owns 64 queries of a head, each warp 16 rows. Shared
+memory has the tile of q, then two stages with a tile of k and a tile of v each. `grid.x` counts tiles of queries
+(take them in reverse: late queries see most), `grid.y` heads, `grid.z` is batch * splits + split. Query heads share
+key heads. Copy, wait, meet at a barrier, then 16 keys at a time: scores by `dot`, and outputs by `add_product`. At
+the end divide by the row's sum, and write lse, the logarithm of the sum of exp(score * scale).
 
-**Step 3: many tiles.** Walk over the visits `visits.n * split / splits` to `visits.n * (split + 1) / splits`; keep maximum and
-sum per row, and rescale. While one tile is computed the next one is copied to the other stage.
+**Step 3: many tiles.** Walk over the visits `visits.n * split / splits` to `visits.n * (split + 1) / splits`; keep
+maximum and sum per row, and rescale. While one tile is computed the next one is copied to the other stage.
 
-**Step 4: the mask and empty rows.** Compare keys with the three integers only where some row of the warp sees a part of the
-tile. A row that sees nothing gets zeros and an lse of infinity; a part that sees nothing has an lse of minus infinity.
+**Step 4: the mask and empty rows.** Compare keys with the three integers only where some row of the warp sees a part
+of the tile. A row that sees nothing gets zeros and an lse of infinity; a part that sees nothing has an lse of minus
+infinity.
 
-**Step 5: join the parts** (`combine`). With SPLIT a block writes its output and lse as float32 to `part_o` (splits, batch,
-heads, queries, D) and `part_lse`; a warp per row joins them, weighted.
+**Step 5: join the parts** (`combine`). With SPLIT a block writes its output and lse as float32 to `part_o` (splits,
+batch, heads, queries, D) and `part_lse`; a warp per row joins them, weighted.
 
 ## Hints
 
@@ -56,18 +59,20 @@ heads, queries, D) and `part_lse`; a warp per row joins them, weighted.
 2. *A row's maximum* is spread over 4 lanes: `row_max` after the lane's own. The sum can wait until the end.
 3. *exp2.* exp(x) = exp2(x log2 e), and exp2 is one instruction: multiply the scale by `LOG2_E` once.
 4. *inf - inf.* As long as a row has seen nothing its maximum is minus infinity. Subtract 0 then.
-5. *A template is compiled where it is used:* errors name the line. `__builtin_trap()` in what is not written ends the process.
+5. *A template is compiled where it is used:* errors name the line. `__builtin_trap()` in what is not written ends the
+   process.
 6. *`schedules` fails now and then, the others never.* Each wait and each barrier has a reason: copies are there after
-   `copy_wait` in the thread that started them, and for the others after the next `__syncthreads`. Who may still read the stage
-   into which you copy?
-7. *NaN everywhere:* shared memory starts as NaN, and memory around the tensors is NaN. Which row past the end do you read?
-8. `python -m pytest tests/test_kernels.py -k "masks or splits"` has more, some of which needs the backward pass: that works
-   once `forward` does.
+   `copy_wait` in the thread that started them, and for the others after the next `__syncthreads`. Who may still read
+   the stage into which you copy?
+7. *NaN everywhere:* shared memory starts as NaN, and memory around the tensors is NaN. Which row past the end do you
+   read?
+8. `python -m pytest tests/test_kernels.py -k "masks or splits"` has more, some of which needs the backward pass: that
+   works once `forward` does.
 
 ## On a GPU (optional, no points)
 
-`python -m pytest tests/test_kernels.py` then compiles the kernel with nvcc and runs it; `python kernels/bench.py` times it
-beside PyTorch's own. How far is it from the fastest, and where does the time go?
+`python -m pytest tests/test_kernels.py` then compiles the kernel with nvcc and runs it; `python kernels/bench.py`
+times it beside PyTorch's own. How far is it from the fastest, and where does the time go?
 """
 
 BOUND = 1e-2  # of |error| / |reference| in bfloat16
@@ -133,8 +138,12 @@ def random_ranges(rng, queries, keys):
     return ranges
 
 
-@check(points=15, idea="visited are the tiles of keys that some query of the tile sees, each once: prefixes, then spans",
-       draw=draw_mask, seconds=60)  # fmt: skip
+@check(
+    points=15,
+    idea="visited are the tiles of keys that some query of the tile sees, each once: prefixes, then spans",
+    draw=draw_mask,
+    seconds=60,
+)
 def visited_tiles(rng, size):
     import tempfile
 
@@ -241,27 +250,45 @@ def all_seen(queries, keys):
     return torch.tensor([[keys, 0, 0]] * queries)
 
 
-@check(points=15, idea="one tile: softmax(scale * q k) v, and lse, the logarithm of its sum in units of exp", draw=draw_wrong,
-       seconds=60)  # fmt: skip
+@check(
+    points=15,
+    idea="one tile: softmax(scale * q k) v, and lse, the logarithm of its sum in units of exp",
+    draw=draw_wrong,
+    seconds=60,
+)
 def one_tile(rng, size):
     return compared(rng, all_seen(64, 64), 64, heads=(2 * size, size))
 
 
-@check(points=20, idea="when a greater score arrives, sum and output so far shrink by exp(old maximum - new maximum)",
-       draw=draw_wrong, seconds=60)  # fmt: skip
+@check(
+    points=20,
+    idea="when a greater score arrives, sum and output so far shrink by exp(old maximum - new maximum)",
+    draw=draw_wrong,
+    seconds=60,
+)
 def many_tiles(rng, size):
-    return compared(rng, all_seen(64 * size, 256), 256, sharp=True) | compared(rng, all_seen(64, 128 * size), 128 * size)
+    return compared(rng, all_seen(64 * size, 256), 256, sharp=True) | compared(
+        rng, all_seen(64, 128 * size), 128 * size
+    )
 
 
-@check(points=15, idea="a query sees exactly the keys [0, prefix) and [begin, end), also inside a tile", draw=draw_wrong,
-       seconds=60)  # fmt: skip
+@check(
+    points=15,
+    idea="a query sees exactly the keys [0, prefix) and [begin, end), also inside a tile",
+    draw=draw_wrong,
+    seconds=60,
+)
 def masks_within_tiles(rng, size):
     ranges = layout_ranges(rng, int(rng.integers(30, 90)), size)
     return compared(rng, ranges, len(ranges), heads=(2, 2))
 
 
-@check(points=10, idea="a row that sees nothing gives 0 and an lse of infinity; rows past the end are neither read nor written",
-       draw=draw_wrong, seconds=60)  # fmt: skip
+@check(
+    points=10,
+    idea="a row that sees nothing gives 0 and an lse of infinity; rows past the end are neither read nor written",
+    draw=draw_wrong,
+    seconds=60,
+)
 def empty_rows(rng, size):
     keys = int(rng.integers(70, 90 + 40 * size))
     ranges = random_ranges(rng, 40 + 40 * size, keys)
@@ -269,8 +296,12 @@ def empty_rows(rng, size):
     return compared(rng, ranges, keys)
 
 
-@check(points=10, idea="parts of the keys are joined by their shares of the row's sum: exp(lse of the part - lse of all)",
-       draw=draw_wrong, seconds=60)  # fmt: skip
+@check(
+    points=10,
+    idea="parts of the keys are joined by their shares of the row's sum: exp(lse of the part - lse of all)",
+    draw=draw_wrong,
+    seconds=60,
+)
 def split_keys(rng, size):
     keys = 330 + 64 * size
     ranges = random_ranges(rng, 20 + 30 * size, keys)
@@ -281,8 +312,12 @@ def split_keys(rng, size):
     return found
 
 
-@check(points=10, idea="a tile is read after its copy has arrived for all warps, and overwritten after all warps have read it",
-       draw=draw_wrong, seconds=60)  # fmt: skip
+@check(
+    points=10,
+    idea="a tile is read after its copy has arrived for all warps, and overwritten after all warps have read it",
+    draw=draw_wrong,
+    seconds=60,
+)
 def schedules(rng, size):
     return compared(rng, all_seen(64, 320), 320, heads=(1, 1), seeds=range(1, 6 + 4 * size))
 
@@ -299,22 +334,23 @@ WRONG = (
     Wrong("infinity less infinity", "kernels/attention.cu", "best[half] == -INFINITY ? 0 : best[half] * scale",
           "best[half] * scale", "empty_rows"),
     Wrong("division by an empty sum", "kernels/attention.cu", "sum > 0 ? 1 / sum : 0", "1 / sum", "empty_rows"),
-    Wrong("lse without the scale", "kernels/attention.cu", "most[half] * call.scale + logf(sum)", "most[half] + logf(sum)",
-          ("one_tile", "many_tiles")),
+    Wrong("lse without the scale", "kernels/attention.cu", "most[half] * call.scale + logf(sum)",
+          "most[half] + logf(sum)", ("one_tile", "many_tiles")),
     Wrong("maximum over a quarter of the row", "kernels/attention.cu", "best[half] = row_max(best[half]);", ";",
           ("one_tile", "many_tiles")),
     Wrong("no barrier before the next tile", "kernels/attention.cu",
           "__syncthreads();  // the next tile is here, and no warp reads this one any more", ";", "schedules"),
     Wrong("no wait for the first copy", "kernels/attention.cu",
-          "if (first < last) copy_visit(first);\n    copy_wait();", "if (first < last) copy_visit(first);", "schedules"),
-    Wrong("a tile visited twice", "kernels/tiles.h", "max(in_prefix, bounds.min_begin / TILE)", "bounds.min_begin / TILE",
-          "visited_tiles"),
+          "if (first < last) copy_visit(first);\n    copy_wait();", "if (first < last) copy_visit(first);",
+          "schedules"),
+    Wrong("a tile visited twice", "kernels/tiles.h", "max(in_prefix, bounds.min_begin / TILE)",
+          "bounds.min_begin / TILE", "visited_tiles"),
     Wrong("last tile of the prefix left out", "kernels/tiles.h", "(bounds.max_prefix + TILE - 1) / TILE",
           "bounds.max_prefix / TILE", "visited_tiles"),
     Wrong("bounds of half of the rows", "kernels/tiles.h", "max(a.prefix, b.prefix)", "a.prefix", "visited_tiles"),
     Wrong("parts weighted equally", "kernels/attention.cu",
-          "const float weight = exp2_fast((call.part_lse[split * rows + row] - most) * LOG2_E);", "const float weight = 1;",
-          "split_keys"),
+          "const float weight = exp2_fast((call.part_lse[split * rows + row] - most) * LOG2_E);",
+          "const float weight = 1;", "split_keys"),
     Wrong("the rest of a division left out", "kernels/attention.cu", "last = visits.n * (split + 1) / call.splits",
           "last = first + visits.n / call.splits", "split_keys"),
 )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Assignment 4 without a network: a probe chooses the tokens, and how certain they are."""
+
+import small
+
+
+def begun(tokenizer, repeat_topic=True, **settings):
+    """An answer before its first pass, and its first phase."""
+    from answer import Answer
+    from decode import next_round
+    from methods import MethodConfig
+    from sample import SampleConfig
+
+    method = MethodConfig("planned", repeat_topic=repeat_topic)
+    answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, seed=0)
+    return answer, next_round(answer)
+
+
+def wished(phase, name, length):
+    """The phase after a topic was written into the plan."""
+    tokenizer = phase.tokenizer
+    for token in (tokenizer.topic, *tokenizer.encode(name), tokenizer.length_id(length), tokenizer.topic_end):
+        phase = phase.write(token)
+    return phase
+
+
+def scribble(rng, answer, phase, rounds):
+    """Write random tokens that the grammar allows until the round's plan is finished; no network takes part.
+
+    Returns the next phase and the tokens that were forced. `rounds`: after so many the answer ends.
+    """
+    import numpy as np
+
+    tokenizer, forced = answer.tokenizer, 0
+    likely = [tokenizer.topic] * 3 + ([tokenizer.sync] if len(answer.rounds) < rounds else [tokenizer.eos])
+    likely += list(tokenizer.encode("otter food in the river")) * 2 + [tokenizer.length_id(n) for n in (1, 2, 3)] * 4
+    while phase is not None and type(phase).__name__ == "WrittenPlan" and len(answer.rounds) <= rounds:
+        tokens = [t for t in likely if answer.grammar.allowed()[t]]
+        written = len(answer.layout)
+        phase = phase.write(int(rng.choice(tokens or np.flatnonzero(answer.grammar.allowed()))))
+        if type(phase).__name__ == "WrittenPlan":
+            before = len(answer.layout)
+            phase = phase.force()
+            forced += len(answer.layout) - before if len(answer.layout) > written else 0
+    return phase, forced
+
+
+def denoised(phase, sure, threshold):
+    """The phase after spans were filled, what its passes were, and in which of them each entry was filled.
+
+    `sure`: how certain the token of each entry is.
+    """
+    from decode import Reply
+
+    passes, filled = [], {}
+    while phase is not None and len(passes) < 60:
+        readings = phase.readings()
+        passes.append({"computes": small.ranges_of(phase.entries()), "quotas": [r.quota for r in readings],
+                       "reads": [small.ranges_of(r.entries) for r in readings]})  # fmt: skip
+        replies = []
+        for reading in readings:
+            kept = sorted(reading.entries, key=lambda i: -sure[i])[: reading.quota]
+            kept += [i for i in reading.entries if threshold and sure[i] >= threshold]
+            filled |= {i: len(passes) for i in kept}
+            replies.append(Reply([65] * len(reading.entries), [i in kept for i in reading.entries]))
+        phase = phase.take(replies)
+    return phase, passes, filled
