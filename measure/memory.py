@@ -24,7 +24,7 @@ from masks import encode_example
 from model import ModelConfig, Transformer
 from noise import Batch, Sequence, make_batch
 from optim import Optimizer
-from plumbing.device import CHOICES, fast_dtype, find, name_of, peak_memory
+from plumbing.device import CHOICES, PEAKS, fast_dtype, find, name_of, peak_memory
 from plumbing.settings import add_settings, check, command, pick, setting
 from pretrained.lora import adapt, trained
 from tags import Round, Span
@@ -89,13 +89,14 @@ def memory(config: ModelConfig, tokens: int, lora: int = 0, recompute: bool = Fa
     c, model = config, empty(config, lora)
     every, learnt = model.n_params(), sum(p.numel() for p in trained(model).values())
     embeddings = (1 if c.tied else 2) * c.vocab_size * c.d_model
-    copies = half * (every - embeddings + c.vocab_size * c.d_model) if half < FLOAT32 and not lora else 0
+    embedding = half * c.vocab_size * c.d_model
+    copies = half * (every - embeddings) + embedding if half < FLOAT32 else 0  # that autocast makes of the weights
     kept = activations(c, half) * tokens
     parts = {
         "weights": half * (every - learnt) + FLOAT32 * learnt,
         "optimizer": FLOAT32 * (2 * learnt if lora else every + embeddings),  # momentum; AdamW has two moments
         "gradients": FLOAT32 * learnt,
-        "copies": copies + (half * c.vocab_size * c.d_model if lora else 0),  # in 16 bits; with adapters of the embedding
+        "copies": 4 * embedding if lora else copies,  # with adapters: old and new rows as one, per use, and gradients
         "activations": c.n_layer * FLOAT32 * c.d_model * tokens + kept if recompute else c.n_layer * kept,
         "logits": tokens // 2 * c.vocab_size * (3 * FLOAT32 + 2 * half),  # three in float32: as they are, log, gradient
         "step": 0 if lora else step_temporaries(c),
@@ -105,14 +106,21 @@ def memory(config: ModelConfig, tokens: int, lora: int = 0, recompute: bool = Fa
     return parts
 
 
+def hours(config: ModelConfig, tokens: float = 1e8, rate: float = 0.4 * PEAKS["H100"]) -> float:
+    """Hours for so many tokens at that many FLOP/s, with every block computed twice forward and once backward."""
+    return 4 * empty(config, 0).flops_per_token(0) * tokens / rate / 3600
+
+
 def table(tokens: int) -> list[str]:
-    """Markdown lines: peaks in GiB for each shape and way to train."""
+    """Markdown lines: for each shape peaks in GiB by way to train, and hours."""
     ways = {"all weights": {}, "all, --recompute": dict(recompute=True), "--lora 16 --recompute": dict(lora=16, recompute=True)}
-    lines = ["| model | parameters | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
+    heads = ["model", "parameters", *ways, "hours for 100M tokens"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, shape in SHAPES.items():
         config = ModelConfig(**shape, qk_norm=False)
         cells = [f"{memory(config, tokens, **way)['peak'] / GIB:.1f} GiB" for way in ways.values()]
-        lines.append(f"| {name} | {empty(config, 0).n_params() / 1e6:,.0f}M | {' | '.join(cells)} |")
+        size = f"{empty(config, 0).n_params() / 1e6:,.0f}M"
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} | {hours(config):.1f} |")
     return lines
 
 
