@@ -55,7 +55,10 @@ def kept(tokens, sure, apart=True, quota=9, **settings):
     for row, token, p in zip(probs, tokens, sure):
         row += (1 - p) / 9
         row[token] = p
-    group, config = torch.zeros(len(tokens), dtype=torch.long), SampleConfig(apart=apart, order="confidence", **settings)
+    group, config = (
+        torch.zeros(len(tokens), dtype=torch.long),
+        SampleConfig(apart=apart, order="confidence", **settings),
+    )
     entry, quota = torch.arange(len(tokens)), torch.full_like(group, quota)
     return fill(probs.log(), group, entry, quota, 0, config, [])[1].int().tolist()
 
