@@ -152,6 +152,8 @@ class WrittenPlan(Phase):
             stream.counted.append(forced is None)
             self.grammars.append(grammar.copy())
             self.grammars[-1].advance(token)
+            if token == self.tokenizer.sync:  # what follows is another stream
+                break
         stream.ends = self.grammars[-1].done or stream.drafts[-1:] == [self.tokenizer.sync]
         free = answer.max_length - stream.known - len(stream.drafts)
         stream.slots = 0 if stream.ends or drafter else min(ahead, free)

@@ -11,9 +11,11 @@ from test_methods_answers import Perfect, fluent, sampled  # noqa: F401  (a fixt
 from test_sample import ids, steered
 
 import unmask
+from data import Example
 from methods import MethodConfig, encode
 from model import ModelConfig
 from sample import SampleConfig, Sampler
+from tags import Round
 
 WRITERS = [MethodConfig(name) for name in ("ar", "planned", "dense", "parallel-ar")]
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "")
@@ -64,6 +66,15 @@ def test_right_drafts_save_passes_and_wrong_ones_only_themselves(fluent, method,
             elif ahead:
                 assert 0 < answer.accepted < answer.drafted
     assert passes["perfect", 0] == passes["forgetful", 0] > passes["forgetful", 4] > passes["perfect", 4]
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_drafts_end_with_their_round_also_if_it_has_no_spans(fluent, constrained):  # noqa: F811
+    example = Example("Tell me", (Round("Here: fish"), Round("And more of the otter"), Round("In short")))
+    layout = encode(example, fluent, MethodConfig())
+    config = SampleConfig(ahead=8, max_tokens=300, constrained=constrained)
+    (answer,) = Sampler(Perfect(layout, fluent), fluent, config).answer([example.prompt])
+    assert answer.layout == sampled(layout) and answer.accepted == answer.drafted
 
 
 def test_a_perfect_draft_of_k_tokens_takes_one_pass_for_k_plus_1(fluent):  # noqa: F811
