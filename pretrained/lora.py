@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the pretrained weights W stay, W + alpha / r * B A is used.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): W stays, W + alpha / r * B A is used.
 
 Trained are A and B of every linear layer, and the embeddings of tags and lengths. Names and files are those of `peft`.
 """
