@@ -46,7 +46,9 @@ NEW = 74  # tags and lengths
 class MemoryConfig:
     """Memory."""
 
-    tokens: int = setting(4096, "tokens of a micro-batch; half of them are taken to be targets", at_least=64, at_most=2**24)
+    tokens: int = setting(
+        4096, "tokens of a micro-batch; half of them are taken to be targets", at_least=64, at_most=2**24
+    )
     lora: int = setting(0, "rank of adapters when measuring; 0: all weights are trained", at_least=0, at_most=1024)
     recompute: bool = setting(False, "gradient checkpointing when measuring")
     measure: str = setting("", "shape to measure", among=("", *SHAPES))
@@ -113,7 +115,11 @@ def hours(config: ModelConfig, tokens: float = 1e8, rate: float = 0.4 * PEAKS["H
 
 def table(tokens: int) -> list[str]:
     """Markdown lines: for each shape peaks in GiB by way to train, and hours."""
-    ways = {"all weights": {}, "all, --recompute": dict(recompute=True), "--lora 16 --recompute": dict(lora=16, recompute=True)}
+    ways = {
+        "all weights": {},
+        "all, --recompute": dict(recompute=True),
+        "--lora 16 --recompute": dict(lora=16, recompute=True),
+    }
     heads = ["model", "parameters", *ways, "hours for 100M tokens"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, shape in SHAPES.items():
@@ -165,7 +171,11 @@ def main() -> None:
     if not config.measure:
         print(f"Computed for micro-batches of {config.tokens} tokens on a GPU:", *table(config.tokens), sep="\n")
         return
-    shape, place, batch = ModelConfig(**SHAPES[config.measure], qk_norm=False), find(config.device), some_batch(config.tokens)
+    shape, place, batch = (
+        ModelConfig(**SHAPES[config.measure], qk_norm=False),
+        find(config.device),
+        some_batch(config.tokens),
+    )
     half, options = torch.finfo(fast_dtype(place)).bits // 8, (config.lora, config.recompute)
     parts = memory(replace(shape), batch.n_tokens, *options, half)
     print(f"{config.measure}, {batch.n_tokens} tokens, {name_of(place)}", *(f"{k:12} {v / GIB:7.2f} GiB" for k, v in parts.items()),

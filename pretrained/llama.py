@@ -46,7 +46,7 @@ class Pretrained:
 
 
 def places(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
-    """For each of our tensors those of `transformers` that it holds, one below the other, and how many rows each has."""
+    """For each of our tensors those of `transformers` that it holds, one below the other, and the rows of each."""
     c, kv = config, config.n_kv_head * config.head_dim
     rows_of_qkv = {"q": c.n_head * c.head_dim, "k": kv, "v": kv}
     in_block = {
@@ -215,7 +215,9 @@ class Tensors(ExitStack):
     def get(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
         """A tensor in float32; None in the shape allows any size. Raises ValueError if there is no such tensor."""
         if name not in self.files:
-            raise ValueError(f"{self.folder} has no tensor {name}: a file is missing, or config.json is of another model")
+            raise ValueError(
+                f"{self.folder} has no tensor {name}: a file is missing, or config.json is another model's"
+            )
         path = self.files[name]
         try:
             if path not in self.opened:

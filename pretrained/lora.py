@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): the pretrained weights W stay, W + alpha / r * B A is used.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): W stays, W + alpha / r * B A is used.
 
 Trained are A and B of every linear layer, and the embeddings of tags and lengths. Names and files are those of `peft`.
 """
@@ -107,7 +107,9 @@ def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, t
         }:
             raise ValueError("it holds other adapters than this run trains")
     except UNREADABLE as error:
-        raise ValueError(f"{path} is no checkpoint of this run ({error}): take the same settings, or another --out") from None
+        raise ValueError(
+            f"{path} is no checkpoint of this run ({error}): take the same settings, or another --out"
+        ) from None
     with torch.no_grad():
         for name, p in targets.items():
             p.copy_(tensors[f"model.{name}"])

@@ -94,7 +94,9 @@ def pattern_of(pre_tokenizer: dict[str, Any] | None) -> str:
         return DIGITS_GPT2 % ("" if step["individual_digits"] else "+")
     if step["type"] == "Split" and not own and step["behavior"] == "Isolated" and not step["invert"]:
         return step["pattern"]["Regex"]
-    raise ValueError(f"its pre_tokenizer cuts words by {step['type']}, expected Split by a regular expression or Digits")
+    raise ValueError(
+        f"its pre_tokenizer cuts words by {step['type']}, expected Split by a regular expression or Digits"
+    )
 
 
 def normal_form(normalizer: dict[str, Any] | None) -> str | None:

@@ -68,7 +68,11 @@ KINDS = {  # what config.json of each kind of model says besides
 def published_tensors(config):
     """Random tensors under the names of `transformers`, which are written out here once more."""
     c, generator = SIZES | config, torch.Generator().manual_seed(0)
-    d, ff, hd = c["hidden_size"], c["intermediate_size"], c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    d, ff, hd = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c.get("head_dim", c["hidden_size"] // c["num_attention_heads"]),
+    )
     q, kv = c["num_attention_heads"] * hd, c["num_key_value_heads"] * hd
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], d), "model.norm.weight": (d,)}
     shapes |= {} if c.get("tie_word_embeddings") else {"lm_head.weight": (c["vocab_size"], d)}

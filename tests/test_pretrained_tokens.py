@@ -87,7 +87,9 @@ def test_a_tokenizer_that_the_library_trained_is_cut_the_same(tmp_path, digits):
         [pre_tokenizers.Digits(individual_digits=digits), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()[:200]  # bytes that the vocabulary lacks become new tokens
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     rng = random.Random(2)
     theirs.train_from_iterator([*CORPUS * 3, *(awkward(rng) for _ in range(300))], trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))

@@ -111,11 +111,15 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(lora):
     parts = memory.memory(config, 128, lora, half=4)
     assert parts["weights"] == size(model.parameters())
     assert parts["gradients"] == size(p.grad for p in model.parameters())
-    assert parts["optimizer"] == pytest.approx(size(optimizer.state().values()), rel=0.01)  # norms have two moments, too
+    assert parts["optimizer"] == pytest.approx(
+        size(optimizer.state().values()), rel=0.01
+    )  # norms have two moments, too
 
 
 def test_the_table_says_that_7b_fits_one_gpu_by_adapters_alone():
-    peak = lambda name, **way: memory.memory(ModelConfig(**memory.SHAPES[name], qk_norm=False), 4096, **way)["peak"] / 2**30
+    peak = lambda name, **way: (
+        memory.memory(ModelConfig(**memory.SHAPES[name], qk_norm=False), 4096, **way)["peak"] / 2**30
+    )
     assert peak("Qwen2.5-7B") > 80 > 40 > peak("Qwen2.5-7B", lora=16, recompute=True) > 14
     sizes = [memory.empty(ModelConfig(**shape, qk_norm=False), 0).n_params() for shape in memory.SHAPES.values()]
     assert [round(size / 1e8) for size in sizes] == [1, 4, 15, 76]

@@ -237,7 +237,10 @@ def test_what_stays_is_held_in_16_bits_and_what_is_trained_in_32(folder):
     exact, _ = adapted(folder)
     with torch.autocast("cpu", torch.bfloat16):
         near = our_logits(model, text(pretrained.tokenizer))
-        assert model(*[t[:, :1] for t in (text(pretrained.tokenizer),) * 2], torch.ones(1, 1, 3).long()).dtype == torch.float32
+        assert (
+            model(*[t[:, :1] for t in (text(pretrained.tokenizer),) * 2], torch.ones(1, 1, 3).long()).dtype
+            == torch.float32
+        )
     far = our_logits(exact, text(pretrained.tokenizer))
     assert (near.float() - far).std() < 0.05 * far.std()
 
@@ -254,7 +257,9 @@ def test_peft_loads_the_adapters_on_the_exported_model_with_the_same_logits(mode
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
-        torch.testing.assert_close(our_logits(model, text(tokenizer)), theirs(text(tokenizer)).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            our_logits(model, text(tokenizer)), theirs(text(tokenizer)).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_finished_run_leaves_its_adapters_as_peft_has_them_and_a_small_checkpoint(data, folder, tmp_path):
