@@ -8,7 +8,7 @@ TITLE = "A sampler in two stages, with an exact cache"
 HOURS = 10
 TESTS_TAKE = 0.5
 FUNCTIONS = {
-    "unmask.py": ("certainty", "ranks", "fill"),
+    "unmask.py": ("certainty", "ranks", "beside_its_like", "fill"),
     "answer.py": ("Answer.scaffold",),
     "decode.py": (
         "WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
@@ -49,6 +49,8 @@ decides.
 
 - Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
 - With `threshold` every slot that reaches it is kept, and the quota (then 1) makes sure that something is.
+- With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
+  most certain slot takes the place of the other. One that reaches the threshold is kept all the same.
 - `ranks` without a loop: sort by certainty, then stably by group. The place in that order, less the place where the
   group begins, is the rank. `scatter_` puts ranks back where their slots are.
 
@@ -153,7 +155,8 @@ def draw_kept(expected, came):
 
 @check(
     points=12,
-    idea="of each group the most certain slots up to its quota are kept, and with a threshold all that reach it",
+    idea="of each group the most certain slots up to its quota are kept, of two neighbours with the same token only one, "
+    "and with a threshold all that reach it",
     draw=draw_kept,
 )
 def slots_kept(rng, size):
@@ -162,14 +165,16 @@ def slots_kept(rng, size):
     from sample import SampleConfig
     from unmask import fill
 
-    logits, group = unmask_inputs(rng, size)
-    quota = torch.from_numpy(rng.integers(1, 4, int(group.max()) + 1))[group]
-    found = {}
-    for settings in (dict(order="entropy"), dict(order="margin"), dict(threshold=0.5), dict(threshold=0.99),
-                     dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
+    logits, group = unmask_inputs(rng, size + 4)
+    quota = torch.from_numpy(rng.integers(2, 7, int(group.max()) + 1))[group]
+    entry, pad, found = torch.arange(len(logits)), 0, {}
+    for first in range(0, len(logits) - 1, 3):  # neighbours that are both sure of the same token
+        logits[first : first + 2, int(rng.integers(9))] += 6
+    for settings in (dict(order="entropy"), dict(order="margin", apart=False), dict(threshold=0.5),
+                     dict(threshold=0.99), dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
         limit = torch.ones_like(quota) if "threshold" in settings else quota
         generators = [(torch.Generator().manual_seed(1), len(logits))]
-        token, kept = fill(logits, group, limit, False, SampleConfig(**settings), generators)
+        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators)
         if not torch.equal(token, logits.argmax(-1)):
             found["the likeliest token of each slot"] = token
         name = ", ".join(f"{key} {value}" for key, value in settings.items())
@@ -390,6 +395,9 @@ WRONG = (
           ("rank_in_group", "slots_kept")),
     Wrong("a threshold that holds slots back", "unmask.py", "kept | (sure >= config.threshold)",
           "kept & (sure >= config.threshold)", "slots_kept"),
+    Wrong("both neighbours with the same token", "unmask.py", "if config.apart:", "if False:", "slots_kept"),
+    Wrong("a place left empty by a neighbour", "unmask.py", "ranks(sure.where(~waits, -torch.inf), group)",
+          "ranks(sure, group)", "slots_kept"),
     Wrong("stale cache after sync", "decode.py", "self.answer.cached, self.step = self.first, self.step + 1",
           "self.answer.cached, self.step = len(self.layout), self.step + 1", "exact_cache"),
     Wrong("quota over the round", "decode.py", "return [slots for _, slots in self.spans]",
