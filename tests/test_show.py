@@ -425,6 +425,6 @@ def test_a_terminal_without_blocks_gets_letters(monkeypatch, capsys):
 
 def test_without_matplotlib_a_picture_of_the_mask_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code = run(monkeypatch, "show/mask.py", "--png", tmp_path / "mask.png")
     assert code == "mask.py: --png needs matplotlib: pip install matplotlib"

@@ -69,7 +69,7 @@ def test_every_cell_runs_and_shows_what_its_text_says(capsys, shown):
 def test_without_matplotlib_it_says_so_and_prints_the_losses(monkeypatch, capsys, shown, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.csv").write_text("tokens,plan,span,val_plan,val_span\n900,2.5,3.25,,\n")
+    (tmp_path / "run/log.csv").write_text("step,tokens,plan,span,val_plan,val_span\n1,900,2.5,3.25,,\n")
     sources = cells("code")
     (losses,) = (source for source in sources if "measure.plot" in source)
     run([sources[0], losses], {"folder": tmp_path})
