@@ -116,7 +116,9 @@ Rinse 100 g of red lentils. Bring 500 ml of water to a boil and add milk (150 ml
 Add 20 g of butter and the tomatoes. Season with salt (3 g).
 The dish has 250 kcal, 15 g of protein, 5.25 g of fat and 40 g of carbs. It weighs 300 g and takes 25 minutes.
 Ready in 25 minutes with 250 kcal. It contains eggs. Tip: Add 10 g of sugar."""
-LISTED, USED, AMOUNTS, TIME, ENERGY = count(example(""), RECIPE)
+LISTED, USED = "ingredients in the steps that are listed", "listed ingredients that are in the steps"
+AMOUNTS = "amounts in the steps that agree with the list"
+TIME, ENERGY = (f"{name} at the end equals that of the facts" for name in ("time", "energy"))
 
 
 @pytest.fixture
@@ -171,6 +173,7 @@ def test_words_name_ingredients_if_nearly_all_training_recipes_that_have_them_in
     assert ingredient_words.__wrapped__() == {"oil"}
 
 
+@pytest.mark.skipif(not (ROOT / "data/recipes/train.jsonl").exists(), reason="needs data/recipes: run its prepare.py")
 def test_the_recipes_themselves_are_consistent():
     """The last line repeats the facts in each, and nearly all of the rest agrees; parts of two recipes agree less."""
     examples = read_split(ROOT / "data/recipes/test.jsonl")[:60]
