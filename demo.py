@@ -58,7 +58,7 @@ def show(data: str, prompt: str, delay: float, device: torch.device) -> Race:
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
         answers.append((name.capitalize(), sampler.method.method, record(sampler, prompt, Screen(delay=delay))))
-    where = f"{torch.get_num_threads()} CPU thread" if device.type == "cpu" else name_of(device)
+    where = f"CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else name_of(device)
     print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {where})\n")
     print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))
     return Race(prompt, answers)

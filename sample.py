@@ -98,9 +98,8 @@ class Predictions:
         else:
             token, kept, probs = self.check(logits, asked, generators)
         confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
-        return torch.stack([token.float(), kept.float(), confidence], dim=1), [None] * len(
-            asked
-        ) if probs is None else probs
+        lines = torch.stack([token.float(), kept.float(), confidence], dim=1)
+        return lines, [None] * len(asked) if probs is None else probs
 
     def logits(self, phase, hidden, asked):
         """(N, V) float32 predictions of a phase at hidden states (N, D); -inf for what a reading does not allow."""
