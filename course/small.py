@@ -64,6 +64,53 @@ def planner(rng, tokenizer, lengths=3, **bias):
     return model
 
 
+def bigrams(rng, tokenizer, tokens):
+    """Stands for a model whose next token depends on position and last token; a draft slot's guess, on position."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from model import ModelConfig
+
+    class Bigrams:
+        config = ModelConfig(tokenizer.vocab_size, n_layer=1, d_model=4, n_head=1, n_kv_head=1)
+        embedding = SimpleNamespace(weight=torch.zeros(tokenizer.vocab_size, 1))
+        table = torch.full((tokenizer.vocab_size, 64, tokenizer.vocab_size), -1e9)
+
+        def eval(self):
+            return self
+
+        def attend_by(self, backend, dtype, sampling):
+            pass
+
+        def modules(self):
+            return []
+
+        def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
+            hidden = torch.stack([token, position], dim=-1)
+            return hidden if columns is None else hidden.take_along_dim(columns[..., None], dim=1)
+
+        def logits(self, hidden, n_tokens=None):
+            return self.table[hidden[..., 0], hidden[..., 1], :n_tokens]
+
+    Bigrams.table[:, :, tokens] = (
+        1.5 * torch.from_numpy(rng.standard_normal((tokenizer.vocab_size, 64, len(tokens)))).float()
+    )
+    return Bigrams()
+
+
+def enumerated(model, last, position, tokens, eos, left):
+    """Probability of each text of at most `left` tokens, by enumeration."""
+    if not left:
+        return {"": 1.0}
+    p = model.table[last, position].softmax(-1)
+    texts = {"": float(p[eos])}
+    for token in tokens:
+        for rest, q in enumerated(model, token, position + 1, tokens, eos, left - 1).items():
+            texts[chr(token) + rest] = float(p[token]) * q
+    return texts
+
+
 def without_cache(model, layout):
     """Hidden states (T, D) of a whole layout, computed afresh."""
     import torch

@@ -2,8 +2,8 @@
 
 import itertools
 from collections import Counter
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, random_example
@@ -11,9 +11,9 @@ from test_methods_answers import Perfect, fluent, sampled  # noqa: F401  (a fixt
 from test_sample import ids, steered
 
 import unmask
+from course.small import bigrams, enumerated
 from data import Example
 from methods import MethodConfig, encode
-from model import ModelConfig
 from sample import SampleConfig, Sampler
 from tags import Round
 
@@ -125,57 +125,18 @@ def test_checked_drafts_are_distributed_as_if_drawn_from_the_model(seed):
     assert accepted == pytest.approx(float(torch.minimum(p, allowed).sum()), abs=0.012)
 
 
-class Bigrams:
-    """Stands for a model whose next token depends on position and last token; a draft slot's guess on position alone."""
-
-    def __init__(self, tokenizer, tokens):
-        self.config = ModelConfig(tokenizer.vocab_size, n_layer=1, d_model=4, n_head=1, n_kv_head=1)
-        self.embedding = SimpleNamespace(weight=torch.zeros(tokenizer.vocab_size, 1))
-        self.table = torch.full((tokenizer.vocab_size, 64, tokenizer.vocab_size), -1e9)
-        rows = torch.randn(tokenizer.vocab_size, 64, len(tokens), generator=torch.Generator().manual_seed(0))
-        self.table[:, :, tokens] = 1.5 * rows
-
-    def eval(self):
-        return self
-
-    def attend_by(self, backend, dtype, sampling):
-        pass
-
-    def modules(self):
-        return []
-
-    def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
-        hidden = torch.stack([token, position], dim=-1)
-        return hidden if columns is None else hidden.take_along_dim(columns[..., None], dim=1)
-
-    def logits(self, hidden, n_tokens=None):
-        return self.table[hidden[..., 0], hidden[..., 1], :n_tokens]
-
-
-def exact(model, last, position, tokens, eos, left):
-    """Probability of each text of at most `left` tokens."""
-    if not left:
-        return {(): 1.0}
-    p = model.table[last, position].softmax(-1)
-    texts = {(): float(p[eos])}
-    for token in tokens:
-        for rest, q in exact(model, token, position + 1, tokens, eos, left - 1).items():
-            texts[(token, *rest)] = float(p[token]) * q
-    return texts
-
-
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("residual", [True, False])
 def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch, ahead, residual):
     """By enumeration of all texts of up to four tokens. Without the residual draw the same test must fail."""
     tokens, n = [*range(65, 67)], 3000
-    model = Bigrams(tokenizer, [*tokens, tokenizer.eos])
+    model = bigrams(np.random.default_rng(3), tokenizer, [*tokens, tokenizer.eos])
     if not residual:
         monkeypatch.setattr(unmask, "residual", lambda p, q: p)
     config = SampleConfig(temperature=1.0, max_tokens=5, ahead=ahead)
     answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)
-    drawn = Counter(tuple(a.rounds[0].text) for a in answers)
-    expected = exact(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 4)
+    drawn = Counter("".join(map(chr, a.rounds[0].text)) for a in answers)
+    expected = enumerated(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 4)
     assert sum(expected.values()) == pytest.approx(1) and drawn.keys() <= expected.keys()
     chi_square = sum((drawn[text] - n * p) ** 2 / (n * p) for text, p in expected.items())
     if residual or not ahead:

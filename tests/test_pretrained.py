@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import small_model
+from naive_model import naive_forward
 from published import KINDS, SIZES, library, published, published_tensors
 from safetensors.torch import load_file, save_file
-from test_model import naive_forward
 
 from model import ModelConfig
 from plumbing.checkpoint import load_checkpoint, save_checkpoint

@@ -198,37 +198,9 @@ def draw_plan(expected, came):
     draw=draw_plan,
 )
 def plan_by_hand(rng, size):
-    return {f"at most {limit} tokens": planned(rng, limit, 1 + size) for limit in (12 + 4 * size, 40 + 30 * size)}
-
-
-def planned(rng, limit, rounds):
-    """What an answer of random plans has noted."""
-    from decode import next_round
-    from masks import PLAN
-
-    tokenizer = small.tokenizer()
-    answer, phase = by_hand.begun(tokenizer, max_tokens=limit)
-    forced, phases = 0, []
-    for _ in range(rounds + 1):
-        if phase is None:
-            break
-        phase, n = by_hand.scribble(rng, answer, phase, rounds)
-        forced += n
-        phases.append(type(phase).__name__)
-        if phases[-1] == "Denoise":  # as if its spans were finished
-            phase = next_round(answer)
-    plan = [i for i in range(len(answer.layout)) if answer.layout.kind[i] == PLAN]
     return {
-        "plan": small.names([answer.layout.token[i] for i in plan], tokenizer),
-        "round of each token": [answer.layout.round[i] for i in plan],
-        "rounds": [[small.names(r.text, tokenizer), [[small.names(name, tokenizer), n] for name, n in r.topics]]
-                   for r in answer.rounds],
-        "phase after each plan": phases,
-        "tokens written without a pass": forced,
-        "critical path": answer.critical_path,
-        "cut": answer.cut,
-        "cached": answer.cached,
-    }  # fmt: skip
+        f"at most {limit} tokens": by_hand.planned(rng, limit, 1 + size) for limit in (12 + 4 * size, 40 + 30 * size)
+    }
 
 
 def draw_layout(expected, came):

@@ -301,53 +301,6 @@ def passes_saved(rng, size):
     return found
 
 
-def bigrams(rng, tokenizer, tokens):
-    """Stands for a model whose next token depends on position and last token; a draft slot's guess, on position."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from model import ModelConfig
-
-    class Bigrams:
-        config = ModelConfig(tokenizer.vocab_size, n_layer=1, d_model=4, n_head=1, n_kv_head=1)
-        embedding = SimpleNamespace(weight=torch.zeros(tokenizer.vocab_size, 1))
-        table = torch.full((tokenizer.vocab_size, 64, tokenizer.vocab_size), -1e9)
-
-        def eval(self):
-            return self
-
-        def attend_by(self, backend, dtype, sampling):
-            pass
-
-        def modules(self):
-            return []
-
-        def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
-            hidden = torch.stack([token, position], dim=-1)
-            return hidden if columns is None else hidden.take_along_dim(columns[..., None], dim=1)
-
-        def logits(self, hidden, n_tokens=None):
-            return self.table[hidden[..., 0], hidden[..., 1], :n_tokens]
-
-    Bigrams.table[:, :, tokens] = (
-        1.5 * torch.from_numpy(rng.standard_normal((tokenizer.vocab_size, 64, len(tokens)))).float()
-    )
-    return Bigrams()
-
-
-def enumerated(model, last, position, tokens, eos, left):
-    """Probability of each text of at most `left` tokens, by enumeration."""
-    if not left:
-        return {"": 1.0}
-    p = model.table[last, position].softmax(-1)
-    texts = {"": float(p[eos])}
-    for token in tokens:
-        for rest, q in enumerated(model, token, position + 1, tokens, eos, left - 1).items():
-            texts[chr(token) + rest] = float(p[token]) * q
-    return texts
-
-
 @check(
     points=12,
     idea="above temperature 0 whole texts are distributed as without drafts (by enumeration of all short texts)",
@@ -362,11 +315,11 @@ def text_distribution(rng, size):
 
     tokenizer, tokens, n, found = small.tokenizer(), [97, 98], 3000, {}
     for ahead in (1 + size,):
-        model = bigrams(rng, tokenizer, [*tokens, tokenizer.eos])
+        model = small.bigrams(rng, tokenizer, [*tokens, tokenizer.eos])
         config = SampleConfig(temperature=1.0, max_tokens=4, ahead=ahead, seed=int(rng.integers(1 << 30)))
         answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)
         counted = Counter("".join(map(chr, answer.rounds[0].text)) for answer in answers)
-        exact = enumerated(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 3)
+        exact = small.enumerated(model, tokenizer.assistant, 1, tokens, tokenizer.eos, 3)
         found[f"{ahead} ahead"] = judged(counted, exact, n, 50)  # 14 degrees of freedom: once in 100,000 cases
     return found
 
