@@ -4,6 +4,7 @@
     python measure/frontier.py                       # tasks on two cores; --preset hours: three times the updates
     python measure/frontier.py --preset recipes      # real text; --preset gpu: larger models
     python measure/frontier.py --seeds 0 1 2         # everything three times: means, and lowest and highest
+    python measure/frontier.py --entries autoregressive "planned diffusion"     # these lines of the comparison only
     python measure/frontier.py --group sensitivity   # the models of that, sampled in other ways
     python measure/frontier.py --group ablations     # planned diffusion trained with one part changed at a time
 
@@ -82,7 +83,7 @@ class Entry:
     warm: bool = True  # start from the warm-up
 
 
-DRAFTED = ("--steps_ratio 0.5 --ahead 8", "--threshold 0.9 --ahead 8", "--decode parallel-ar --ahead 8")
+DRAFTED = ("--steps_ratio 0.5 --ahead 8", "--steps_ratio 0.25 --ahead 8", "--threshold 0.9 --ahead 8")
 AHEAD = tuple(f"--ahead {tokens}" for tokens in (4, 8, 16, 32))
 METHODS = {
     "autoregressive": Entry("--method ar"),
@@ -94,7 +95,8 @@ METHODS = {
     "planned diffusion": Entry("--method planned", SWEEP),
     "planned diffusion, dense": Entry("--method dense", SWEEP),
     "autoregressive, drafts": Entry("--method ar --ahead 8", ("--ahead 8",)),
-    "joint, drafts": Entry("--method joint --ahead 8", DRAFTED),
+    "joint as planned, drafts": Entry("--method joint --ahead 8", DRAFTED),
+    "joint as parallel, drafts": Entry("", ("--decode parallel-ar --ahead 8",), checkpoint="joint as planned, drafts"),
 }
 HALF = ("--steps_ratio 0.5",)
 UNCONSTRAINED = ("--steps_ratio 0.5 --no-constrained",)
@@ -161,6 +163,18 @@ def together(function: Callable, items: list[tuple], workers: int) -> list:
     finally:
         pool.shutdown(cancel_futures=True)
     return [future.result() for future in sorted(futures, key=lambda f: f.cancelled())]  # a failure first
+
+
+def compared(group: dict[str, Entry], named: list[str] | None, only: tuple) -> dict[str, Entry]:
+    """The entries that are compared: those named, else those of the preset. Raises ValueError if one cannot be."""
+    if missing := [name for name in named or () if name not in group]:
+        raise ValueError(f"--entries {missing[0]!r}: this group has {', '.join(map(repr, group))}")
+    chosen = {name: entry for name, entry in group.items() if name in (named or only or group)}
+    for name, entry in chosen.items():
+        for needed in filter(None, (entry.checkpoint, entry.draft)):
+            if needed not in chosen:
+                raise ValueError(f"--entries: {name!r} samples the model of {needed!r}: name that too")
+    return chosen
 
 
 class Frontier:
@@ -260,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tasks", help="data, sizes and budget (default: tasks)")
     parser.add_argument("--group", choices=GROUPS, default="methods", help="what is compared (default: methods)")
+    parser.add_argument("--entries", nargs="+", metavar="NAME", help="lines of the group to compare (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training of each per entry (default: 0)")
     parser.add_argument("--out", help="folder of all results (default: runs/frontier-PRESET)")
     parser.add_argument("--device", default="auto", help="where to train and measure (default: auto)")
@@ -273,8 +288,8 @@ def main() -> None:
         raise ValueError(f"--workers {workers}: expected at least 1")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: expected different whole numbers of at least 0")
-    out, preset, entries = Path(args.out or f"runs/frontier-{args.preset}"), PRESETS[args.preset], GROUPS[args.group]
-    entries = {name: entry for name, entry in entries.items() if not preset.only or name in preset.only}
+    out, preset = Path(args.out or f"runs/frontier-{args.preset}"), PRESETS[args.preset]
+    entries = compared(GROUPS[args.group], args.entries, preset.only)
     try:
         found = [Frontier(preset, entries, out, workers, device, seed).run() for seed in args.seeds]
     except KeyboardInterrupt:

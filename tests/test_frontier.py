@@ -15,7 +15,7 @@ import pytest
 from measure import code, frontier
 from measure.code import bare, fingerprint, sources
 from measure.eval import EvalConfig
-from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset
+from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset, compared
 from measure.report import quality
 from methods import MethodConfig
 from model import ModelConfig
@@ -228,6 +228,23 @@ def test_a_preset_may_compare_some_entries_only(scripts, monkeypatch):
     frontier.main()
     rows = [json.loads(line) for line in Path("some/where/ablations.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["seed 1"]
+
+
+def test_named_entries_are_compared_in_the_order_of_the_group():
+    """A name wins over what the preset would compare."""
+    assert [*compared(GROUPS["methods"], ["block diffusion", "autoregressive"], ("diffusion",))] == [
+        "autoregressive", "block diffusion"]  # fmt: skip
+    assert compared(GROUPS["methods"], None, ()) == GROUPS["methods"]
+
+
+@pytest.mark.parametrize("names, said", [
+    (["autoregression"], "--entries 'autoregression': this group has 'autoregressive', "),
+    (["autoregressive", "speculative decoding"], "'speculative decoding' samples the model of .*half size'"),
+    (["joint as parallel, drafts"], "'joint as parallel, drafts' samples the model of 'joint as planned, drafts'"),
+])  # fmt: skip
+def test_entries_that_cannot_be_compared_are_refused(names, said):
+    with pytest.raises(ValueError, match=said):
+        compared(GROUPS["methods"], names, ())
 
 
 @pytest.mark.parametrize("script, text, said", [
