@@ -28,6 +28,7 @@ class Reading:
     allowed: Tensor | None = None  # (V,) the tokens that may be drawn; None: any, or in a span text and [PAD]
     draft: int = -1  # the token drafted to follow the entry, to be checked
     draft_probs: Tensor | None = None  # (V,) what the draft was drawn from, above temperature 0
+    before: list[Tensor | None] = ()  # (V,) probabilities of each slot in the last pass, with --stable
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Reply:
     tokens: list[int]
     kept: list[bool]
     confidence: float = 1.0  # of the likeliest token, where drafts are made
-    probs: Tensor | None = None  # (V,) what the token was drawn from, where drafts are made above temperature 0
+    probs: Tensor | None = None  # (V,) what a draft was drawn from, above temperature 0; (entries, V) with --stable
 
 
 class Phase:
@@ -271,9 +272,9 @@ class Extend(Phase):
 class Denoise(Phase):
     """Stage 2: denoise all spans of a round in the same passes, each by itself.
 
-    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or all that reach
-    a threshold, and at least one. A slot that waits for its neighbour (unmask.fill) is made up for in the next pass.
-    Finished spans are no longer computed.
+    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or, with a threshold
+    or an entropy bound, what that allows, and at least one. A slot that waits for its neighbours (unmask.fill) is made
+    up for in the next pass. Finished spans are no longer computed.
     """
 
     in_spans = fills = True
@@ -281,7 +282,7 @@ class Denoise(Phase):
     def __init__(self, answer):
         super().__init__(answer)
         self.spans = [(span, answer.slots(span)) for span in answer.rounds[-1].spans]  # the unfinished ones
-        self.first = self.spans[0][0][0]
+        self.first, self.before = self.spans[0][0][0], {}
         self.step, self.steps = 1, math.ceil(self.config.steps_ratio * max(len(slots) for _, slots in self.spans))
 
     def entries(self):
@@ -298,11 +299,12 @@ class Denoise(Phase):
     def readings(self):
         """A reading per group: its masked slots, and how many of them to fill."""
         masked = [(slots, self.masked(slots)) for slots in self.groups()]
-        return [Reading(left, self.quota(len(slots), len(left))) for slots, left in masked]
+        return [Reading(left, self.quota(len(slots), len(left)), before=[*map(self.before.get, left)])
+                for slots, left in masked]  # fmt: skip
 
     def quota(self, slots, left):
         """How many of a group's slots to fill at least, if so many are `left`."""
-        if self.config.threshold:
+        if self.config.threshold or self.config.entropy_bound:
             return 1
         return max(0, math.ceil(slots * self.step / self.steps) - (slots - left))
 
@@ -314,6 +316,8 @@ class Denoise(Phase):
                 if kept:
                     self.layout.token[entry] = token
                     filled += 1
+            if reply.probs is not None:
+                self.before |= zip(reading.entries, reply.probs)
         if not filled:
             raise RuntimeError(f"a denoising pass filled no slot of the answer to {self.answer.prompt[:60]!r}")
         self.answer.denoise_passes += 1

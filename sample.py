@@ -40,8 +40,13 @@ class SampleConfig:
                                  above=0, at_most=1)  # fmt: skip
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
                                at_least=0, at_most=1)  # fmt: skip
+    stable: float = setting(0.0, "if above 0: of these only such whose prediction is at most this far (KL) from that of "
+                                 "the last pass", at_least=0)  # fmt: skip
+    entropy_bound: float = setting(0.0, "if above 0: fill the most certain slots up to this sum of their entropies, "
+                                        "whatever steps_ratio", at_least=0)  # fmt: skip
     order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
+    pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] and one right before it text")
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100)
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(
@@ -57,6 +62,8 @@ class SampleConfig:
         check(self)
         if 0 < self.temperature < 0.01:
             raise ValueError(f"--temperature {self.temperature}: expected 0, or 0.01 or more")
+        if self.stable and not self.threshold:
+            raise ValueError(f"--stable {self.stable}: expected a --threshold too")
 
 
 class Predictions:
@@ -93,10 +100,7 @@ class Predictions:
         largest = logits.amax(-1)
         if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
             logits = logits.where(largest.isfinite()[:, None], 0)
-        if phase.fills:
-            token, kept, probs = *self.fill(logits, asked, generators), None
-        else:
-            token, kept, probs = self.check(logits, asked, generators)
+        token, kept, probs = (self.fill if phase.fills else self.check)(logits, asked, generators)
         confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
         lines = torch.stack([token.float(), kept.float(), confidence], dim=1)
         return lines, [None] * len(asked) if probs is None else probs
@@ -111,13 +115,18 @@ class Predictions:
         return logits
 
     def fill(self, logits, asked, generators):
-        """Tokens for slots, and which of them are kept: of each reading its quota, the most certain first."""
-        sizes = torch.tensor([len(reading.entries) for reading in asked])
-        group = torch.arange(len(asked)).repeat_interleave(sizes)
+        """Tokens for slots, which of them are kept, and with --stable the probabilities of each reading's."""
+        sizes = [len(reading.entries) for reading in asked]
+        group = torch.arange(len(asked)).repeat_interleave(torch.tensor(sizes))
         quota = torch.tensor([reading.quota for reading in asked])[group]
         entry = torch.tensor([entry for reading in asked for entry in reading.entries])
         group, entry, quota = torch.stack([group, entry, quota]).to(self.device)
-        return fill(logits, group, entry, quota, self.tokenizer.pad, self.config, generators)
+        before, probs = None, None
+        if self.config.stable:
+            nothing = torch.zeros_like(logits[0])
+            before = torch.stack([nothing if row is None else row for reading in asked for row in reading.before])
+            probs = logits.softmax(-1).split(sizes)
+        return *fill(logits, group, entry, quota, self.tokenizer.pad, self.config, generators, before), probs
 
     def check(self, logits, asked, generators):
         """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""

@@ -55,6 +55,20 @@ def ranks(sure: Tensor, group: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - first)
 
 
+def sum_before(values: Tensor, rank: Tensor, group: Tensor) -> Tensor:
+    """(N,) of each slot the sum of the values (N,) of those in its group that have a lower rank."""
+    order = (group * len(group) + rank).argsort()
+    values = values[order].double()  # a sum over all groups must not blur a small one
+    total = values.cumsum(0) - values
+    return torch.empty_like(total).scatter_(0, order, total - total[torch.searchsorted(group, group)])
+
+
+def divergence(logits: Tensor, before: Tensor) -> Tensor:
+    """(N,) KL divergence, in nats, of each prediction, logits (N, V), from probabilities `before` (N, V)."""
+    now = torch.log_softmax(logits, dim=-1)
+    return (now.exp() * (now - before.clamp_min(1e-30).log())).sum(-1)
+
+
 def beside_its_like(token: Tensor, sure: Tensor, group: Tensor, entry: Tensor) -> Tensor:
     """(N,) whether a neighbour would get the same token and is more certain of it (of two as certain the left one)."""
     pair = (token[1:] == token[:-1]) & (group[1:] == group[:-1]) & (entry[1:] == entry[:-1] + 1)
@@ -62,22 +76,46 @@ def beside_its_like(token: Tensor, sure: Tensor, group: Tensor, entry: Tensor) -
     return torch.cat([none, pair & left_is_surer]) | torch.cat([pair & ~left_is_surer, none])
 
 
-def fill(logits: Tensor, group: Tensor, entry: Tensor, quota: Tensor, pad: int, config,
-         generators: Generators) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Tokens (N,) for slots with logits (N, V), and which of them are kept.
+def before_text(token: Tensor, pad: int, group: Tensor, entry: Tensor) -> Tensor:
+    """(N,) whether a slot would get [PAD] and one of the masked slots right before it text."""
+    text = (token != pad).long()
+    breaks = (group[1:] != group[:-1]) | (entry[1:] != entry[:-1] + 1)
+    run = torch.cat([breaks.new_zeros(1), breaks]).cumsum(0)  # number of the row of neighbours that a slot is in
+    first, texts = torch.searchsorted(run, run), text.cumsum(0)
+    return (token == pad) & (texts > texts[first] - text[first])
 
-    Of each group the `quota` (N,) most certain are, and with a threshold all that reach it. `entry` (N,): where in
-    the layout a slot is. With `config.apart`, of two neighbours that would get the same token only the more certain
-    is kept, unless both reach the threshold: drawn independently, they are often one word that either could hold.
-    [PAD] may follow [PAD].
+
+def fill(logits: Tensor, group: Tensor, entry: Tensor, quota: Tensor, pad: int, config, generators: Generators,
+         before: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens (N,) for slots with logits (N, V), and which of them are kept: of each group the `quota` (N,) most certain.
+
+    - With a threshold also all that reach it; with `config.stable` only those whose prediction has not moved further
+      than that from `before`, the probabilities (N, V) of the last pass (KLASS, arXiv 2511.05664).
+    - With `config.entropy_bound` also as many of the most certain as those before them have entropies, in nats, that
+      add up to at most that (EB-sampler, arXiv 2505.24857).
+    - With `config.apart`, of two neighbours that would get the same token only the more certain is kept: drawn
+      independently, they are often one word that either could hold. [PAD] may follow [PAD].
+    - With `config.pads_last`, [PAD] waits for the text before it: how long that is shows only once it is there.
+
+    What waits is kept nonetheless if it reaches the threshold. `entry` (N,): where in the layout a slot is.
     """
     token = draw(probabilities(logits, config), generators) if config.temperature else logits.argmax(-1)
     sure = certainty(logits, token, config, generators)
     waits = torch.zeros_like(token, dtype=torch.bool)
     if config.apart:
         waits = beside_its_like(token, sure, group, entry) & (token != pad)
-    kept = (ranks(sure.where(~waits, -torch.inf), group) < quota) & ~waits
-    return token, kept | (sure >= config.threshold) if config.threshold else kept
+    if config.pads_last:
+        waits |= before_text(token, pad, group, entry)
+    rank = ranks(sure.where(~waits, -torch.inf), group)
+    kept = rank < quota
+    if config.entropy_bound:
+        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
+        kept |= sum_before(entropy, rank, group) <= config.entropy_bound
+    kept &= ~waits
+    if config.threshold:
+        reaches = sure >= config.threshold
+        kept |= reaches & (divergence(logits, before) <= config.stable) if config.stable else reaches
+    return token, kept
 
 
 def check_drafts(logits: Tensor, draft: Tensor, draft_probs: Tensor, config, generators: Generators) -> tuple:

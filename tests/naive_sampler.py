@@ -197,7 +197,8 @@ class NaiveSampler:
         for i, p, token in zip(left, logits.softmax(-1), self.draw(logits)):
             sure = float(p[token])
             guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
-        first = [i for i in left if not (self.config.apart and self.waits(i, guess))]
+        waiting = [(self.config.apart, self.beside_its_like), (self.config.pads_last, self.before_text)]
+        first = [i for i in left if not any(waits(i, guess) for asked, waits in waiting if asked)]
         first.sort(key=lambda i: -guess[i][1])
         if self.config.threshold:
             chosen = [i for i in left if guess[i][2] >= self.config.threshold] or first[:1]
@@ -207,7 +208,14 @@ class NaiveSampler:
         for i in chosen:
             self.tokens[i].id = guess[i][0]
 
-    def waits(self, i, guess):
+    def before_text(self, i, guess):
+        """Whether it would get [PAD] although a slot before it, with only masked ones between, would get text."""
+        j, tokens = i, []
+        while (j := j - 1) in guess:
+            tokens.append(guess[j][0])
+        return guess[i][0] == self.tok.pad and any(token != self.tok.pad for token in tokens)
+
+    def beside_its_like(self, i, guess):
         """Whether a neighbour would get the same token, and is more certain of it, or as certain and on the left."""
         token, sure, _ = guess[i]
         left, right = (guess.get(j, (None, 0, 0)) for j in (i - 1, i + 1))

@@ -26,18 +26,24 @@ GROUPS = [[5, 1, 3], [4], [2, 2, 6, 0, 7]]  # sizes of groups: a batch has sever
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 @pytest.mark.parametrize("order", ORDERS[:3])
 @pytest.mark.parametrize("apart", [False, True])
-def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order, apart):
+@pytest.mark.parametrize("pads_last", [False, True])
+def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order, apart, pads_last):
     torch.manual_seed(sum(sizes))
-    n, pad, config = sum(sizes), 2, SampleConfig(order=order, threshold=threshold, apart=apart)
+    n, pad = sum(sizes), 2
+    config = SampleConfig(order=order, threshold=threshold, apart=apart, pads_last=pads_last)
     probs, entry = (torch.randn(n, 4) * 2).softmax(-1), torch.arange(n) + (torch.rand(n) < 0.3).cumsum(0)
     group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
     kind, guess = "confidence" if threshold else order, probs.argmax(-1).tolist()
     sure = [certainty(p, token, kind) for p, token in zip(probs, guess)]
 
     def waits(i):
-        """By the definition: a neighbour would get the same text token and is more certain; of equals the left one is."""
+        """By the definitions: a neighbour would get the same text token and is more certain (of equals the left one is);
+        or it would get [PAD] and one before it, in the same row of neighbours, text."""
         near = [j for j in range(n) if abs(entry[j] - entry[i]) == 1 and group[j] == group[i] and guess[j] == guess[i]]
-        return apart and guess[i] != pad and any((sure[j], -j) > (sure[i], -i) for j in near)
+        if apart and guess[i] != pad and any((sure[j], -j) > (sure[i], -i) for j in near):
+            return True
+        row = [j for j in range(i) if group[j] == group[i] and entry[i] - entry[j] == i - j]  # all masked up to i
+        return pads_last and guess[i] == pad and any(guess[j] != pad for j in row)
 
     for share in range(4):
         token, kept = fill(probs.log(), group, entry, torch.full_like(group, share), pad, config, [])
@@ -74,9 +80,61 @@ def test_of_neighbours_with_the_same_token_only_the_more_certain_is_filled():
     assert kept([5, 5, 6], [0.8, 0.95, 0.4], threshold=0.9, quota=1) == [0, 1, 0]
 
 
+def test_pad_waits_for_the_text_before_it():
+    alone = dict(apart=False, quota=1)
+    assert kept([5, 0, 0], [0.5, 0.9, 0.8], **alone) == [1, 0, 0]  # however certain
+    assert kept([5, 0, 0], [0.5, 0.9, 0.8], pads_last=False, **alone) == [0, 1, 0]
+    assert kept([0, 0, 5], [0.5, 0.9, 0.8], **alone) == [0, 1, 0]  # no text before it
+    assert kept([5, 0, 6, 0], [0.5, 0.9, 0.4, 0.8], apart=False) == [1, 0, 1, 0]  # also if the quota is not reached
+    assert kept([5, 0, 0], [0.5, 0.95, 0.8], threshold=0.9, **alone) == [1, 1, 0]  # as certain as a threshold asks for
+    probs, entry = torch.tensor([[0.1, 0.6], [0.9, 0.1]]), torch.tensor([3, 5])  # known text is between the two
+    given = torch.tensor([0, 0]), entry, torch.tensor([1, 1]), 0, SampleConfig(order="confidence"), []
+    assert fill(probs.log(), *given)[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.5, 2.0, 100.0])
+def test_an_entropy_bound_keeps_the_most_certain_while_those_before_add_up_to_at_most_it(bound):
+    """EB-sampler: the largest set U of the most certain with sum of entropies(U) - max of entropies(U) <= bound."""
+    torch.manual_seed(3)
+    sizes, config = [6, 1, 9], SampleConfig(entropy_bound=bound, apart=False, pads_last=False)
+    logits = torch.randn(16, 5) * 3
+    group = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
+    found = fill(logits, group, torch.arange(16), torch.ones(16, dtype=torch.long), 0, config, [])[1]
+    p = logits.double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    for g in range(3):
+        ranked = sorted((i for i in range(16) if group[i] == g), key=lambda i: entropy[i])
+        fits = [n for n in range(1, len(ranked) + 1)
+                if sum(entropy[i] for i in ranked[:n]) - max(entropy[i] for i in ranked[:n]) <= bound]  # fmt: skip
+        assert {i for i in range(16) if found[i] and group[i] == g} == {*ranked[: max(fits)]}
+
+
+def test_with_stable_a_slot_fills_only_if_its_prediction_has_hardly_moved():
+    """KLASS: confidence of at least the threshold, and KL(now || last pass) of at most the bound."""
+    now = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.5, 0.25, 0.25], [0.9, 0.05, 0.05]])
+    before = torch.tensor([[0.88, 0.06, 0.06], [0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0]])  # 0: the first pass
+    kl = torch.distributions.kl_divergence(*map(torch.distributions.Categorical, (now[:2], before[:2])))
+    assert kl[0] < 0.05 < kl[1]
+    none, group = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long)
+    for stable, expected in ((0.05, [1, 0, 0, 0]), (1.0, [1, 1, 0, 0]), (0, [1, 1, 0, 1])):
+        config = SampleConfig(threshold=0.8, stable=stable, apart=False)
+        assert fill(now.log(), group, torch.arange(4), none, 2, config, [], before)[1].tolist() == expected
+
+
+@pytest.mark.parametrize("settings", [dict(threshold=0.3, stable=0.5), dict(entropy_bound=3.0)])
+def test_other_rules_fill_all_slots_and_know_the_last_pass(planner, tokenizer, settings):
+    """Batched as single; and with a loose bound the same as without it, but for the first pass, in which all is new."""
+    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, **settings))
+    together, alone = sampler.answer(PROMPTS), [sampler.answer([prompt])[0] for prompt in PROMPTS]
+    assert [ids(a) for a in together] == [ids(a) for a in alone]
+    assert all(tokenizer.mask not in a.layout.token for a in together)
+    quota = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, steps_ratio=1.0)).answer(PROMPTS)
+    assert sum(a.denoise_passes for a in together) < sum(a.denoise_passes for a in quota)
+
+
 def test_of_equally_certain_slots_the_first_are_kept():
     group, share = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 1, 1])
-    fills = lambda apart: fill(torch.zeros(5, 4), group, torch.arange(5), share, 3, SampleConfig(apart=apart), [])[1]
+    fills = lambda apart: fill(torch.zeros(5, 4), group, torch.arange(5), share, 3, SampleConfig(apart=apart, pads_last=False), [])[1]
     assert fills(False).tolist() == [1, 1, 0, 1, 0]
     assert fills(True).tolist() == [1, 0, 0, 1, 0]  # all would get token 0
 
@@ -156,7 +214,7 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
             slots = live[0].phase.in_spans
             return super().predict(live, hidden, reads)
 
-    config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12)
+    config = SampleConfig(temperature=1.0, order="random", steps_ratio=1.0, max_tokens=12, pads_last=False)
     drawn = Counter(tuple(a.contents(a.rounds[0].spans[0])) for a in Staged(model, tokenizer, config).answer([""] * n))
     slots = True
 
