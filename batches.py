@@ -43,7 +43,7 @@ class TrainingData:
         self.method = method_config.fitted(train, self.tokenizer)
         self.train = list(self._encoded(train, say, config.extra_pads))
         self.validation = list(self._encoded(validation[: config.validate_on], say))
-        self.batches = Batches(self.train, config.batch, config.seed)
+        self.batches = Batches(self.train, config.batch, config.seed, config.even_rounds)
 
     def _encoded(self, examples: list[Example], say: Callable[[str], None], extra_pads: int = 0) -> Iterator[Sequence]:
         """The examples as sequences. `extra_pads`: a span has 0 to this many [PAD] after its text, drawn by seed."""
@@ -70,15 +70,17 @@ class Batches:
     """Which examples, and which round of each, make a micro-batch: a function of seed and number.
 
     Each epoch is a new order. Windows of 16 micro-batches are sorted by length, so that little of
-    a batch is padding. A round is picked in proportion to how many tokens it predicts.
+    a batch is padding. A round is picked in proportion to how many tokens it predicts; with `even_rounds` each that
+    predicts any is as likely.
     """
 
-    def __init__(self, sequences: list[Sequence], size: int, seed: int):
+    def __init__(self, sequences: list[Sequence], size: int, seed: int, even_rounds: bool = False):
         if len(sequences) < size:
             raise ValueError(f"--batch {size}: the training split has only {len(sequences)} examples")
         self.sequences, self.size, self.seed, self.epoch = sequences, size, seed, -1
         self.per_epoch = len(sequences) // size
-        self.targets = [np.cumsum([s.targets_in(r) for r in range(s.n_rounds)]) for s in sequences]
+        most = 1 if even_rounds else None
+        self.shares = [np.cumsum(np.clip([s.targets_in(r) for r in range(s.n_rounds)], 0, most)) for s in sequences]
 
     def __getitem__(self, number: int) -> tuple[list[Sequence], list[int]]:
         """Sequences and their rounds of micro-batch `number`, counted over all epochs."""
@@ -90,7 +92,7 @@ class Batches:
 
     def _shuffle(self, epoch: int) -> None:
         rng, self.epoch = np.random.default_rng([self.seed, epoch]), epoch
-        self.rounds = [int(np.searchsorted(upto, rng.random() * upto[-1], "right")) for upto in self.targets]
+        self.rounds = [int(np.searchsorted(upto, rng.random() * upto[-1], "right")) for upto in self.shares]
         order = rng.permutation(len(self.sequences))[: self.per_epoch * self.size]
         windows = np.array_split(order, range(16 * self.size, len(order), 16 * self.size))
         length = np.array([s.stop(r) for s, r in zip(self.sequences, self.rounds)])

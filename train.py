@@ -51,6 +51,8 @@ class TrainConfig:
     t_min: float = setting(0.0, "smallest share of slots masked; above 0 more of a span is masked, but 1/t is no ELBO",
                            at_least=0, below=1)  # fmt: skip
     history: str = setting("clean", "rounds before the one trained; noised is an ablation", among=("clean", "noised"))
+    even_rounds: bool = setting(False, "train every round of an answer as often, rather than in proportion to what it "
+                                       "predicts: helps where a short round is hard")  # fmt: skip
     extra_pads: int = setting(0, "ablation, as the authors' code with 10: a training span is its text and 0 to this "
                                  "many [PAD], drawn once per span; 0: it has its planned length",
                               at_least=0, at_most=1000)  # fmt: skip

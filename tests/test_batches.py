@@ -53,12 +53,14 @@ def test_a_micro_batch_is_a_function_of_its_number(sequences):
     assert [at(Batches(sequences, 2, seed=4), i) for i in range(20)] != expected
 
 
-def test_rounds_are_picked_in_proportion_to_what_they_predict():
-    batches, n = Batches([stub(10, 2, 0, 30, 8)], 1, seed=0), 2000
+@pytest.mark.parametrize("even, shares", [(False, (0.05, 0, 0.75, 0.2)), (True, (1 / 3, 0, 1 / 3, 1 / 3))])
+def test_rounds_are_picked_in_proportion_to_what_they_predict_or_evenly(even, shares):
+    """Never one that predicts nothing."""
+    batches, n = Batches([stub(10, 2, 0, 30, 8)], 1, seed=0, even_rounds=even), 2000
     picked = Counter(batches[i][1][0] for i in range(n))
     assert picked[1] == 0
-    for round_, share in ((0, 0.05), (2, 0.75), (3, 0.2)):
-        assert abs(picked[round_] / n - share) < 4 * (share * (1 - share) / n) ** 0.5
+    for round_, share in enumerate(shares):
+        assert abs(picked[round_] / n - share) <= 4 * (share * (1 - share) / n) ** 0.5
 
 
 def test_little_of_a_batch_is_padding():
