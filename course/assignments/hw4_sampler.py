@@ -50,7 +50,10 @@ decides.
 - Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
 - With `threshold` every slot that reaches it is kept, and the quota (then 1) makes sure that something is.
 - With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
-  most certain slot takes the place of the other. One that reaches the threshold is kept all the same.
+  most certain slot takes the place of the other. With `pads_last` a slot waits if it would get `[PAD]` and one of the
+  masked slots right before it text (`before_text` is there). What reaches the threshold is kept all the same.
+- `entropy_bound` and `stable` are two rules of other papers; the docstring of `fill` has them, and `sum_before` and
+  `divergence` are there.
 - `ranks` without a loop: sort by certainty, then stably by group. The place in that order, less the place where the
   group begins, is the rank. `scatter_` puts ranks back where their slots are.
 
@@ -170,11 +173,14 @@ def slots_kept(rng, size):
     entry, pad, found = torch.arange(len(logits)), 0, {}
     for first in range(0, len(logits) - 1, 3):  # neighbours that are both sure of the same token
         logits[first : first + 2, int(rng.integers(9))] += 6
-    for settings in (dict(order="entropy"), dict(order="margin", apart=False), dict(threshold=0.5),
-                     dict(threshold=0.99), dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
-        limit = torch.ones_like(quota) if "threshold" in settings else quota
+    logits[2::6, pad] += 7  # [PAD] that is surer than the text before it
+    before = (logits + 0.3 * torch.from_numpy(rng.standard_normal(logits.shape)).float()).softmax(-1)
+    for settings in (dict(order="entropy"), dict(order="margin", apart=False), dict(pads_last=False),
+                     dict(threshold=0.5), dict(threshold=0.99), dict(threshold=0.5, stable=0.02),
+                     dict(entropy_bound=1.5), dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
+        limit = torch.ones_like(quota) if {"threshold", "entropy_bound"} & settings.keys() else quota
         generators = [(torch.Generator().manual_seed(1), len(logits))]
-        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators)
+        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators, before)
         if not torch.equal(token, logits.argmax(-1)):
             found["the likeliest token of each slot"] = token
         name = ", ".join(f"{key} {value}" for key, value in settings.items())
@@ -365,9 +371,14 @@ WRONG = (
           "certainty_of_slots"),
     Wrong("one ranking for all groups", "unmask.py", "order = order[group[order].argsort(stable=True)]", "pass",
           ("rank_in_group", "slots_kept")),
-    Wrong("a threshold that holds slots back", "unmask.py", "kept | (sure >= config.threshold)",
-          "kept & (sure >= config.threshold)", "slots_kept"),
+    Wrong("a threshold that holds slots back", "unmask.py", "        kept |= reaches", "        kept &= reaches",
+          "slots_kept"),
     Wrong("both neighbours with the same token", "unmask.py", "if config.apart:", "if False:", "slots_kept"),
+    Wrong("[PAD] before its text", "unmask.py", "if config.pads_last:", "if False:", "slots_kept"),
+    Wrong("an entropy bound that counts the slot itself", "unmask.py", "kept |= sum_before(entropy, rank, group) <=",
+          "kept |= sum_before(entropy, rank, group) + entropy <=", "slots_kept"),
+    Wrong("stable slots that are not certain", "unmask.py", "kept |= reaches & (divergence(logits, before)",
+          "kept |= (divergence(logits, before)", "slots_kept"),
     Wrong("a place left empty by a neighbour", "unmask.py", "ranks(sure.where(~waits, -torch.inf), group)",
           "ranks(sure, group)", "slots_kept"),
     Wrong("stale cache after sync", "decode.py", "self.answer.cached, self.step = self.first, self.step + 1",
