@@ -263,7 +263,11 @@ class Extend(Phase):
             left = slots[-1] + 1 - stream.known - len(tokens)
             self.layout.token[stream.known : slots[-1] + 1] = tokens + [self.tokenizer.mask] * left
             stream.known += len(tokens)
-        return self if self.unfinished() else next_round(self.answer)
+        if self.unfinished():
+            return self
+        if self.answer.method.in_training.attention != "causal":  # a joint model has read finished spans both ways
+            self.layout.see_both_ways(self.answer.rounds[-1].spans)
+        return next_round(self.answer)
 
 
 # ---------------------------------------------------------------- spans that are denoised

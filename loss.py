@@ -77,18 +77,19 @@ def validation_rounds(sequences: list[Sequence], size: int) -> Iterator[tuple[li
 
 @torch.no_grad()
 def validate(loss: JointLoss, sequences: list[Sequence], tokenizer: Tokenizer, device: torch.device | str = "cpu",
-             draws: int = 1, seed: int = 0, batch: int = 16) -> tuple[float, float, float]:  # fmt: skip
+             draws: int = 1, seed: int = 0, batch: int = 16, causal: float = 0.0) -> tuple[float, float, float]:  # fmt: skip
     """Negative log-likelihoods in nats per token: (plan, span, standard error of span).
 
-    Plan and text exactly, and causal spans too; other spans as the negative ELBO, a Monte-Carlo mean over `draws`
-    noisings of each round. [PAD] slots count as tokens of a span.
+    Plan and text exactly, and causal spans too (with `causal` 1 those of a joint model, read left to right); other
+    spans as the negative ELBO, a Monte-Carlo mean over `draws` noisings of each round. [PAD] slots count as tokens of
+    a span.
     """
     rng = np.random.default_rng(seed)
     plan, total, spans = 0.0, np.zeros(2), []
     for draw in range(draws):
         spans.append(0.0)
         for some, numbers in validation_rounds(sequences, batch):
-            noised = make_batch(some, numbers, tokenizer, rng, "elbo")
+            noised = make_batch(some, numbers, tokenizer, rng, "elbo", causal=causal)
             last = torch.tensor([r == s.n_rounds - 1 for s, r in zip(some, numbers)])  # it holds all rounds' plans
             noised.target[~last[:, None] & (noised.term == Term.PLAN)] = IGNORE
             sums, targets = loss(noised.to(device)).tolist(), counts(noised, "elbo").numpy()

@@ -79,6 +79,11 @@ class Layout:
             self.end[first:] = [len(self)] * (len(self) - first)
         return places
 
+    def see_both_ways(self, places: Sequence[tuple[int, int]]) -> None:
+        """From now on causal spans, from entry to entry each, see themselves in both directions."""
+        for start, stop in places:
+            self.end[start:stop] = [stop] * (stop - start)
+
     def cut(self, length: int) -> None:
         """Drop all entries from `length` on."""
         for column in (self.token, self.kind, self.round, self.span, self.position, self.prefix, self.begin, self.end):

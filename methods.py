@@ -57,6 +57,7 @@ class MethodConfig:
     repeat_topic: bool = setting(True, "repeat the topic at the head of its span")
     rounds: str = setting("many", "rounds of an answer; one (ablation): what follows a <sync/> becomes one more span",
                           among=("many", "one"))  # fmt: skip
+    trained: str = ""  # the method of the training, where that is another one
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,6 +69,11 @@ class MethodConfig:
     @property
     def attention(self) -> str:
         return METHODS[self.method].attention
+
+    @property
+    def in_training(self) -> "MethodConfig":
+        """The method of the training: how finished spans are read by what comes after them."""
+        return replace(self, method=self.trained or self.method)
 
     @property
     def causal(self) -> float:
@@ -101,7 +107,7 @@ def decoded_as(config: MethodConfig, name: str) -> MethodConfig:
         raise ValueError(
             f"--decode {name}: a model trained with --method {config.method} decodes as {', '.join(known)}"
         )
-    return replace(config, method=name or known[0])
+    return replace(config, method=name or known[0], trained=config.method)
 
 
 def encode(example: Example, tokenizer: Tokenizer, config: MethodConfig,

@@ -176,10 +176,10 @@ def quality(sampler: Sampler, examples: list[Example], results: list[dict], chec
 
 def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     """Nats per token of the reference answers."""
-    tokenizer = sampler.tokenizer
-    sequences = [Sequence(encode(example, tokenizer, sampler.method)) for example in examples]
-    loss = JointLoss(sampler.model, tokenizer.pad + 1)
-    plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws)
+    tokenizer, method = sampler.tokenizer, sampler.method
+    sequences = [Sequence(encode(example, tokenizer, method.in_training)) for example in examples]
+    loss, causal = JointLoss(sampler.model, tokenizer.pad + 1), float(method.attention == "causal")
+    plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws, causal=causal)
     return {"plan_nll": plan, "span_elbo": span, "span_elbo_error": error if draws > 1 else None}
 
 

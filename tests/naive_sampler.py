@@ -38,6 +38,8 @@ def sees(tokens, q, k, attention):
         return False
     if attention == "dense":  # spans of a round see each other
         return True
+    if attention == "joint":  # left to right while they grow, in both directions once they are finished
+        attention = "causal" if query.round == tokens[-1].round else "sparse"
     return key.span == query.span and (attention == "sparse" or k <= q)
 
 
@@ -139,7 +141,7 @@ class NaiveSampler:
         for span, (name, length) in enumerate(topics):
             n = max(1, math.ceil(length * tok.unit * self.config.length_scale))
             places.append(self.scaffold([*name, tok.colon] if self.repeat_topic else [], n, span, number))
-        (self.extend if self.attention == "causal" else self.denoise)(places, plan_end)
+        (self.extend if self.attention in ("causal", "joint") else self.denoise)(places, plan_end)
         slots = [[self.tokens[i].id for i in place if self.tokens[i].slot] for place in places]
         return [(name, length, ids) for (name, length), ids in zip(topics, slots)]
 

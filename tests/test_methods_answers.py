@@ -15,7 +15,7 @@ from test_sample import costs, ids, steered
 from decode import DECODERS
 from grammar import Grammar
 from masks import PLAN, PROMPT, SLOT, Layout
-from methods import METHODS, MethodConfig, encode
+from methods import METHODS, MethodConfig, decoded_as, encode
 from model import ModelConfig, Transformer
 from noise import IGNORE, Sequence
 from plumbing.checkpoint import save_checkpoint
@@ -95,6 +95,17 @@ def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
                 assert answer.decoded() == list(example.rounds)
         if method.plan != "given":
             assert answer.plan_passes == layout.kind.count(PLAN) + 1, "without grammar nothing is forced"
+
+
+def test_what_a_joint_model_has_read_left_to_right_it_sees_as_in_training(fluent):
+    """Both ways, as training shows finished spans: else later rounds read what the model has never seen."""
+    joint = MethodConfig("joint")
+    causal, config = decoded_as(joint, "parallel-ar"), SampleConfig(max_tokens=1500)
+    for example in examples(fluent, 5):
+        model = Perfect(encode(example, fluent, causal), fluent)
+        (answer,) = Sampler(model, fluent, config, causal).answer([example.prompt])
+        layout = sampled(encode(example, fluent, joint))
+        assert all(getattr(answer.layout, column) == getattr(layout, column) for column in COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +257,7 @@ def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokeniz
     path = tmp_path / "joint.safetensors"
     save_checkpoint(path, small_model(tokenizer.vocab_size), tokenizer, {"method": vars(MethodConfig("joint"))})
     for name, method in (("", "planned"), ("planned", "planned"), ("parallel-ar", "parallel-ar")):
-        assert Sampler.load(path, SampleConfig(decode=name)).method == MethodConfig(method)
+        assert Sampler.load(path, SampleConfig(decode=name)).method == MethodConfig(method, trained="joint")
     with pytest.raises(
         ValueError, match="--decode ar: a model trained with --method joint decodes as planned, parallel-ar"
     ):

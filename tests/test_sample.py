@@ -16,7 +16,8 @@ from sample import SampleConfig, Sampler
 from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
-METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense")}
+METHOD = {"sparse": MethodConfig("planned"), "dense": MethodConfig("dense"),
+          "joint": MethodConfig("parallel-ar", trained="joint")}  # fmt: skip
 CHOSEN = dict(
     topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=11.0
 )  # logits added, so that plans of several rounds come about
@@ -107,6 +108,8 @@ SETTINGS = [
     ("dense", dict()),
     ("dense", dict(order="margin", steps_ratio=0.7)),
     ("dense", dict(threshold=0.6)),
+    ("joint", dict()),
+    ("joint", dict(length_scale=1.4)),
 ]
 
 

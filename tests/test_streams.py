@@ -10,7 +10,7 @@ from naive_masks import oracle_target, read_tags, sees
 
 from batches import TrainingData
 from drafts import TERMS, Term
-from loss import JointLoss, counts, validate_streams
+from loss import JointLoss, counts, validate, validate_streams
 from masks import PLAN, Layout, encode_example, visible
 from methods import METHODS, MethodConfig
 from noise import IGNORE, Sequence, make_batch
@@ -282,3 +282,4 @@ def test_validation_reports_the_terms_that_training_has(tokenizer, model):
     assert set(validate_streams(loss, sequences, tokenizer, causal=0.5)) == {"causal"}
     both = validate_streams(loss, sequences, tokenizer, causal=0.5, ahead=2)
     assert set(both) == {"causal", "plan_draft", "span_draft"}
+    assert validate(loss, sequences, tokenizer, causal=1.0)[1] == pytest.approx(both["causal"])

@@ -112,7 +112,9 @@ def test_an_entropy_bound_keeps_the_most_certain_while_those_before_add_up_to_at
 def test_with_stable_a_slot_fills_only_if_its_prediction_has_hardly_moved():
     """KLASS: confidence of at least the threshold, and KL(now || last pass) of at most the bound."""
     now = torch.tensor([[0.9, 0.05, 0.05], [0.9, 0.05, 0.05], [0.5, 0.25, 0.25], [0.9, 0.05, 0.05]])
-    before = torch.tensor([[0.88, 0.06, 0.06], [0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0]])  # 0: the first pass
+    before = torch.tensor(
+        [[0.88, 0.06, 0.06], [0.4, 0.3, 0.3], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0]]
+    )  # 0: the first pass
     kl = torch.distributions.kl_divergence(*map(torch.distributions.Categorical, (now[:2], before[:2])))
     assert kl[0] < 0.05 < kl[1]
     none, group = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long)
@@ -134,7 +136,9 @@ def test_other_rules_fill_all_slots_and_know_the_last_pass(planner, tokenizer, s
 
 def test_of_equally_certain_slots_the_first_are_kept():
     group, share = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 1, 1])
-    fills = lambda apart: fill(torch.zeros(5, 4), group, torch.arange(5), share, 3, SampleConfig(apart=apart, pads_last=False), [])[1]
+    fills = lambda apart: fill(
+        torch.zeros(5, 4), group, torch.arange(5), share, 3, SampleConfig(apart=apart, pads_last=False), []
+    )[1]
     assert fills(False).tolist() == [1, 1, 0, 1, 0]
     assert fills(True).tolist() == [1, 0, 0, 1, 0]  # all would get token 0
 
