@@ -40,8 +40,8 @@ class SampleConfig:
                                  above=0, at_most=1)  # fmt: skip
     threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
                                at_least=0, at_most=1)  # fmt: skip
-    stable: float = setting(0.0, "if above 0: of these only such whose prediction is at most this far (KL) from that of "
-                                 "the last pass", at_least=0)  # fmt: skip
+    stable: float = setting(0.0, "with a threshold: fill only slots whose prediction is at most this far (KL) from that "
+                                 "of the last pass; 0: any", at_least=0)  # fmt: skip
     entropy_bound: float = setting(0.0, "if above 0: fill the most certain slots up to this sum of their entropies, "
                                         "whatever steps_ratio", at_least=0)  # fmt: skip
     order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
