@@ -28,7 +28,7 @@ class Reading:
     allowed: Tensor | None = None  # (V,) the tokens that may be drawn; None: any, or in a span text and [PAD]
     draft: int = -1  # the token drafted to follow the entry, to be checked
     draft_probs: Tensor | None = None  # (V,) what the draft was drawn from, above temperature 0
-    before: list[Tensor | None] = ()  # (V,) probabilities of each slot in the last pass, with --stable
+    before: tuple[Tensor | None, ...] = ()  # (V,) probabilities of each slot in the last pass, with --stable
 
 
 @dataclass
@@ -265,7 +265,7 @@ class Extend(Phase):
             stream.known += len(tokens)
         if self.unfinished():
             return self
-        if self.answer.method.in_training.attention != "causal":  # a joint model has read finished spans both ways
+        if self.answer.method.in_training.attention != "causal":  # as a joint model was trained
             self.layout.see_both_ways(self.answer.rounds[-1].spans)
         return next_round(self.answer)
 
@@ -303,7 +303,7 @@ class Denoise(Phase):
     def readings(self):
         """A reading per group: its masked slots, and how many of them to fill."""
         masked = [(slots, self.masked(slots)) for slots in self.groups()]
-        return [Reading(left, self.quota(len(slots), len(left)), before=[*map(self.before.get, left)])
+        return [Reading(left, self.quota(len(slots), len(left)), before=(*map(self.before.get, left),))
                 for slots, left in masked]  # fmt: skip
 
     def quota(self, slots, left):

@@ -57,7 +57,7 @@ class MethodConfig:
     repeat_topic: bool = setting(True, "repeat the topic at the head of its span")
     rounds: str = setting("many", "rounds of an answer; one (ablation): what follows a <sync/> becomes one more span",
                           among=("many", "one"))  # fmt: skip
-    trained: str = ""  # the method of the training, where that is another one
+    trained: str = ""  # the method of the training; empty: this one
 
     def __post_init__(self) -> None:
         check(self)
@@ -72,7 +72,7 @@ class MethodConfig:
 
     @property
     def in_training(self) -> "MethodConfig":
-        """The method of the training: how finished spans are read by what comes after them."""
+        """The method of the training: what comes after a round sees its spans as there."""
         return replace(self, method=self.trained or self.method)
 
     @property

@@ -1,6 +1,5 @@
 """The commands as a user meets them: their help, their output, and what they say when something is wrong."""
 
-import io
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, random_example, small_model
+from conftest import random_example, small_model
 from safetensors.torch import save_file
 
 from data import write_dataset
@@ -20,8 +19,7 @@ from measure.eval import EvalConfig
 from methods import MethodConfig
 from model import ModelConfig
 from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig, Sampler
-from show.terminal import Screen
+from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,72 +308,6 @@ def test_a_terminal_without_utf_8_gets_letters_for_shades():
     assert plain.returncode == shaded.returncode == 0 and "\u2588\u2588 slot" in shaded.stdout
     letters = str.maketrans("\u2591\u2592\u2593\u2588\u00b7", "ptgs.")
     assert plain.stdout.decode("ascii").splitlines() == shaded.stdout.translate(letters).splitlines()
-
-
-# ---------------------------------------------------------------- the terminal
-
-
-class Terminal(io.StringIO):
-    """A terminal of `columns`: keeps the lines that are on it, obeying cursor up and erase below."""
-
-    def __init__(self, columns):
-        super().__init__()
-        self.columns, self.lines, self.row, self.widest, self.redrawn = columns, [""], 0, 0, 0
-
-    def isatty(self):
-        return True
-
-    def write(self, text):
-        for part in re.split(r"(\x1b\[\d+A|\x1b\[J|\x1b\[[\d;]*m|\n)", text):
-            if up := re.fullmatch(r"\x1b\[(\d+)A", part):
-                self.row, self.redrawn = self.row - int(up[1]), self.redrawn + 1
-                assert self.row >= 0
-            elif part == "\x1b[J":
-                self.lines[self.row :] = [""]
-            elif part == "\n":
-                self.row += 1
-                self.lines += [""] * (self.row + 1 - len(self.lines))
-            elif not part.startswith("\x1b"):
-                self.lines[self.row] += part
-                self.widest = max(self.widest, len(self.lines[self.row]))
-
-
-@pytest.fixture(scope="module")
-def drawn(tokenizer):
-    """A random model that plans."""
-    model = small_model(tokenizer.vocab_size, seed=2)
-    logits, plain = model.logits, [tokenizer.topic, tokenizer.length_id(2)]
-
-    def steered(hidden, n=None):
-        scores = logits(hidden, n)
-        if n is None:
-            scores[..., plain] += 6
-        return scores
-
-    model.logits = steered
-    return Sampler(model, tokenizer, SampleConfig(max_tokens=60))
-
-
-@pytest.mark.parametrize("columns", [40, 100])
-@pytest.mark.parametrize("prompt", [SENTENCES[0], "", "long" * 40])
-def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn, columns, prompt):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", "50")
-    terminal = Terminal(columns)
-    (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
-    assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1
-    assert sum(line.strip().startswith("prompt") for line in terminal.lines) == 1, "the last frame alone is left"
-    assert "____" not in "".join(terminal.lines)
-    assert terminal.widest <= columns
-
-
-def test_piped_frames_are_few_and_plain(drawn):
-    stream = io.StringIO()
-    (answer,) = drawn.answer([SENTENCES[0]], watch=Screen(stream, delay=9))
-    frames = stream.getvalue().count("-- after")
-    assert 2 <= frames < answer.plan_passes + answer.denoise_passes
-    assert "____" in stream.getvalue() and "____" not in stream.getvalue().rpartition("-- after")[2]
-    assert "\x1b" not in stream.getvalue()
 
 
 # ---------------------------------------------------------------- bench.py

@@ -1,10 +1,9 @@
-"""Recordings, the animated picture, the terminal and the drawn mask: each shows the answer and nothing else."""
+"""Recordings, the animated picture and the drawn mask: each shows the answer and nothing else."""
 
 import io
 import random
 import re
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,6 @@ from show import svg
 from show.mask import otter, seen
 from show.mask import show as mask_lines
 from show.record import Frame, FrameRound, FrameTopic, frame, record
-from show.terminal import Screen
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {name: ROOT / f"checkpoints/tasks/{name}.safetensors" for name in ("planned", "ar")}
@@ -322,80 +320,6 @@ WRONG = [
 def test_the_command_says_in_one_line_what_is_wrong(monkeypatch, args, said):
     code = run(monkeypatch, "show/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
     assert code.startswith("svg.py: ") and said in code and "\n" not in code
-
-
-# ---------------------------------------------------------------- the terminal
-
-
-class Tty(io.StringIO):
-    """A terminal that keeps all that was written."""
-
-    def isatty(self):
-        return True
-
-
-def plain(text):
-    return re.sub(r"\x1b\[[\d;]*[mAJ]", "", text)
-
-
-@pytest.mark.parametrize("stream", [io.StringIO, Tty])
-@pytest.mark.parametrize("method", DECODERS)
-def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer, method, stream):
-    """Also if it has fewer lines than the answer: nothing overwrites the last frame, so all of it is printed."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "3")
-    stream = stream()
-    (answer,) = random_sampler(tokenizer, method).answer([SENTENCES[0]], watch=Screen(stream, delay=0))
-    last = re.split(r"\x1b\[J|-- after.*\n", stream.getvalue())[-1]
-    margin = [line[14:] for line in plain(last).splitlines()]
-    joined = "".join("".join(margin).split())
-    for piece in (SENTENCES[0], *answer.result()["text"].split("\n")):
-        assert "".join(piece.split()) in joined
-    assert "____" not in last
-
-
-def test_one_screen_can_show_one_answer_after_another(tokenizer):
-    stream = Tty()
-    screen, sampler = Screen(stream, delay=0), random_sampler(tokenizer, "ar")
-    for prompt in ("one", "two"):
-        sampler.answer([prompt], watch=screen)
-    second = stream.getvalue().index("two")
-    assert "\x1b[J" not in stream.getvalue()[stream.getvalue().rindex("one") : second]
-
-
-@pytest.mark.parametrize("stream", [io.StringIO, Tty])
-def test_an_answer_without_a_pass_is_shown(tokenizer, stream):
-    stream = stream()
-    (answer,) = random_sampler(tokenizer, "planned", max_tokens=1).answer(["otter"])
-    assert not answer.phase and answer.cut
-    Screen(stream, delay=0)(answer)
-    assert "prompt  otter" in plain(stream.getvalue())
-
-
-def test_letters_that_take_two_columns_do_not_overrun_a_line(monkeypatch, tokenizer):
-    monkeypatch.setenv("COLUMNS", "40")
-    stream = Tty()
-    random_sampler(tokenizer, "ar", max_tokens=2).answer(["水獺吃魚" * 20], watch=Screen(stream, delay=0))
-    lines = [line for line in plain(stream.getvalue()).splitlines() if "水" in line or "魚" in line]
-    assert sum(len(re.findall("[水獺吃魚]", line)) for line in lines) == 80
-    assert all(14 + 2 * len(line[14:]) < 40 for line in lines)
-
-
-SHORT = ("--device", "cpu", "--prompt", "Straße 水獺", "--max_tokens", 8)
-
-
-def test_a_terminal_without_utf8_shows_what_it_can(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert run(monkeypatch, "sample.py", *SHORT) is None
-    assert b"prompt  Stra?e ??" in sys.stdout.buffer.getvalue()
-
-
-def test_output_to_a_closed_pipe_ends_quietly():
-    command = [sys.executable, ROOT / "sample.py", *map(str, SHORT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(timeout=120) == 1
 
 
 # ---------------------------------------------------------------- the mask

@@ -52,8 +52,7 @@ decides.
 - With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
   most certain slot takes the place of the other. With `pads_last` a slot waits if it would get `[PAD]` and one of the
   masked slots right before it text (`before_text` is there). What reaches the threshold is kept all the same.
-- `entropy_bound` and `stable` are two rules of other papers; the docstring of `fill` has them, and `sum_before` and
-  `divergence` are there.
+- `entropy_bound` and `stable`: see the docstring of `fill`; `sum_before` and `divergence` are there.
 - `ranks` without a loop: sort by certainty, then stably by group. The place in that order, less the place where the
   group begins, is the rank. `scatter_` puts ranks back where their slots are.
 
@@ -371,8 +370,7 @@ WRONG = (
           "certainty_of_slots"),
     Wrong("one ranking for all groups", "unmask.py", "order = order[group[order].argsort(stable=True)]", "pass",
           ("rank_in_group", "slots_kept")),
-    Wrong("a threshold that holds slots back", "unmask.py", "        kept |= reaches", "        kept &= reaches",
-          "slots_kept"),
+    Wrong("a threshold that holds slots back", "unmask.py", "kept |= reaches", "kept &= reaches", "slots_kept"),
     Wrong("both neighbours with the same token", "unmask.py", "if config.apart:", "if False:", "slots_kept"),
     Wrong("[PAD] before its text", "unmask.py", "if config.pads_last:", "if False:", "slots_kept"),
     Wrong("an entropy bound that counts the slot itself", "unmask.py", "kept |= sum_before(entropy, rank, group) <=",
