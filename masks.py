@@ -8,7 +8,7 @@ ranges: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffus
       dense (PD-DA)            the same                               all spans of its round
       causal (parallel AR)     the same                               its own span up to itself
 
-A joint model writes causal spans too, but what comes after a round sees them as in its training: both directions.
+A joint model writes causal spans too; once finished, they see themselves in both directions, as in its training.
 
 Run `python show/mask.py` to see the mask of an example.
 """

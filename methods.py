@@ -4,7 +4,7 @@
 |---------------|-----------------|----------------|--------------------|------------------------------------------|
 | `planned`     | the model's     | many per round | both directions    | planned diffusion                        |
 | `dense`       | the model's     | many per round | both, across spans | planned diffusion's dense variant, PD-DA |
-| `parallel-ar` | the model's     | many per round | left to right      | PASTA (tags within the text, no plan)    |
+| `parallel-ar` | the model's     | many per round | left to right      | PASTA (promises within the text)         |
 | `joint`       | the model's     | many per round | either, by a coin  | `planned` and `parallel-ar` in one model |
 | `ar`          | none            | none           |                    | autoregressive decoding                  |
 | `block`       | given: a block  | one per round  | both directions    | BD3LM (1/t weights)                      |
@@ -72,7 +72,7 @@ class MethodConfig:
 
     @property
     def in_training(self) -> "MethodConfig":
-        """The method of the training: what comes after a round sees its spans as there."""
+        """The method of the training: what is computed after a round sees its spans as there."""
         return replace(self, method=self.trained or self.method)
 
     @property

@@ -46,7 +46,7 @@ class SampleConfig:
                                         "whatever steps_ratio", at_least=0)  # fmt: skip
     order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
-    pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] and one right before it text")
+    pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before it would get text")
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100)
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(

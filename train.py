@@ -1,8 +1,8 @@
 """Train a model on a data set: settings, the loop, checkpoints and log.
 
-    python train.py                          planned diffusion on data/tasks
-    python train.py --method ar              the autoregressive model on the same examples
-    torchrun --nproc_per_node 2 train.py     the same losses on two processes
+    python train.py                                         planned diffusion on data/tasks
+    python train.py --method ar                             the autoregressive model on the same examples
+    torchrun --nproc_per_node 2 train.py --accumulate 2     two processes: the losses of one with --accumulate 2
 
 All randomness is a function of (seed, step), so a run that is interrupted at any moment and started
 again continues with the losses that it would have had.

@@ -189,7 +189,7 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
 def table(scores: dict[str, dict]) -> Iterator[str]:
     """Markdown lines of `score`; costs that no answer has are left out."""
     whole = scores["all"]
-    shares = [name for name in ("exact", "spans", "plan_right", "valid") if name in whole]
+    shares = [name for name in ("exact", "right_lines", "plan_right", "valid") if name in whole]
     columns = ["n", *shares, "passes", *(name for name in COSTS if whole[name])]
     yield "| family | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"

@@ -46,7 +46,7 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
     row["valid"] = float(not result["broken"] and not result["cut"])
     if check:
         verdict = check(example, result["text"])
-        row |= {"exact": float(verdict.exact), "spans": sum(verdict.spans) / max(len(verdict.spans), 1)}
+        row |= {"exact": float(verdict.exact), "right_lines": sum(verdict.spans) / max(len(verdict.spans), 1)}
     if rounds is not None:
         reference = [(s.topic, s.length) for r in rounds for s in r.spans]
         planned = [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]]

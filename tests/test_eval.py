@@ -64,9 +64,9 @@ def test_exact_and_spans_are_the_verdict_of_the_checker_of_the_data(tmp_path):
     wrong = right.replace("fish", "crab")
     for text, exact, spans in [(right, 1, 1), (wrong, 0, 3 / 4), ("", 0, 0), (right + "\nmore", 0, 1)]:
         row = row_of(EXAMPLE, result_of(text=text), check, None)
-        assert (row["exact"], row["spans"]) == (exact, spans)
+        assert (row["exact"], row["right_lines"]) == (exact, spans)
     assert checker(tmp_path) is None
-    assert not {"exact", "spans"} & row_of(EXAMPLE, result_of(), None, ()).keys()
+    assert not {"exact", "right_lines"} & row_of(EXAMPLE, result_of(), None, ()).keys()
 
 
 def test_the_checker_is_the_file_in_the_folder_of_the_data_and_no_other_of_that_name(tmp_path):
