@@ -25,10 +25,7 @@ class TrainingData:
 
         `say` is told how far that is. Raises ValueError that names the file, example or setting that is wrong.
         """
-        if config.extra_pads and method_config.plan != "written":
-            raise ValueError(f"--extra_pads {config.extra_pads}: --method {method_config.method} writes no plan")
-        if config.ahead and method_config.plan == "given":
-            raise ValueError(f"--ahead {config.ahead}: --method {method_config.method} writes nothing left to right")
+        refuse_idle(config, method_config)
         folder, self.config = locate(config.data), config
         say(f"reading {folder}")
         self.tokenizer, init = Tokenizer.load(folder / "tokenizer.json"), locate(config.init or ".")
@@ -64,6 +61,22 @@ class TrainingData:
             noise = c.weight, c.t_min, c.history
             batches.append(make_batch(sequences, rounds, self.tokenizer, rng, *noise, self.method.causal, c.ahead))
         return batches
+
+
+def refuse_idle(config: "TrainConfig", method: MethodConfig) -> None:
+    """Raise ValueError for a setting that would change nothing: two runs that differ in it alone would be one."""
+    planned, noised = method.plan == "written", method.plan != "none" and method.causal < 1
+    acts = {"writes no plan": (planned, "extra_pads", "topics", "repeat_topic", "rounds"),
+            "denoises no spans": (noised, "weight", "t_min"),
+            "has no earlier rounds that are noised": (planned and noised, "history"),
+            "has no blocks": (method.plan == "given", "block"),
+            "writes nothing left to right": (method.plan != "given", "ahead")}  # fmt: skip
+    for reason, (acting, *names) in acts.items():
+        for name in names if not acting else ():
+            owner = method if hasattr(method, name) else config
+            value = getattr(owner, name)
+            if value != getattr(type(owner), name):
+                raise ValueError(f"--{name} {value}: --method {method.method} {reason}")
 
 
 class Batches:

@@ -8,6 +8,7 @@ one line in DECODERS.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Reading:
     draft: int = -1  # the token drafted to follow the entry, to be checked
     draft_probs: Tensor | None = None  # (V,) what the draft was drawn from, above temperature 0
     before: tuple[Tensor | None, ...] = ()  # (V,) probabilities of each slot in the last pass, with --stable
+    endless: Tensor | None = None  # (V,) the tokens that might be drawn if the answer had no end of positions
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Reply:
     kept: list[bool]
     confidence: float = 1.0  # of the likeliest token, where drafts are made
     probs: Tensor | None = None  # (V,) what a draft was drawn from, above temperature 0; (entries, V) with --stable
+    cut: bool = False  # the likeliest token is not allowed, for want of positions alone
 
 
 class Phase:
@@ -165,15 +168,19 @@ class WrittenPlan(Phase):
         return [*self.stream.entries()]
 
     def readings(self):
-        if self.config.constrained:
-            return self.stream.readings([torch.from_numpy(grammar.allowed()) for grammar in self.grammars])
-        return self.stream.readings()
+        if not self.config.constrained:
+            return self.stream.readings()
+        readings = self.stream.readings([torch.from_numpy(grammar.allowed()) for grammar in self.grammars])
+        for reading, grammar in zip(readings, self.grammars):
+            reading.endless = torch.from_numpy(grammar.endless())
+        return readings
 
     def take(self, replies):
         self.layout.cut(self.stream.known)
         tokens, accepted = self.stream.check(replies, self.answer)
         self.answer.plan_passes += 1
         self.answer.cached = self.stream.cached
+        self.answer.cut |= any(reply.cut for reply in replies[: accepted + 1])
         phase = self
         for n, token in enumerate(tokens):
             if phase is self:
@@ -194,7 +201,7 @@ class WrittenPlan(Phase):
         if not answer.grammar.allowed()[token]:  # only without constraints
             answer.broken = True
             return None
-        answer.cut = self.config.constrained and answer.grammar.forced() == tokenizer.eos  # max_tokens leaves no choice
+        answer.cut |= self.config.constrained and answer.grammar.forced() == tokenizer.eos  # max_tokens leaves no choice
         answer.critical_path += not drafted
         answer.grammar.advance(token)
         if token in (tokenizer.sync, tokenizer.eos):
@@ -237,7 +244,7 @@ class Extend(Phase):
             n_drafts = len(stream.drafts)
             stream.counted = [True] * n_drafts
             stream.ends = n_drafts == left or stream.drafts[-1:] == [self.tokenizer.pad]
-            stream.slots = 0 if stream.ends else min(self.config.ahead, left - n_drafts)
+            stream.slots = 0 if stream.ends or drafter else min(self.config.ahead, left - n_drafts)
             self.layout.token[stream.known : stream.known + n_drafts] = stream.drafts
 
     def unfinished(self):
@@ -287,7 +294,8 @@ class Denoise(Phase):
         super().__init__(answer)
         self.spans = [(span, answer.slots(span)) for span in answer.rounds[-1].spans]  # the unfinished ones
         self.first, self.before = self.spans[0][0][0], {}
-        self.step, self.steps = 1, math.ceil(self.config.steps_ratio * max(len(slots) for _, slots in self.spans))
+        ratio = Fraction(str(self.config.steps_ratio))  # not the binary number next to it
+        self.step, self.steps = 1, math.ceil(ratio * max(len(slots) for _, slots in self.spans))
 
     def entries(self):
         """What the cache lacks before the spans, then all of each unfinished span."""

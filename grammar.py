@@ -53,6 +53,12 @@ class Grammar:
         tokens = np.flatnonzero(self.allowed())
         return int(tokens[0]) if len(tokens) == 1 else None
 
+    def endless(self) -> np.ndarray:
+        """What `allowed` would be, (vocab_size,), if there were positions enough for anything."""
+        twin = self.copy()
+        twin.positions_left, twin._allowed = 1 << 62, None
+        return twin.allowed()
+
     def advance(self, token: int) -> None:
         """Take a token. Raises ValueError if `allowed` does not allow it."""
         tok = self.tokenizer

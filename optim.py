@@ -94,8 +94,11 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update the weights with their gradients at the rates of update number `step`."""
         c = self.config
-        falling = c.decay * max(c.steps - c.warmup, 1)
-        fraction = min((step + 1) / max(c.warmup, 1), (c.steps - step) / falling, 1)
+        warmup = min(c.warmup, c.steps // 2)
+        falling = c.decay * max(c.steps - warmup, 1)
+        fraction = min((step + 1) / max(warmup, 1), (c.steps - step) / falling, 1)
+        if len(self.parts) > 1:  # while the tokens that are not new have no gradient, nothing else moves them either
+            self.parts[1].param_groups[0]["weight_decay"] = c.weight_decay if step >= c.new_only else 0.0
         for part, peak in zip(self.parts, self.peaks):
             for group in part.param_groups:
                 group["lr"] = peak * fraction

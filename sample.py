@@ -10,9 +10,10 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from answer import Answer
 from decode import Reply, next_round
@@ -44,9 +45,11 @@ class SampleConfig:
                                  "of the last pass; 0: any", at_least=0)  # fmt: skip
     entropy_bound: float = setting(0.0, "if above 0: fill the most certain slots up to this sum of their entropies, "
                                         "whatever steps_ratio", at_least=0)  # fmt: skip
-    order: str = setting("entropy", "which slots count as certain, so are filled first", among=ORDERS)
+    order: str = setting("entropy", "which slots count as certain, so are filled first; with a threshold: confidence",
+                         among=ORDERS)  # fmt: skip
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
-    pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before it would get text")
+    pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before "
+                                    "it would get text")  # fmt: skip
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100)
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(
@@ -83,36 +86,42 @@ class Predictions:
         for row in sum(kinds, []):
             for reading in readings[row]:
                 lines = [next(table) for _ in reading.entries]
-                tokens, kept, confidence = ([line[n] for line in lines] for n in range(3))
+                tokens, kept, confidence, cut = ([line[n] for line in lines] for n in range(4))
                 if not all(map(math.isfinite, confidence)):
                     raise ValueError("the model's predictions are not finite: its weights are broken or too large")
-                reply = Reply([*map(int, tokens)], [flag > 0 for flag in kept], max(confidence, default=0), next(probs))
-                replies[row].append(reply)
+                tokens, kept = [*map(int, tokens)], [flag > 0 for flag in kept]
+                replies[row].append(Reply(tokens, kept, max(confidence, default=0), next(probs), any(cut)))
         return replies
 
     def draw(self, live, hidden, readings, rows):
-        """What these answers draw: a line (token, kept, confidence) per entry; what it was drawn from per reading."""
+        """What these answers draw: a line (token, kept, confidence, cut) per entry; what it was drawn from per reading."""
         phase, asked = live[rows[0]].phase, [reading for row in rows for reading in readings[row]]
         counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
         generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
         hidden = torch.cat([hidden[row, :n] for row, n in zip(rows, counts)])
-        logits = self.logits(phase, hidden, asked)
-        largest = logits.amax(-1)
+        logits = self.logits(phase, hidden)
+        likeliest = self.only("endless", logits, asked).argmax(-1, keepdim=True)
+        logits = self.only("allowed", logits, asked)
+        largest, cut = logits.amax(-1), logits.gather(-1, likeliest)[:, 0] == -torch.inf
         if self.config.temperature:  # what cannot be drawn from ends in `predict`, not in a device's assertion
             logits = logits.where(largest.isfinite()[:, None], 0)
         token, kept, probs = (self.fill if phase.fills else self.check)(logits, asked, generators)
-        confidence = logits.softmax(-1).amax(-1) if self.config.ahead else largest
-        lines = torch.stack([token.float(), kept.float(), confidence], dim=1)
+        confidence = logits.softmax(-1).amax(-1).where(largest.isfinite(), torch.nan) if self.config.ahead else largest
+        lines = torch.stack([token.float(), kept.float(), confidence, cut.float()], dim=1)
         return lines, [None] * len(asked) if probs is None else probs
 
-    def logits(self, phase, hidden, asked):
-        """(N, V) float32 predictions of a phase at hidden states (N, D); -inf for what a reading does not allow."""
-        logits = self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
-        if asked[0].allowed is not None:
-            any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
-            allowed = torch.stack([any_token if reading.allowed is None else reading.allowed for reading in asked])
-            logits.masked_fill_(~allowed.to(self.device), float("-inf"))
-        return logits
+    def logits(self, phase, hidden):
+        """(N, V) float32 predictions of a phase at hidden states (N, D)."""
+        return self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
+
+    def only(self, mask, logits, asked):
+        """The logits (N, V); -inf where a reading's mask of that name, "allowed" or "endless", leaves a token out."""
+        masks = [getattr(reading, mask) for reading in asked]
+        if masks[0] is None:
+            return logits
+        any_token = torch.ones(self.tokenizer.vocab_size, dtype=torch.bool)
+        masks = torch.stack([any_token if one is None else one for one in masks])
+        return logits.where(masks.to(self.device), -torch.inf)
 
     def fill(self, logits, asked, generators):
         """Tokens for slots, which of them are kept, and with --stable the probabilities of each reading's."""
@@ -132,8 +141,9 @@ class Predictions:
         """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
         draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
         if self.config.temperature and self.config.ahead:
-            none = torch.zeros_like(logits[0])
-            draft_probs = torch.stack([none if r.draft_probs is None else r.draft_probs for r in asked])
+            certain = F.one_hot(draft.clamp_min(0), logits.shape[-1])  # what the drafter's grammar left no choice in
+            certain = certain.where(draft[:, None] >= 0, 0).float()
+            draft_probs = torch.stack([q if r.draft_probs is None else r.draft_probs for r, q in zip(asked, certain)])
         return check_drafts(logits, draft, draft_probs, self.config, generators)
 
 
@@ -153,6 +163,8 @@ class Sampler(Predictions):
         """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
         method = decoded_as(trained_by(info, path), config.decode)
+        if config.ahead and method.plan == "given":
+            raise ValueError(f"--ahead {config.ahead}: {path} writes nothing left to right that could be drafted")
         dtype = devices.sampling_dtype(device)
         dtype = getattr(torch, model.config.half) if dtype == torch.float16 else dtype
         return cls(model.to(dtype), tokenizer, config, method, drafter)
@@ -220,13 +232,15 @@ def main():
     output.add_argument("--html", metavar="FILE", help="also write a page that plays the answers pass by pass")
     add_settings(parser, SampleConfig)
     args = parser.parse_args()
-    sampler = Sampler.load(args.checkpoint, pick(SampleConfig, args), devices.find(args.device))
+    config = pick(SampleConfig, args)
+    sampler = Sampler.load(args.checkpoint, config, devices.find(args.device))
     if args.json:
         for answer in sampler.answer(args.prompt):
             print(json.dumps(answer.result(), ensure_ascii=False))
         return
     races = []
-    for prompt in args.prompt:
+    for n, prompt in enumerate(args.prompt):
+        sampler.config = replace(config, seed=config.seed + n)
         frames = record(sampler, prompt, watch=Screen())
         if frames[-1].ending == "cut":
             print(f"(cut: --max_tokens {args.max_tokens} leaves no place for more)")

@@ -5,7 +5,7 @@
 
 An answer is exact if each of its lines is right: data sets with a checker (data/tasks/families.py) are scored by
 it, others by chrF and what else readers see (measure/readers.py). A broken or cut answer counts as it is: mostly
-wrong, and in the time. Likelihoods are in nats per token, those of spans as the negative ELBO.
+wrong, and in the time. Likelihoods are in nats per token, those of denoised spans as the negative ELBO.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class EvalConfig:
     limit: int = setting(0, "measure on the first examples only, this many (0: all)", at_least=0)
     batch: int = setting(16, "prompts answered together; 1 for the latency of a single user", at_least=1)
     draws: int = setting(8, "noisings per round for the ELBO", at_least=1)
-    draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens that are checked: speculative decoding")
+    draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens of plan and text: speculative decoding")
     judge: str = setting("", "autoregressive checkpoint of the same data: perplexity of the answers under it")
     answers: str = setting("", "file (.jsonl) that keeps the answers; an interrupted evaluation goes on with it")
     show: int = setting(0, "print this many answers, as Markdown, before the figures", at_least=0)
@@ -132,6 +132,8 @@ def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: A
 def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     """All figures, for JSON. Raises ValueError for bad files or settings."""
     place = find(config.device)
+    if config.draft and not sample_config.ahead:
+        raise ValueError(f"--draft {config.draft}: expected --ahead, how many tokens it drafts")
     sampler = Sampler.load(config.checkpoint, sample_config, place)
     if config.draft:
         sampler.drafter = Drafter.load(config.draft, sampler.tokenizer, place)
@@ -178,9 +180,10 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     """Nats per token of the reference answers."""
     tokenizer, method = sampler.tokenizer, sampler.method
     sequences = [Sequence(encode(example, tokenizer, method.in_training)) for example in examples]
-    loss, causal = JointLoss(sampler.model, tokenizer.pad + 1), float(method.attention == "causal")
-    plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws, causal=causal)
-    return {"plan_nll": plan, "span_elbo": span, "span_elbo_error": error if draws > 1 else None}
+    loss, exact = JointLoss(sampler.model, tokenizer.pad + 1), method.attention == "causal"
+    draws = 1 if exact else draws  # no noise, nothing to repeat
+    plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws, causal=float(exact))
+    return {"plan_nll": plan, "span_elbo": span, "span_elbo_error": error if draws > 1 else None, "spans_exact": exact}
 
 
 # ---------------------------------------------------------------- report
@@ -216,7 +219,8 @@ def lines(report: dict) -> Iterator[str]:
         yield f"plan and text: {report['plan_nll']:.4f} nats per token"
     if report["span_elbo"]:
         error = f" +- {report['span_elbo_error']:.4f}" if report["span_elbo_error"] is not None else ""
-        yield f"spans: {report['span_elbo']:.4f}{error} nats per token (negative ELBO)"
+        kind = "exact" if report["spans_exact"] else "negative ELBO"
+        yield f"spans: {report['span_elbo']:.4f}{error} nats per token ({kind})"
         yield f"pads: {report['pad_share']:.1%} of all slots"
     if "n_spans" in whole:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in report["spans_per_answer"].items())

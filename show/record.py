@@ -102,7 +102,8 @@ def record(sampler: Sampler, prompt: str, watch: Callable | None = None) -> list
     def probe(live, hidden, readings, drawn):
         phase, asked, tokenizer = live[0].phase, readings[0], sampler.tokenizer
         n_entries = sum(len(reading.entries) for reading in asked)
-        probabilities = sampler.logits(phase, hidden[0, :n_entries], asked).softmax(-1)
+        logits = sampler.only("allowed", sampler.logits(phase, hidden[0, :n_entries]), asked)
+        probabilities = logits.softmax(-1)
         passes.append([(phase.in_spans, entry, "" if token == tokenizer.pad else tokenizer.name(token),
                         probabilities[row, token].item(), outcome)
                        for row, entry, token, outcome in outcomes(phase, asked, drawn[0])])  # fmt: skip

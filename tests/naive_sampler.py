@@ -7,6 +7,7 @@ temperature, but where several spans are denoised in both directions only at tem
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -93,15 +94,17 @@ class NaiveSampler:
         return dict(blocks=blocks, cut=cut, content_tokens=kept, **self.cost)
 
     def answer(self, prompt):
-        """Returns a dict: `rounds` as (text ids, [(topic ids, length, slot ids) a span]), and the costs."""
+        """Returns a dict: `rounds` as (text ids, [(topic ids, length, slot ids) a span]), `cut`, and the costs."""
         self.begin(prompt)
         tok, config = self.tok, self.config
         grammar, rounds, last = Grammar(tok, config.max_tokens, config.length_scale), [], None
+        self.endless, self.cut = Grammar(tok, 1_000_000, config.length_scale), False  # as if there were positions enough
         while last != tok.eos:
             text, topics, last = [], [], None
             while last not in (tok.sync, tok.eos):
                 last = self.next_token(grammar)
                 grammar.advance(last)
+                self.endless.advance(last)
                 self.cost["critical_path"] += 1
                 if last == tok.topic:
                     topics.append([[], 0])
@@ -115,7 +118,7 @@ class NaiveSampler:
             if last == tok.sync:
                 self.tokens.append(Token(tok.sync, len(rounds)))
         kept = [t for text, spans in rounds for t in (*text, *(i for *_, slots in spans for i in slots))]
-        return dict(rounds=rounds, content_tokens=sum(i != tok.pad for i in kept), **self.cost)
+        return dict(rounds=rounds, cut=self.cut, content_tokens=sum(i != tok.pad for i in kept), **self.cost)
 
     def draw(self, logits):
         """A token of each row of logits, all rows drawn together."""
@@ -125,14 +128,17 @@ class NaiveSampler:
         return torch.multinomial(probs, 1, generator=self.generator)[:, 0].tolist()
 
     def next_token(self, grammar):
-        """The next allowed token of plan or text; a forced one costs no pass."""
-        allowed = torch.from_numpy(grammar.allowed())
+        """The next allowed token of plan or text; a forced one costs no pass. Notes what does not fit any more."""
+        allowed, endless = (torch.from_numpy(g.allowed()) for g in (grammar, self.endless))
         if allowed.sum() == 1:
-            return int(allowed.nonzero()[0])
+            token = int(allowed.nonzero()[0])
+            self.cut |= token == self.tok.eos
+            return token
         logits = self.model.logits(hidden_states(self.model, self.tokens, self.attention)[-1])
         self.cost["plan_passes"] += 1
         self.cost["positions"] += len(self.tokens) - self.computed
         self.computed = len(self.tokens)
+        self.cut |= not allowed[torch.where(endless, logits, -torch.inf).argmax()]
         return self.draw(torch.where(allowed, logits, -torch.inf)[None])[0]
 
     def spans(self, topics, number):
@@ -174,7 +180,7 @@ class NaiveSampler:
 
     def denoise(self, places, plan_end):
         slots = [[i for i in place if self.tokens[i].slot] for place in places]
-        steps = math.ceil(self.config.steps_ratio * max(map(len, slots), default=0))
+        steps = math.ceil(Fraction(str(self.config.steps_ratio)) * max(map(len, slots), default=0))
         step = 0
         while any(self.masked(s) for s in slots):
             step += 1

@@ -64,6 +64,7 @@ def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
 @pytest.mark.parametrize("name, device, dtype, head_size, said", [
     ("flex", "cpu", torch.float32, 32, "--attention flex.*CUDA GPU.*not on cpu"),
     ("flex", "mps", torch.float32, 32, "--attention flex.*not on mps"),
+    ("spans", "cuda", torch.float32, 32, "--attention spans.*CPU only, not on cuda"),
     ("kernel", "cuda", torch.float32, 32, "--attention kernel.*not in torch.float32"),
     ("kernel", "cuda", torch.bfloat16, 48, "--attention kernel.*heads of 48"),
 ])  # fmt: skip

@@ -10,11 +10,11 @@ import torch
 from conftest import random_example, small_model
 
 import batches
-from batches import Batches, TrainingData
+from batches import Batches, TrainingData, refuse_idle
 from data import Example, write_dataset
 from loss import JointLoss
 from masks import PLAN, SLOT, encode_example, visible
-from methods import MethodConfig
+from methods import METHODS, MethodConfig
 from noise import IGNORE, Sequence, make_batch
 from plumbing.device import PEAKS, fast_dtype, utilization
 from tags import Round, Span
@@ -150,6 +150,35 @@ def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_valid
     assert all(np.array_equal(a.token, b.token) for a, b in zip(data.validation, exact.validation))
     again = training_data(folder, extra_pads=10)
     assert all(np.array_equal(a.token, b.token) for a, b in zip(data.train, again.train))
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("ar", dict(topics="numbers")), ("ar", dict(rounds="one")), ("ar", dict(repeat_topic=False)), ("ar", dict(t_min=0.5)),
+    ("ar", dict(weight="elbo")), ("ar", dict(history="noised")), ("ar", dict(block=8)), ("planned", dict(block=8)),
+    ("parallel-ar", dict(t_min=0.5)), ("parallel-ar", dict(weight="elbo")), ("parallel-ar", dict(history="noised")),
+    ("block", dict(topics="numbers")), ("block", dict(rounds="one")), ("diffusion", dict(history="noised")),
+])  # fmt: skip
+def test_a_setting_that_would_change_nothing_is_refused(folder, method, settings):
+    (name,) = settings
+    config = TrainConfig(**{k: v for k, v in settings.items() if hasattr(TrainConfig, k)})
+    with pytest.raises(ValueError, match=f"--{name} .*: --method {method} (writes|denoises|has) no"):
+        refuse_idle(config, MethodConfig(method, **{k: v for k, v in settings.items() if hasattr(MethodConfig, k)}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_changes_something_is_not_refused(method):
+    """Every setting that may be refused is taken by some method, and each method takes its defaults."""
+    refuse_idle(TrainConfig(), MethodConfig(method))
+    changes = [dict(extra_pads=3), dict(weight="elbo"), dict(t_min=0.5), dict(history="noised"), dict(ahead=2)]
+    taken = {"planned": 5, "dense": 5, "joint": 5, "parallel-ar": 2, "ar": 1, "block": 2, "diffusion": 2}
+    assert sum(not refused(TrainConfig(**changed), MethodConfig(method)) for changed in changes) == taken[method]
+
+
+def refused(*configs):
+    try:
+        refuse_idle(*configs)
+    except ValueError:
+        return True
 
 
 @pytest.mark.parametrize("method", ["ar", "block", "diffusion"])

@@ -46,6 +46,7 @@ def files(tokenizer, tmp_path_factory):
     model = small_model(tokenizer.vocab_size)
     whole = folder / "model.safetensors"
     save_checkpoint(whole, model, tokenizer, {"method": asdict(MethodConfig())})
+    save_checkpoint(folder / "block.safetensors", model, tokenizer, {"method": asdict(MethodConfig("block", 4))})
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
     (folder / "empty.safetensors").write_bytes(b"")
     (folder / "text.safetensors").write_text("not a model")
@@ -132,6 +133,16 @@ def test_json_is_one_object_a_prompt_with_the_answer_and_its_costs(cli):
         assert isinstance(result["text"], str) and {"text", "plan", "spans"} == result["rounds"][0].keys()
 
 
+def test_each_prompt_has_a_seed_of_its_own_however_answers_are_printed(cli):
+    args = ("--checkpoint", "FILES/model.safetensors", "--temperature", 1, "--max_tokens", 40, "--seed", 3)
+    twice = (*args, "--prompt", "otter", "--prompt", "otter")
+    first, second = [json.loads(line)["text"] for line in cli("sample.py", *twice, "--json")[1].splitlines()]
+    shown = cli("sample.py", *twice)[1]
+    assert first != second
+    alone = [cli("sample.py", *args[:-1], seed, "--prompt", "otter")[1] for seed in (3, 4)]
+    assert shown == "".join(alone)
+
+
 def test_piped_from_another_folder_it_prints_plain_text(files, tmp_path):
     command = [
         sys.executable,
@@ -179,6 +190,7 @@ WRONG = [
     ("sample.py", ("--prompt", "x", *MODEL, "--max_tokens", "many"), ("--max_tokens", "many")),
     ("sample.py", ("--prompt", "x", *MODEL, "--device", "abacus"), ("abacus",)),
     ("sample.py", (*MODEL,), ("--prompt",)),
+    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/block.safetensors", "--ahead", 2), ("--ahead 2", "block.saf")),
     ("measure/eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
     ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),

@@ -13,8 +13,9 @@ from test_sample import ids, steered
 import unmask
 from course.small import bigrams, enumerated
 from data import Example
+from decode import Reading
 from methods import MethodConfig, encode
-from sample import SampleConfig, Sampler
+from sample import Predictions, SampleConfig, Sampler
 from tags import Round
 
 WRITERS = [MethodConfig(name) for name in ("ar", "planned", "dense", "parallel-ar")]
@@ -123,6 +124,16 @@ def test_checked_drafts_are_distributed_as_if_drawn_from_the_model(seed):
     frequency, accepted = distribution(40_000, p, allowed, 6)
     torch.testing.assert_close(frequency, p, atol=0.012, rtol=0)
     assert accepted == pytest.approx(float(torch.minimum(p, allowed).sum()), abs=0.012)
+
+
+def test_a_draft_that_was_not_drawn_is_checked_as_one_that_was_certain(tokenizer):
+    """As a drafter's are that its grammar left no choice in."""
+    n, config = 20_000, SampleConfig(temperature=1.0, ahead=1, constrained=False)
+    predictions = Predictions(steered(tokenizer), tokenizer, config)
+    asked = [Reading([0], draft=3)] * n
+    token, accepted, _ = predictions.check(torch.zeros(n, 8), asked, [(torch.Generator().manual_seed(1), n)])
+    torch.testing.assert_close(torch.bincount(token) / n, torch.full((8,), 1 / 8), atol=0.012, rtol=0)
+    assert accepted.float().mean() == pytest.approx(1 / 8, abs=0.012)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])

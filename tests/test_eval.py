@@ -210,14 +210,14 @@ def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the
 
 @pytest.mark.parametrize("change", ["checkpoint", "data", "settings", "limit", "draft", "batch"])
 def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, files, tmp_path, change):
-    path, small = tmp_path / "kept.jsonl", str(files / "small.safetensors")
-    evaluate(config("ar", answers=str(path), limit=1), SHORT)
+    path, small, short = tmp_path / "kept.jsonl", str(files / "small.safetensors"), replace(SHORT, ahead=1)
+    evaluate(config("ar", answers=str(path), limit=1), short)
     before, rows = path.read_text(), (files / "test.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join(reversed(rows)))
     more = {"checkpoint": small, "data": str(tmp_path), "draft": small, "limit": 2, "batch": 1}
     other = replace(config("ar", answers=str(path), limit=1), **{k: v for k, v in more.items() if k == change})
     with pytest.raises(ValueError, match="kept.jsonl: holds answers of another checkpoint, data or settings"):
-        evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else SHORT)
+        evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else short)
     assert path.read_text() == before and json.loads(before.split("\n")[0])["device"] == "cpu"
 
 
@@ -355,7 +355,8 @@ def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, fi
     assert out.count("\n") == 1 and report["scores"]["all"]["n"] == N and report["readers"]["perplexity"]["value"] > 1
     assert report["span_elbo_error"] > 0
     for wrong, said in [(["--checkpoint", config("old").checkpoint], "old.safetensors does not say by which method"),
-                        ([*judged, "--split", "none"], "none.jsonl has no examples")]:  # fmt: skip
+                        ([*judged, "--split", "none"], "none.jsonl has no examples"),
+                        (["--draft", config().checkpoint], "--draft .*: expected --ahead")]:  # fmt: skip
         monkeypatch.setattr(sys, "argv", [*options, *wrong])
         with pytest.raises(SystemExit, match=rf"^eval.py: [^\n]*{said}[^\n]*$"):
             command(evaluation.main)

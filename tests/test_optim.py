@@ -65,6 +65,15 @@ def test_the_rates_rise_for_warmup_updates_and_fall_to_zero_in_the_last_ones(dec
     np.testing.assert_allclose(rates, np.outer(share, [0.5, 0.1]))
 
 
+def test_a_warm_up_is_at_most_half_of_a_short_training():
+    optimizer = Optimizer(small_model(20, n_layer=1), TrainConfig(lr=0.5, steps=8, warmup=100))
+    rates = []
+    for step in range(8):
+        optimizer.step(step)
+        rates.append(optimizer.parts[0].param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, 0.5 * np.array([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]))
+
+
 def test_the_optimizers_state_survives_saving(tokenizer):
     config = TrainConfig(steps=20, warmup=0, weight_decay=0.1)
     models = [small_model(30, n_layer=1) for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,12 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
         run(folder, tmp_path, steps=1, lr=0.1)
     with pytest.raises(ValueError, match="model"):
         run(folder, tmp_path, steps=1, shape={**SHAPE, "n_layer": 2})
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(re.sub(r'"unit": ?4', '"unit": 8', text))
+    with pytest.raises(ValueError, match="in units of 4 tokens.* in units of 8: .*another --out"):
+        run(other, tmp_path, steps=1)
 
 
 # ---------------------------------------------------------------- Ctrl-C

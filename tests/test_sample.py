@@ -120,7 +120,18 @@ def test_answers_and_costs_equal_the_naive_ones(planner, tokenizer, attention, s
         answer = Sampler(planner, tokenizer, config, METHOD[attention]).answer([prompt])[0]
         expected = NaiveSampler(planner, tokenizer, config, attention).answer(prompt)
         assert ids(answer) == expected.pop("rounds")
+        assert answer.cut == expected.pop("cut")
         assert costs(answer) == expected
+
+
+def test_an_answer_is_cut_if_what_was_likeliest_does_not_fit_any_more(planner, tokenizer):
+    found = set()
+    for max_tokens in (10, 30, 60, 120):
+        config = SampleConfig(max_tokens=max_tokens)
+        for prompt, answer in zip(PROMPTS, Sampler(planner, tokenizer, config).answer(PROMPTS)):
+            assert answer.cut == NaiveSampler(planner, tokenizer, config).answer(prompt)["cut"]
+            found.add(answer.cut)
+    assert found == {False, True}
 
 
 def test_the_steered_answers_are_worth_comparing(planner, tokenizer):
@@ -340,7 +351,7 @@ def test_a_pass_that_fills_nothing_ends_the_answer_with_an_error(planner, tokeni
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0)])
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0), dict(temperature=1.0, ahead=4)])
 def test_predictions_that_are_not_finite_are_refused(planner, tokenizer, value, settings):
     broken = steered(tokenizer)
     broken.logits = lambda hidden, n=None: planner.logits(hidden, n) + value

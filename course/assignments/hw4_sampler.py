@@ -392,7 +392,7 @@ WRONG = (
           "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
     Wrong("forced tokens take a pass", "decode.py", "while phase is self and self.config.constrained and (",
           "while False and (", ("plan_by_hand", "exact_cache")),
-    Wrong("cut not noted", "decode.py", "answer.cut = self.config.constrained and", "answer.cut = False and",
+    Wrong("cut not noted", "decode.py", "answer.cut |= self.config.constrained and", "answer.cut |= False and",
           "plan_by_hand"),
     Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
           "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
