@@ -58,7 +58,7 @@ class TrainConfig:
                               at_least=0, at_most=1000)  # fmt: skip
     span_weight: float = setting(1.0, "weight of the loss of spans beside that of the plan", at_least=0)
     ahead: int = setting(0, "tokens that the model learns to draft ahead; 0: none", at_least=0, at_most=64)
-    draft_weight: float = setting(1.0, "weight of the loss of drafts beside that of the plan", at_least=0)
+    draft_weight: float = setting(0.3, "weight of the loss of drafts beside that of the plan", at_least=0)
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)", at_least=0)
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding", at_least=0)
