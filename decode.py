@@ -3,7 +3,7 @@
 A phase says which layout entries the next forward pass computes (`entries`), which of its predictions are read
 (`readings`), how to go on with what was drawn (`take`), and, as the result of `take`, which phase comes next. The
 sampler (sample.py) runs the phases of many answers in the same passes. A new way to decode is one class here and
-one line in DECODERS.
+one line in DECODERS; a new name also needs a line in METHODS (methods.py) and in TITLES (show/record.py).
 """
 
 import math
@@ -30,7 +30,7 @@ class Reading:
     draft: int = -1  # the token drafted to follow the entry, to be checked
     draft_probs: Tensor | None = None  # (V,) what the draft was drawn from, above temperature 0
     before: tuple[Tensor | None, ...] = ()  # (V,) probabilities of each slot in the last pass, with --stable
-    endless: Tensor | None = None  # (V,) the tokens that might be drawn if the answer had no end of positions
+    endless: Tensor | None = None  # (V,) the tokens that might be drawn if the answer could be of any length
 
 
 @dataclass
@@ -201,7 +201,7 @@ class WrittenPlan(Phase):
         if not answer.grammar.allowed()[token]:  # only without constraints
             answer.broken = True
             return None
-        answer.cut |= self.config.constrained and answer.grammar.forced() == tokenizer.eos  # max_tokens leaves no choice
+        answer.cut |= self.config.constrained and answer.grammar.forced() == tokenizer.eos  # no place for anything else
         answer.critical_path += not drafted
         answer.grammar.advance(token)
         if token in (tokenizer.sync, tokenizer.eos):

@@ -54,7 +54,7 @@ class Grammar:
         return int(tokens[0]) if len(tokens) == 1 else None
 
     def endless(self) -> np.ndarray:
-        """What `allowed` would be, (vocab_size,), if there were positions enough for anything."""
+        """What `allowed` would be, (vocab_size,), if the answer could be of any length."""
         twin = self.copy()
         twin.positions_left, twin._allowed = 1 << 62, None
         return twin.allowed()

@@ -72,7 +72,7 @@ class MethodConfig:
 
     @property
     def in_training(self) -> "MethodConfig":
-        """The method of the training: what is computed after a round sees its spans as there."""
+        """The method of the training: finished spans see themselves as they did there (masks.py)."""
         return replace(self, method=self.trained or self.method)
 
     @property

@@ -97,7 +97,7 @@ class Optimizer:
         warmup = min(c.warmup, c.steps // 2)
         falling = c.decay * max(c.steps - warmup, 1)
         fraction = min((step + 1) / max(warmup, 1), (c.steps - step) / falling, 1)
-        if len(self.parts) > 1:  # while the tokens that are not new have no gradient, nothing else moves them either
+        if len(self.parts) > 1:  # with --new_only old embeddings have no gradient, so must not decay either
             self.parts[1].param_groups[0]["weight_decay"] = c.weight_decay if step >= c.new_only else 0.0
         for part, peak in zip(self.parts, self.peaks):
             for group in part.param_groups:

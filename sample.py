@@ -94,7 +94,7 @@ class Predictions:
         return replies
 
     def draw(self, live, hidden, readings, rows):
-        """What these answers draw: a line (token, kept, confidence, cut) per entry; what it was drawn from per reading."""
+        """A line (token, kept, confidence, cut) per entry that these answers read; what was drawn from, per reading."""
         phase, asked = live[rows[0]].phase, [reading for row in rows for reading in readings[row]]
         counts = [sum(len(reading.entries) for reading in readings[row]) for row in rows]
         generators = [(live[row].generator, n) for row, n in zip(rows, counts)]
@@ -141,8 +141,8 @@ class Predictions:
         """The next token of each reading, whether that is its accepted draft, and what it was drawn from."""
         draft, draft_probs = torch.tensor([reading.draft for reading in asked], device=self.device), None
         if self.config.temperature and self.config.ahead:
-            certain = F.one_hot(draft.clamp_min(0), logits.shape[-1])  # what the drafter's grammar left no choice in
-            certain = certain.where(draft[:, None] >= 0, 0).float()
+            # where a drafter's grammar left it no choice its draft was certain, and was not drawn
+            certain = F.one_hot(draft.clamp_min(0), logits.shape[-1]).where(draft[:, None] >= 0, 0).float()
             draft_probs = torch.stack([q if r.draft_probs is None else r.draft_probs for r, q in zip(asked, certain)])
         return check_drafts(logits, draft, draft_probs, self.config, generators)
 

@@ -63,8 +63,8 @@ class TrainConfig:
     adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding", at_least=0)
     warmup: int = setting(100, "updates of linear warm-up, at most half of all", at_least=0)
-    decay: float = setting(1.0, "share of the updates after the warm-up, the last, in which rates fall linearly to 0; before "
-                                "they are constant", above=0, at_most=1)  # fmt: skip
+    decay: float = setting(1.0, "share of the updates after the warm-up, the last ones, in which the rates fall linearly "
+                                "to 0; before they are constant", above=0, at_most=1)  # fmt: skip
     device: str = setting("auto", f"where to train: {', '.join(CHOICES)}")
     attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
@@ -171,13 +171,16 @@ class Run:
         elif self.config.init and not trainer.data.pretrained:
             self.take_weights(locate(self.config.init))
 
-    def take_weights(self, path: Path, unit: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Begin with the weights of a checkpoint. Returns its info and state. `unit`: lengths must count in the same."""
+    def take_weights(self, path: Path, same_unit: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Begin with the weights of a checkpoint. Returns its info and state.
+
+        Raises ValueError if its tokenizer or size is another one, or with `same_unit` the unit of its lengths.
+        """
         trainer = self.trainer
         model, tokenizer, info, state = load_checkpoint(path, trainer.device)
         if tokenizer.tokens != trainer.tokenizer.tokens or model.config != trainer.model.config:
             raise ValueError(f"{path} has another tokenizer or another size of model than this run: give it the same")
-        if unit and tokenizer.unit != trainer.tokenizer.unit:
+        if same_unit and tokenizer.unit != trainer.tokenizer.unit:
             raise ValueError(f"{path} counts lengths in units of {tokenizer.unit} tokens, {self.config.data} in units of "
                              f"{trainer.tokenizer.unit}: prepare the data as it was, or take another --out")  # fmt: skip
         trainer.model.load_state_dict(model.state_dict())
@@ -186,7 +189,8 @@ class Run:
     def resume(self) -> None:
         """Go on with an interrupted run. Raises ValueError if it had other settings."""
         adapted = self.config.lora > 0
-        info, state = restore(self.checkpoint, self.trainer.model) if adapted else self.take_weights(self.checkpoint, True)
+        path, model = self.checkpoint, self.trainer.model
+        info, state = restore(path, model) if adapted else self.take_weights(path, same_unit=True)
         new = asdict(self.config) | asdict(self.trainer.data.method)
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:

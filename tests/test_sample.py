@@ -7,7 +7,6 @@ import torch
 from conftest import SENTENCES, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
-from answer import Answer, RoundTokens
 from decode import DECODERS, Decoder, Denoise, WrittenPlan
 from grammar import Grammar
 from masks import GIVEN, PLAN, PROMPT, SLOT
@@ -202,15 +201,6 @@ def test_after_step_s_of_S_a_span_of_n_slots_has_at_least_ns_over_S_filled(plann
             for step, spans in enumerate(passes, 1):
                 for slots in spans:
                     assert len(slots) - slots.count(tokenizer.mask) >= math.ceil(len(slots) * step / steps)
-
-
-@pytest.mark.parametrize("ratio, slots, steps", [(0.56, 50, 28), (0.28, 50, 14), (0.07, 100, 7), (0.5, 7, 4)])
-def test_the_steps_are_those_of_the_decimal_ratio(tokenizer, ratio, slots, steps):
-    """In binary 0.56 * 50 is more than 28."""
-    answer = Answer("x", tokenizer, SampleConfig(steps_ratio=ratio), MethodConfig(), 0)
-    answer.rounds.append(RoundTokens())
-    answer.scaffold([([], slots)])
-    assert Denoise(answer).steps == steps
 
 
 def test_what_is_filled_stays(planner, tokenizer):

@@ -8,7 +8,10 @@ import torch
 from naive_sampler import Token, certainty, hidden_states
 from test_sample import PROMPTS, ids, steered
 
+from answer import Answer, RoundTokens
+from decode import Denoise
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
+from methods import MethodConfig
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 from unmask import ORDERS, fill, probabilities
@@ -251,3 +254,12 @@ def test_a_low_temperature_takes_the_passes_of_temperature_0(planner, tokenizer)
     passes = [[a.denoise_passes for a in Sampler(planner, tokenizer, SampleConfig(max_tokens=60, threshold=0.6,
                temperature=t)).answer(PROMPTS)] for t in (0.0, 0.01)]  # fmt: skip
     assert passes[0] == passes[1] and max(passes[0]) > 2
+
+
+@pytest.mark.parametrize("ratio, slots, steps", [(0.56, 50, 28), (0.28, 50, 14), (0.07, 100, 7), (0.5, 7, 4)])
+def test_the_steps_are_those_of_the_decimal_ratio(tokenizer, ratio, slots, steps):
+    """In binary 0.56 * 50 is more than 28."""
+    answer = Answer("x", tokenizer, SampleConfig(steps_ratio=ratio), MethodConfig(), 0)
+    answer.rounds.append(RoundTokens())
+    answer.scaffold([([], slots)])
+    assert Denoise(answer).steps == steps

@@ -10,10 +10,8 @@ TESTS_TAKE = 0.5
 FUNCTIONS = {
     "unmask.py": ("certainty", "ranks", "beside_its_like", "fill"),
     "answer.py": ("Answer.scaffold",),
-    "decode.py": (
-        "WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
-        "Denoise.entries", "Denoise.groups", "Denoise.readings", "Denoise.quota", "Denoise.take",
-    ),
+    "decode.py": ("WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
+                  "Denoise.entries", "Denoise.groups", "Denoise.readings", "Denoise.quota", "Denoise.take"),
 }  # fmt: skip
 COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions")
 HANDOUT = """
@@ -48,7 +46,7 @@ which of them compete. `certainty` gives a number per slot, `ranks` its rank amo
 decides.
 
 - Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
-- With `threshold` every slot that reaches it is kept, and the quota (then 1) makes sure that something is.
+- With `threshold` every slot that reaches it is kept; the quota (then 1) makes sure that something is.
 - With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
   most certain slot takes the place of the other. With `pads_last` a slot waits if it would get `[PAD]` and one of the
   masked slots right before it text (`before_text` is there). What reaches the threshold is kept all the same.
@@ -61,8 +59,8 @@ decides.
 - `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens
   a topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>`
   and `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not
-  constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. `answer.cut`:
-  constrained, and `max_tokens` left nothing but `<eos>`; ask the grammar before you tell it.
+  constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. Set `answer.cut`
+  (never clear it) if it is constrained and `max_tokens` left only `<eos>`: ask the grammar before you tell it.
 - Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before
   you write on. (In assignment 5 `force` will also have to drop the draft of that token.)
 - A round after the first begins with `<sync/>` in the layout, as a token of the new round.
@@ -85,14 +83,12 @@ slots. `self.first` is the first entry of the scaffold. A group is what shares a
 1. *Nothing works end to end.* (The three `raise NotImplementedError` in `Phase` belong there.) `python
    course/grade.py --only rank_in_group` needs `ranks` alone, `plan_by_hand` step 2 alone and `passes_by_hand` step 3
    alone. The tests are in that order.
-2. *ceil of a float.* n s / S with whole numbers is exact enough for the sizes here; do not multiply by `steps_ratio`
-   again.
+2. *ceil of a float.* n s / S with whole numbers is exact enough here; do not multiply by `steps_ratio` again.
 3. *The picture of the cache test* shows a line per pass and a column per layout entry. If the pass after the spans
    computes only `<sync/>`, then the spans' keys in the cache are those of their last pass, when some slots were still
    `[MASK]`.
 4. *Still the cache.* Which three numbers say what the next plan pass computes? Look at `Stream.entries`.
-5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy, and at ties: the first
-   wins.
+5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy; of ties the first wins.
 6. `python -m pytest tests/test_unmask.py tests/test_sample.py` compares with the naive sampler, in about two minutes.
 
 ## Think about it (no points)
