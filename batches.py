@@ -9,7 +9,7 @@ import numpy as np
 from data import Example, read_split
 from methods import MethodConfig, encode
 from noise import Batch, Sequence, make_batch
-from plumbing.settings import locate
+from plumbing.settings import locate, refuse_idle
 from pretrained.llama import look
 from tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class TrainingData:
 
         `say` is told how far that is. Raises ValueError that names the file, example or setting that is wrong.
         """
-        refuse_idle(config, method_config)
+        expect_effect(config, method_config)
         folder, self.config = locate(config.data), config
         say(f"reading {folder}")
         self.tokenizer, init = Tokenizer.load(folder / "tokenizer.json"), locate(config.init or ".")
@@ -63,20 +63,15 @@ class TrainingData:
         return batches
 
 
-def refuse_idle(config: "TrainConfig", method: MethodConfig) -> None:
-    """Raise ValueError for a setting that would change nothing: two runs that differ in it alone would be one."""
+def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
+    """Raise ValueError for a setting that would change nothing in training by this method."""
     planned, noised = method.plan == "written", method.plan != "none" and method.causal < 1
     acts = {"writes no plan": (planned, "extra_pads", "topics", "repeat_topic", "rounds"),
             "denoises no spans": (noised, "weight", "t_min"),
             "has no earlier rounds that are noised": (planned and noised, "history"),
             "has no blocks": (method.plan == "given", "block"),
             "writes nothing left to right": (method.plan != "given", "ahead")}  # fmt: skip
-    for reason, (acting, *names) in acts.items():
-        for name in names if not acting else ():
-            owner = method if hasattr(method, name) else config
-            value = getattr(owner, name)
-            if value != getattr(type(owner), name):
-                raise ValueError(f"--{name} {value}: --method {method.method} {reason}")
+    refuse_idle((method, config), {f"--method {method.method} {reason}": value for reason, value in acts.items()})
 
 
 class Batches:

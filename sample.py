@@ -21,7 +21,7 @@ from methods import MethodConfig, decoded_as, trained_by
 from passes import Passes
 from plumbing import device as devices
 from plumbing.checkpoint import load_checkpoint
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, pick, refuse_idle, setting
 from show.page import Race, write_page
 from show.record import TITLES, record
 from show.terminal import Screen
@@ -67,6 +67,20 @@ class SampleConfig:
             raise ValueError(f"--temperature {self.temperature}: expected 0, or 0.01 or more")
         if self.stable and not self.threshold:
             raise ValueError(f"--stable {self.stable}: expected a --threshold too")
+
+    def expect_effect(self, method: MethodConfig) -> None:
+        """Raise ValueError for a setting that would change nothing in sampling by this method."""
+        noised = method.plan != "none" and method.attention != "causal"
+        how = "steps_ratio", "threshold", "entropy_bound", "order", "apart", "pads_last"
+        acts = {"no span is denoised": (noised, *how),
+                "no length is planned": (method.plan == "written", "length_scale"),
+                "nothing is written left to right": (method.plan != "given", "ahead", "constrained")}  # fmt: skip
+        acts = {f"{reason} when decoding as {method.method}": names for reason, names in acts.items()}
+        bound = self.threshold or self.entropy_bound
+        acts |= {"at temperature 0 the likeliest token is taken": (self.temperature, "top_p"),
+                 "with a threshold, slots are filled by confidence": (not self.threshold, "order"),
+                 "--threshold or --entropy_bound decides how many slots are filled": (not bound, "steps_ratio")}  # fmt: skip
+        refuse_idle([self], acts)
 
 
 class Predictions:
@@ -163,8 +177,7 @@ class Sampler(Predictions):
         """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
         method = decoded_as(trained_by(info, path), config.decode)
-        if config.ahead and method.plan == "given":
-            raise ValueError(f"--ahead {config.ahead}: {path} writes nothing left to right that could be drafted")
+        config.expect_effect(method)
         dtype = devices.sampling_dtype(device)
         dtype = getattr(torch, model.config.half) if dtype == torch.float16 else dtype
         return cls(model.to(dtype), tokenizer, config, method, drafter)

@@ -44,6 +44,19 @@ def check(config: Any) -> None:
             raise ValueError(f"--{f.name} {value}: expected {expected}")
 
 
+def refuse_idle(configs: Iterable[Any], acts: dict[str, tuple]) -> None:
+    """Raise ValueError for a setting that would change nothing: two runs that differ in it alone would be one.
+
+    acts: by the reason why not, whether some settings of the dataclasses act, then their names.
+    """
+    for reason, (acting, *names) in acts.items():
+        for config in configs if not acting else ():
+            for name, value in vars(config).items():
+                if name in names and value != getattr(type(config), name):
+                    given = f"--no-{name}" if value is False else f"--{name} {value}"
+                    raise ValueError(f"{given}: {reason}")
+
+
 def add_settings(parser: argparse.ArgumentParser, *classes: type) -> None:
     """Give the parser an option for each `setting` of the dataclasses."""
     for cls in classes:

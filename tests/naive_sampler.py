@@ -98,7 +98,8 @@ class NaiveSampler:
         self.begin(prompt)
         tok, config = self.tok, self.config
         grammar, rounds, last = Grammar(tok, config.max_tokens, config.length_scale), [], None
-        self.endless, self.cut = Grammar(tok, 1_000_000, config.length_scale), False  # as if there were positions enough
+        self.endless = Grammar(tok, 1_000_000, config.length_scale)  # as if there were positions enough
+        self.cut = False
         while last != tok.eos:
             text, topics, last = [], [], None
             while last not in (tok.sync, tok.eos):

@@ -190,7 +190,11 @@ WRONG = [
     ("sample.py", ("--prompt", "x", *MODEL, "--max_tokens", "many"), ("--max_tokens", "many")),
     ("sample.py", ("--prompt", "x", *MODEL, "--device", "abacus"), ("abacus",)),
     ("sample.py", (*MODEL,), ("--prompt",)),
-    ("sample.py", ("--prompt", "x", "--checkpoint", "FILES/block.safetensors", "--ahead", 2), ("--ahead 2", "block.saf")),
+    (
+        "sample.py",
+        ("--prompt", "x", "--checkpoint", "FILES/block.safetensors", "--ahead", 2),
+        ("--ahead 2", "as block"),
+    ),
     ("measure/eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
     ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
