@@ -174,7 +174,10 @@ class Sampler(Predictions):
 
     @classmethod
     def load(cls, path, config, device="cpu", drafter=None):
-        """From a checkpoint, which says how it was trained. Raises ValueError if it cannot be sampled from."""
+        """From a checkpoint, which says how it was trained.
+
+        Raises ValueError if it cannot be sampled from, or if a setting would change nothing.
+        """
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
         method = decoded_as(trained_by(info, path), config.decode)
         config.expect_effect(method)

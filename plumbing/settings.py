@@ -47,14 +47,14 @@ def check(config: Any) -> None:
 def refuse_idle(configs: Iterable[Any], acts: dict[str, tuple]) -> None:
     """Raise ValueError for a setting that would change nothing: two runs that differ in it alone would be one.
 
-    acts: by the reason why not, whether some settings of the dataclasses act, then their names.
+    acts: by the reason why not, whether some settings of the dataclasses `configs` act, then their names.
     """
+    settings = {name: (value, getattr(type(c), name)) for c in configs for name, value in vars(c).items()}
     for reason, (acting, *names) in acts.items():
-        for config in configs if not acting else ():
-            for name, value in vars(config).items():
-                if name in names and value != getattr(type(config), name):
-                    given = f"--no-{name}" if value is False else f"--{name} {value}"
-                    raise ValueError(f"{given}: {reason}")
+        for name in names if not acting else ():
+            value, default = settings[name]
+            if value != default:
+                raise ValueError(f"{f'--no-{name}' if value is False else f'--{name} {value}'}: {reason}")
 
 
 def add_settings(parser: argparse.ArgumentParser, *classes: type) -> None:
