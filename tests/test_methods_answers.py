@@ -268,7 +268,8 @@ def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokeniz
 CHANGES = [dict(steps_ratio=0.1), dict(threshold=0.1), dict(entropy_bound=9.0), dict(order="random"), dict(apart=False),
            dict(pads_last=False), dict(length_scale=2.0), dict(ahead=2), dict(constrained=False),
            dict(temperature=1.0, top_p=0.5), dict(threshold=0.1, order="margin"), dict(threshold=0.1, steps_ratio=0.1),
-           dict(entropy_bound=9.0, steps_ratio=0.1), dict(top_p=0.5)]  # fmt: skip
+           dict(entropy_bound=9.0, steps_ratio=0.1), dict(top_p=0.5), dict(threshold=0.9, apart=False),
+           dict(threshold=0.9, pads_last=False), dict(entropy_bound=1.0, order="margin")]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -285,6 +286,6 @@ def test_a_setting_that_would_change_no_answer_is_refused(planner, writer, token
             configs = (SampleConfig(max_tokens=40, **settings) for settings in (without, change))
             before, after = (Sampler(model, tokenizer, config, method).answer(PROMPTS) for config in configs)
             assert [(a.layout, costs(a)) for a in before] == [(a.layout, costs(a)) for a in after]
-    noised = 6 if method.plan != "none" and method.attention != "causal" else 0
+    noised = 9 if method.plan != "none" and method.attention != "causal" else 0
     assert len(taken) == noised + 1 + (method.plan == "written") + 2 * (method.plan != "given")
     SampleConfig().expect_effect(method)
