@@ -197,6 +197,7 @@ def _become(user: int) -> None:
 def _enter(tree: Path) -> None:
     """Let imports come from the tree, also of modules that the grader has imported from its own project."""
     sys.modules["torch"].set_num_threads(1)  # a pool of threads does not survive the fork
+    tree = tree.resolve()  # before the working folder changes
     os.chdir(tree)
     os.environ |= {"HOME": str(tree), "XDG_CACHE_HOME": str(tree / ".cache"), "USER": "student"}
     for name, module in list(sys.modules.items()):

@@ -298,6 +298,12 @@ def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_pat
     assert "is not written yet" in blank[1][0].text
 
 
+def test_an_assignment_is_made_in_a_folder_named_from_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make.make(1, Path("hw"), hidden_seeds=[101, 102])
+    assert (tmp_path / "hw" / "autograder.zip").exists()
+
+
 def test_what_cannot_be_graded_is_an_error_of_one_line(tags, tmp_path, monkeypatch):
     for options, said in (
         (["nowhere", "--kit", tags.out / "autograder.zip"], "nowhere is not a folder: expected a submission"),
