@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import Example, read_split, writing
+from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from tags import parse_answer
 from tokenizer import Tokenizer
@@ -61,6 +62,7 @@ def main() -> None:
     add_settings(parser, DistilConfig)
     config = pick(DistilConfig, parser.parse_args())
     folder = locate(config.data)
+    refuse_overwriting([folder / "train.jsonl", config.answers], out=config.out)
     splits = {split: read_split(folder / f"{split}.jsonl") for split in ("train", "val", "test")}
     own = list(answered(Path(config.answers), splits["train"]))
     print(f"{len(own)} of {len(splits['train'])} training prompts have a whole answer")

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, whatever interrupts the write: an error, Ctrl-C, a full disk, a power cut."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,17 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a text file (UTF-8, line breaks as given) so that it is never seen half-written."""
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def refuse_overwriting(read: Iterable[str | Path], **write: str | Path) -> None:
+    """Raise ValueError where what is written would replace what is read.
+
+    `write`: file or folder by the name of its setting, "" for none; a folder that holds a file to read is refused too.
+    """
+    for name, path in write.items():
+        for source in read:
+            if path and Path(path).resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+                raise ValueError(f"--{name} {path}: holds {source}, which is read: name another place")
 
 
 def _to_disk(path: Path) -> None:

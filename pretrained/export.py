@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import Transformer
 from plumbing.checkpoint import load_checkpoint
-from plumbing.files import atomic, write_whole
+from plumbing.files import atomic, refuse_overwriting, write_whole
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained import tokens
 from pretrained.llama import load, look, places, transformers_config
@@ -65,6 +65,7 @@ def main() -> None:
     add_settings(parser, ExportConfig)
     config = pick(ExportConfig, parser.parse_args())
     path = locate(config.model)
+    refuse_overwriting([path / "config.json" if path.is_dir() else path], out=config.out)
     if path.is_dir():
         pretrained = look(path)
         model, tokenizer = load(pretrained), pretrained.tokenizer

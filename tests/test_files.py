@@ -1,5 +1,6 @@
 """Files appear whole or not at all: whatever fails, the old file stays and nothing else is left behind."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plumbing.files import atomic, write_whole
+from plumbing.files import atomic, refuse_overwriting, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,3 +121,14 @@ def test_a_folder_or_a_device_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match=f"{path} is not a file"):
             write_whole(path, "text")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize("read, written, refused", [
+    ("data/train.jsonl", "data", True), ("data/train.jsonl", "data/train.jsonl", True), ("data", "other/../data", True),
+    ("data/train.jsonl", "data/new", False), ("data/train.jsonl", "other", False), ("data/train.jsonl", "", False),
+])  # fmt: skip
+def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch, read, written, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=f"--out {written}: holds .*data") if refused else contextlib.nullcontext():
+        refuse_overwriting([tmp_path / read], out=written, requests="")

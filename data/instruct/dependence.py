@@ -31,6 +31,7 @@ from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
 from plumbing.checkpoint import load_checkpoint
+from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from tags import Round
 from tokenizer import Tokenizer
@@ -57,6 +58,8 @@ class DependenceConfig:
         check(self)
         if not self.questions and not self.model:
             raise ValueError("expected --questions FOLDER or --model CHECKPOINT")
+        if self.questions and (self.model or self.out):
+            raise ValueError("--questions: expected neither --model nor --out beside it; the model is trained on them")
 
 
 # ---------------------------------------------------------------- questions
@@ -216,6 +219,7 @@ def main() -> None:
     add_settings(parser, DependenceConfig)
     args = parser.parse_args()
     config, data = pick(DependenceConfig, args), locate(args.data)
+    refuse_overwriting([data / "train.jsonl"], questions=config.questions, out=config.out)
     if config.questions:
         write_questions(data, config)
         return

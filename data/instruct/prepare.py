@@ -30,7 +30,7 @@ from data.instruct.annotate import Annotation, annotate, objection, unaskable
 from data.instruct.forms import FORMS, Bad, Record, answers
 from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
-from plumbing.files import atomic
+from plumbing.files import atomic, refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained.tokens import read
 from tags import plain_text
@@ -252,6 +252,8 @@ def main() -> None:
     add_settings(parser, PrepareConfig)
     args = parser.parse_args()
     config = pick(PrepareConfig, args)
+    read_too = [name for name in (config.annotations, config.tokenizer) if name]
+    refuse_overwriting([*args.files, *read_too], out=config.out, requests=config.requests)
     survey = Survey(args.files, config)
     if config.tokenizer:
         path = locate(config.tokenizer)
