@@ -157,11 +157,14 @@ def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_valid
     ("ar", dict(weight="elbo")), ("ar", dict(history="noised")), ("ar", dict(block=8)), ("planned", dict(block=8)),
     ("parallel-ar", dict(t_min=0.5)), ("parallel-ar", dict(weight="elbo")), ("parallel-ar", dict(history="noised")),
     ("block", dict(topics="numbers")), ("block", dict(rounds="one")), ("diffusion", dict(history="noised")),
+    ("ar", dict(even_rounds=True)), ("block", dict(even_rounds=True)), ("planned", dict(draft_weight=1.0)),
+    ("joint", dict(lora_alpha=64.0)),
 ])  # fmt: skip
 def test_a_setting_that_would_change_nothing_is_refused(folder, method, settings):
     (name,) = settings
     config = TrainConfig(**{k: v for k, v in settings.items() if hasattr(TrainConfig, k)})
-    with pytest.raises(ValueError, match=f"--(no-)?{name}.*: --method {method} (writes|denoises|has) no"):
+    reason = f"(--method {method} (writes|denoises|has) no|nothing is drafted|there are no adapters)"
+    with pytest.raises(ValueError, match=f"--(no-)?{name}.*: {reason}"):
         expect_effect(config, MethodConfig(method, **{k: v for k, v in settings.items() if hasattr(MethodConfig, k)}))
 
 
