@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
@@ -109,19 +109,25 @@ class Answers:
 
 
 def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: Answers) -> list[dict]:
-    """Results in the order of the examples; prompts of similar length share a batch. Prints progress."""
+    """Results in the order of the examples; prompts of similar length share a batch. Prints progress.
+
+    Each prompt draws by a seed of its own: that of the sampler plus its place among all.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     order, start, done = [i for i in order if i not in answers.results], time.perf_counter(), 0
+    first = sampler.config
     if order:
         sampler.answer([examples[order[0]].prompt])  # warm-up, not in any figure
     for n in range(0, len(order), batch):
         part = order[n : n + batch]
+        sampler.config = replace(first, seed=first.seed + len(answers.results))
         results = [answer.result() for answer in sampler.answer([examples[i].prompt for i in part])]
         answers.add(dict(zip(part, results)))
         done += len(part)
         left = (time.perf_counter() - start) / done * (len(order) - done)
         progress = f"\r{len(answers.results)}/{len(examples)} answers, {left:.0f} s left "
         print(progress, end="", file=sys.stderr, flush=True)
+    sampler.config = first
     print(file=sys.stderr)
     return [answers.results[i] for i in range(len(examples))]
 
@@ -144,7 +150,7 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
         raise ValueError(f"{path} has no examples: name another --split")
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-    settings = {"files": hashes, "limit": config.limit, "batch": config.batch}
+    settings = {"files": hashes, "limit": config.limit, "batch": config.batch, "seeds": "of each prompt"}
     answers = Answers(config.answers, settings | {"device": str(place)} | asdict(sample_config), len(examples))
     check_answer = checker(folder)  # before the answers take their time: it may be broken
     counts = [] if check_answer else readers.counts_of(folder)
@@ -181,7 +187,7 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     tokenizer, method = sampler.tokenizer, sampler.method
     sequences = [Sequence(encode(example, tokenizer, method.in_training)) for example in examples]
     loss, exact = JointLoss(sampler.model, tokenizer.pad + 1), method.attention == "causal"
-    draws = 1 if exact else draws  # no noise, nothing to repeat
+    draws = 1 if exact or method.plan == "none" else draws  # no noise, nothing to repeat
     plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws, causal=float(exact))
     return {"plan_nll": plan, "span_elbo": span, "span_elbo_error": error if draws > 1 else None, "spans_exact": exact}
 

@@ -11,7 +11,7 @@ from conftest import random_example, small_model
 
 from data import Example, read_split, write_dataset
 from measure import eval as evaluation
-from measure.eval import EvalConfig, evaluate, lines
+from measure.eval import Answers, EvalConfig, answer_all, evaluate, lines
 from measure.quality import checker, distinct, row_of, score, wrong_lines
 from methods import MethodConfig
 from plumbing.checkpoint import load_checkpoint, save_checkpoint
@@ -175,6 +175,12 @@ def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
     results = [{"text": text} for text in ("a b a b a", "a b c", "", "a")]
     assert distinct(results, 1) == pytest.approx((2 / 5 + 1 + 0 + 1) / 4)
     assert distinct(results, 3) == pytest.approx((2 / 3 + 1 + 0 + 0) / 4)  # aba bab aba
+
+
+def test_above_temperature_0_each_prompt_has_a_seed_of_its_own_whatever_the_batch(config):
+    sampler, examples = Sampler.load(config().checkpoint, HOT), [read_split(Path(config().data) / "test.jsonl")[0]] * 4
+    texts = lambda batch: [r["text"] for r in answer_all(sampler, examples, batch, Answers("", {}, 4))]
+    assert texts(1) == texts(2) == texts(4) and len(set(texts(1))) == 4
 
 
 def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the_same(config, monkeypatch, tmp_path):
