@@ -171,26 +171,26 @@ class Run:
         elif self.config.init and not trainer.data.pretrained:
             self.take_weights(locate(self.config.init))
 
-    def take_weights(self, path: Path, same_unit: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Begin with the weights of a checkpoint. Returns its info and state.
+    def take_weights(self, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+        """Begin with the weights of a checkpoint. Returns its info, its state and its unit of length.
 
-        Raises ValueError if its tokenizer or size is another one, or with `same_unit` the unit of its lengths.
+        Raises ValueError if its tokenizer or size is another one.
         """
         trainer = self.trainer
         model, tokenizer, info, state = load_checkpoint(path, trainer.device)
         if tokenizer.tokens != trainer.tokenizer.tokens or model.config != trainer.model.config:
             raise ValueError(f"{path} has another tokenizer or another size of model than this run: give it the same")
-        if same_unit and tokenizer.unit != trainer.tokenizer.unit:
-            raise ValueError(f"{path} counts lengths in units of {tokenizer.unit} tokens, {self.config.data} in units of "
-                             f"{trainer.tokenizer.unit}: prepare the data as it was, or take another --out")  # fmt: skip
         trainer.model.load_state_dict(model.state_dict())
-        return info, state
+        return info, state, tokenizer.unit
 
     def resume(self) -> None:
         """Go on with an interrupted run. Raises ValueError if it had other settings."""
-        adapted = self.config.lora > 0
+        adapted, given = self.config.lora > 0, self.trainer.tokenizer.unit
         path, model = self.checkpoint, self.trainer.model
-        info, state = restore(path, model) if adapted else self.take_weights(path, same_unit=True)
+        info, state, unit = restore(path, model) if adapted else self.take_weights(path)
+        if unit != given:
+            raise ValueError(f"{path} counts lengths in units of {unit} tokens, {self.config.data} in units of {given}: "
+                             "prepare the data as it was, or take another --out")  # fmt: skip
         new = asdict(self.config) | asdict(self.trainer.data.method)
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:

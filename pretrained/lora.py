@@ -96,11 +96,15 @@ def merged(model: Transformer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Take what a checkpoint holds of an adapted model (`trained`). Returns its info and state. Raises ValueError."""
+def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+    """Take what a checkpoint holds of an adapted model (`trained`).
+
+    Returns its info, its state and its unit of length. Raises ValueError.
+    """
     try:
         with safe_open(path, "pt") as file:
-            info, tensors = json.loads(file.metadata()["info"]), {name: file.get_tensor(name) for name in file.keys()}
+            info, tokenizer = (json.loads(file.metadata()[part]) for part in ("info", "tokenizer"))
+            unit, tensors = tokenizer["unit"], {name: file.get_tensor(name) for name in file.keys()}
         targets = trained(model)
         if {f"model.{name}": p.shape for name, p in targets.items()} != {
             name: value.shape for name, value in tensors.items() if name.startswith("model.")
@@ -114,7 +118,7 @@ def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, t
         for name, p in targets.items():
             p.copy_(tensors[f"model.{name}"])
     device = model.norm.weight.device
-    return info, {name[6:]: value.to(device) for name, value in tensors.items() if name.startswith("state.")}
+    return info, {name[6:]: value.to(device) for name, value in tensors.items() if name.startswith("state.")}, unit
 
 
 # ---------------------------------------------------------------- peft

@@ -1,6 +1,7 @@
 """From a data set and a pretrained model to a model of one's own: new tokens first, all weights or adapters, resuming."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -94,6 +95,17 @@ def test_prepare_takes_the_tokenizer_of_a_pretrained_model(folder, tmp_path, mon
     assert (tmp_path / "data" / "tokenizer.json").read_text() == look(folder, 4).tokenizer.to_json()
     made = trainer(tmp_path / "data", tmp_path / "out", folder)
     assert made.update().isfinite().all()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_run_does_not_go_on_with_data_in_another_unit(data, folder, tmp_path, lora_rank):
+    with pytest.raises(Crash):
+        interrupt(trainer(data, tmp_path / "cut", folder, lora=lora_rank), 5, crash)
+    other = shutil.copytree(data, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"unit": 4', '"unit": 8'))
+    with pytest.raises(ValueError, match="in units of 4 tokens.* in units of 8: .*another --out"):
+        Run(trainer(other, tmp_path / "cut", folder, lora=lora_rank))
 
 
 # ---------------------------------------------------------------- all weights

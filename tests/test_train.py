@@ -145,13 +145,14 @@ def exact(monkeypatch):
     monkeypatch.setattr(train, "fast_dtype", lambda device: torch.float32)
 
 
-def test_an_update_weighs_the_span_loss_by_span_weight(tokenizer, folder, tmp_path, exact):
-    """The gradient that the optimizer gets is that of plan + span_weight x span."""
-    trainer = make(folder, tmp_path, span_weight=0.3, clip=1e9)
-    reference = copy.deepcopy(trainer.model)
-    batch = make_batch(*trainer.data.batches[0], trainer.tokenizer, np.random.default_rng([0, 0, 0]), "uniform")
-    plan, span = (JointLoss(reference, trainer.tokenizer.pad + 1)(batch) / counts(batch, "uniform"))[:2]
-    (plan + 0.3 * span).backward()
+def test_an_update_weighs_spans_and_drafts_beside_the_plan(tokenizer, folder, tmp_path, exact):
+    """The gradient that the optimizer gets: denoised and causal spans by span_weight, all drafts by draft_weight."""
+    trainer = make(folder, tmp_path, method="joint", ahead=2, span_weight=0.3, draft_weight=0.7, batch=8, clip=1e9)
+    reference, rng = copy.deepcopy(trainer.model), np.random.default_rng([0, 0, 0])
+    batch = make_batch(*trainer.data.batches[0], trainer.tokenizer, rng, "uniform", 0.0, "clean", 0.5, 2)
+    plan, span, causal, *drafts = JointLoss(reference, trainer.tokenizer.pad + 1)(batch) / counts(batch, "uniform")
+    assert len({round(loss.item(), 5) for loss in (plan, span, causal, *drafts)}) == 5
+    (plan + 0.3 * (span + causal) + 0.7 * sum(drafts)).backward()
     grads = []
     trainer.optimizer.step = lambda step: grads.extend(p.grad.clone() for p in trainer.model.parameters())
     assert trainer.update()[:2].tolist() == pytest.approx((plan.item(), span.item()), rel=1e-5)
