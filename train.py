@@ -66,7 +66,7 @@ class TrainConfig:
     decay: float = setting(1.0, "share of the updates after the warm-up, the last ones, in which the rates fall linearly "
                                 "to 0; before they are constant", above=0, at_most=1)  # fmt: skip
     device: str = setting("auto", f"where to train: {', '.join(CHOICES)}")
-    attention: str = setting("auto", "what computes attention: auto, dense, flex or kernel (attention.py)")
+    attention: str = setting("auto", "what computes attention: auto, dense, flex, kernel or spans (attention.py)")
     clip: float = setting(1.0, "largest norm of the gradient", above=0)
     compile: bool = setting(False, "torch.compile: faster after a minute, in which Ctrl-C waits; needs a C++ compiler")
     seed: int = setting(0, "seed of initial weights, order, rounds and noise", at_least=0, below=2**63)
@@ -168,6 +168,8 @@ class Run:
         self.log: Log | None = None
         if self.checkpoint.exists():
             self.resume()
+        elif self.model.exists():
+            raise ValueError(f"{self.out} holds a finished model but no checkpoint to go on from: take another --out")
         elif self.config.init and not trainer.data.pretrained:
             self.take_weights(locate(self.config.init))
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_sample import ids, steered
 import unmask
 from course.small import bigrams, enumerated
 from data import Example
-from decode import Reading
+from decode import Reading, Reply, Stream
 from methods import MethodConfig, encode
 from sample import Predictions, SampleConfig, Sampler
 from tags import Round
@@ -155,3 +156,12 @@ def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch,
         assert not ahead or sum(a.accepted for a in answers) > n / 4
     else:
         assert chi_square > 200
+
+
+def test_drafts_are_kept_while_they_are_likely_enough_together():
+    """0.5 x 0.5 x 0.3 = 0.075 is enough, times 0.6 = 0.045 is not, and nothing is kept after that."""
+    stream = Stream(0, 5)
+    stream.slots = 5
+    replies = [Reply([65], [False])] + [Reply([n], [False], c) for n, c in enumerate((0.5, 0.5, 0.3, 0.6, 1.0))]
+    assert stream.check(replies, SimpleNamespace(drafted=0, accepted=0)) == ([65], 0)
+    assert stream.drafts == [0, 1, 2]

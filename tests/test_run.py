@@ -106,6 +106,13 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
         run(other, tmp_path, steps=1)
 
 
+def test_a_finished_model_without_its_checkpoint_is_not_overwritten(folder, tmp_path):
+    run(folder, tmp_path, steps=1)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds a finished model but no checkpoint to go on from: take another --out"):
+        run(folder, tmp_path, steps=2)
+
+
 # ---------------------------------------------------------------- Ctrl-C
 
 

@@ -1,6 +1,6 @@
 """Seven families of small tasks in English sentences, each answer exactly checkable.
 
-A span is long (26 to 38 words) but carries few informative words: a tiny model learns
+A span is long (26 to 38 tokens) but carries few informative words: a tiny model learns
 it, and there is still enough text to decode in parallel. Except for the colours of `coupled`,
 every word of an answer, plan included, follows from the prompt (and the world of `facts`).
 
