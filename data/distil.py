@@ -1,4 +1,4 @@
-r"""Make a data set whose training answers are a model's own: distillation, for spans and drafts that need fewer passes.
+r"""Make a data set whose training answers are a model's own (distillation): then more of its drafts are right.
 
     python measure/eval.py --checkpoint checkpoints/recipes/joint.safetensors --decode parallel-ar --ahead 8 \
       --data data/recipes --split train --draws 1 --answers runs/own.jsonl
