@@ -71,7 +71,8 @@ def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
             "has no earlier rounds that are noised": (planned and noised, "history"),
             "has no blocks": (method.plan == "given", "block"),
             "writes nothing left to right": (method.plan != "given", "ahead"),
-            "has no rounds but one": (planned, "even_rounds")}  # fmt: skip
+            "has no rounds but one": (planned, "even_rounds"),
+            "has no spans": (method.plan != "none", "span_weight")}  # fmt: skip
     acts = {f"--method {method.method} {reason}": value for reason, value in acts.items()}
     acts |= {"nothing is drafted without --ahead": (config.ahead, "draft_weight"),
              "there are no adapters without --lora": (config.lora, "lora_alpha")}  # fmt: skip

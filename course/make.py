@@ -284,6 +284,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="make all, in folders hw1, hw2, ... within --out")
     parser.add_argument("--list", action="store_true", help="list the assignments")
     args = parser.parse_args()
+    if args.number and (args.all or args.list):
+        raise ValueError(f"{args.number}: expected the number of an assignment, --all or --list, not two of them")
     if args.list:
         for number, path in assignments().items():
             module = checked(path)

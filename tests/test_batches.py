@@ -158,7 +158,7 @@ def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_valid
     ("parallel-ar", dict(t_min=0.5)), ("parallel-ar", dict(weight="elbo")), ("parallel-ar", dict(history="noised")),
     ("block", dict(topics="numbers")), ("block", dict(rounds="one")), ("diffusion", dict(history="noised")),
     ("ar", dict(even_rounds=True)), ("block", dict(even_rounds=True)), ("planned", dict(draft_weight=1.0)),
-    ("joint", dict(lora_alpha=64.0)),
+    ("joint", dict(lora_alpha=64.0)), ("ar", dict(span_weight=2.0)),
 ])  # fmt: skip
 def test_a_setting_that_would_change_nothing_is_refused(folder, method, settings):
     (name,) = settings
