@@ -71,7 +71,7 @@ def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
             "has no earlier rounds that are noised": (planned and noised, "history"),
             "has no blocks": (method.plan == "given", "block"),
             "writes nothing left to right": (method.plan != "given", "ahead"),
-            "has no rounds but one": (planned, "even_rounds"),
+            "has one round": (planned, "even_rounds"),
             "has no spans": (method.plan != "none", "span_weight")}  # fmt: skip
     acts = {f"--method {method.method} {reason}": value for reason, value in acts.items()}
     acts |= {"nothing is drafted without --ahead": (config.ahead, "draft_weight"),

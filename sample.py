@@ -59,7 +59,7 @@ class SampleConfig:
     ahead: int = setting(0, "tokens drafted ahead in plan, text and causal spans, then checked", at_least=0, at_most=64)
     max_tokens: int = setting(512, "most positions of an answer: plan, text and spans with their tags",
                               at_least=1, at_most=LONGEST)  # fmt: skip
-    seed: int = setting(0, "seed; answer i of a batch uses seed + i", at_least=0, at_most=2**53)
+    seed: int = setting(0, "seed; answer i uses seed + i", at_least=0, at_most=2**53)
 
     def __post_init__(self):
         check(self)

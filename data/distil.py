@@ -4,9 +4,9 @@ r"""Make a data set whose training answers are a model's own (distillation): the
       --data data/recipes --split train --draws 1 --answers runs/own.jsonl
     python data/distil.py --data data/recipes --answers runs/own.jsonl --out runs/recipes-own
 
-Real text could go on in many ways, and slots that are filled in the same pass may each follow another one; what a model
-writes greedily, left to right, leaves it less choice (Kim and Rush, arXiv 1606.07947; for parallel decoding Gu et al.,
-1711.02281). Other splits and the tokenizer stay as they are. Answers that were cut or broken are left out.
+Real text could go on in many ways, and a model has to guess which; what it writes itself, greedily and left to right,
+is easier to foresee (Kim and Rush, arXiv 1606.07947; for parallel decoding Gu et al., 1711.02281). Other splits and the
+tokenizer stay as they are. Answers that were cut or broken are left out.
 """
 
 import argparse

@@ -63,7 +63,7 @@ class Answers:
     """Results by the number of their prompt, kept in memory and, if `path` is not empty, in a file.
 
     The file's first line holds the settings, each further one a number and a result. What an interrupted evaluation
-    did not finish is dropped: half a line, and the rest of its batch, as draws depend on the place in a batch.
+    did not finish is dropped: half a line, and the rest of its batch, so that the batches stay the same.
     Raises ValueError for a file of other settings, or with something else in it.
     """
 
@@ -111,7 +111,7 @@ class Answers:
 def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: Answers) -> list[dict]:
     """Results in the order of the examples; prompts of similar length share a batch. Prints progress.
 
-    Each prompt draws by a seed of its own: that of the sampler plus its place among all.
+    Each prompt has a seed of its own: that of the sampler plus its place in the order by length.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     order, start, done = [i for i in order if i not in answers.results], time.perf_counter(), 0
@@ -150,7 +150,8 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
         raise ValueError(f"{path} has no examples: name another --split")
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-    settings = {"files": hashes, "limit": config.limit, "batch": config.batch, "seeds": "of each prompt"}
+    settings = {"files": hashes, "limit": config.limit, "batch": config.batch}
+    settings |= {"seeds": "of each prompt"}  # older files hold answers of which one per batch shared a seed
     answers = Answers(config.answers, settings | {"device": str(place)} | asdict(sample_config), len(examples))
     check_answer = checker(folder)  # before the answers take their time: it may be broken
     counts = [] if check_answer else readers.counts_of(folder)

@@ -40,9 +40,9 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 def refuse_overwriting(read: Iterable[str | Path], **write: str | Path) -> None:
-    """Raise ValueError where what is written would replace what is read.
+    """Raise ValueError where a file or folder to write is one that is read, or holds one that is.
 
-    `write`: file or folder by the name of its setting, "" for none; a folder that holds a file to read is refused too.
+    `write`: paths by the name of their setting; "" is none.
     """
     for name, path in write.items():
         for source in read:

@@ -184,7 +184,7 @@ def test_above_temperature_0_each_prompt_has_a_seed_of_its_own_whatever_the_batc
 
 
 def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the_same(config, monkeypatch, tmp_path):
-    """Ctrl-C while the second batch was being written. Draws depend on the place in a batch: all of it is lost."""
+    """Ctrl-C while the second batch was being written. All of that batch is lost."""
     whole, path, asked, answer = evaluate(config(), HOT), tmp_path / "new" / "answers.jsonl", [], Sampler.answer
     prompts = [e.prompt for e in read_split(Path(config().data) / "test.jsonl")]
 
