@@ -1,5 +1,6 @@
 """Which examples train when: a data set's splits as sequences, and the micro-batches of each update."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class TrainingData:
         if not train or not validation:
             raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
                              "expected some of each")  # fmt: skip
+        self.digest = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
         train = train[: config.train_on or None]
         self.method = method_config.fitted(train, self.tokenizer)
         self.train = list(self._encoded(train, say, config.extra_pads))
@@ -75,7 +77,9 @@ def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
             "has no spans": (method.plan != "none", "span_weight")}  # fmt: skip
     acts = {f"--method {method.method} {reason}": value for reason, value in acts.items()}
     acts |= {"nothing is drafted without --ahead": (config.ahead, "draft_weight"),
-             "there are no adapters without --lora": (config.lora, "lora_alpha")}  # fmt: skip
+             "an answer of one round has no others": (method.rounds == "many", "history", "even_rounds"),
+             "there are no adapters without --lora": (config.lora, "lora_alpha"),
+             "adapters are trained by AdamW alone, without decay": (not config.lora, "lr", "weight_decay")}  # fmt: skip
     refuse_idle((method, config), acts)
 
 

@@ -60,7 +60,7 @@ class TrainConfig:
     ahead: int = setting(0, "tokens that the model learns to draft ahead; 0: none", at_least=0, at_most=64)
     draft_weight: float = setting(0.3, "weight of the loss of drafts beside that of the plan", at_least=0)
     lr: float = setting(0.005, "peak learning rate of Muon (matrices)", at_least=0)
-    adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding and norms)", at_least=0)
+    adam_lr: float = setting(0.003, "peak learning rate of AdamW (embedding, norms and adapters)", at_least=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices and embedding", at_least=0)
     warmup: int = setting(100, "updates of linear warm-up, at most half of all", at_least=0)
     decay: float = setting(1.0, "share of the updates after the warm-up, the last ones, in which the rates fall linearly "
@@ -193,6 +193,9 @@ class Run:
         if unit != given:
             raise ValueError(f"{path} counts lengths in units of {unit} tokens, {self.config.data} in units of {given}: "
                              "prepare the data as it was, or take another --out")  # fmt: skip
+        if info.get("examples", self.trainer.data.digest) != self.trainer.data.digest:  # older files do not say
+            raise ValueError(f"{self.config.data} has other training examples than when {path} was saved: prepare the "
+                             "data as it was, or take another --out")  # fmt: skip
         new = asdict(self.config) | asdict(self.trainer.data.method)
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:
@@ -264,7 +267,8 @@ class Run:
     def write(self, path: Path, **more: Any) -> None:
         """Save the model and how it was made; `more` goes to save_checkpoint."""
         trainer = self.trainer
-        info = {"train": asdict(self.config), "method": asdict(trainer.data.method)} | self.progress.state()
+        info = {"train": asdict(self.config), "method": asdict(trainer.data.method), "examples": trainer.data.digest}
+        info |= self.progress.state()
         save_checkpoint(path, trainer.model, trainer.tokenizer, info, **more)
 
     def end_update(self) -> None:

@@ -66,6 +66,8 @@ def writing(folder: str | Path, splits: list[str], tokenizer: Tokenizer) -> Iter
             sizes[split].add(example, tokenizer)
 
         yield add
+        if not sizes["train"].examples:
+            raise ValueError(f"{folder} is not written: no example is left for the split 'train'")
         written.write_bytes(tokenizer.to_json().encode())
     print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
     print(*(f"{split:8}{size.row()}\n" for split, size in sizes.items()), sep="", end="")
@@ -177,7 +179,8 @@ class _Sizes:
 def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Example]:
     """Examples of a .jsonl file. Raises ValueError that names file and line of what is wrong.
 
-    For another `tokenizer` than that of the data set, such as a pretrained model's, span lengths are counted anew.
+    With a `tokenizer` each span has to fit its planned length. For another one than that of the data set, such as a
+    pretrained model's, lengths are counted anew.
     """
     path, examples = Path(path), []
     if not path.exists():
@@ -189,6 +192,8 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
         try:
             example = _read_line(line)
             examples.append(_with_lengths(example, tokenizer) if anew else example)
+            for span in _spans(examples[-1]) if tokenizer else ():
+                tokenizer.encode_span(span)  # raises if no plan can ask for it
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         except RecursionError:

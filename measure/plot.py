@@ -42,6 +42,8 @@ def read(path: str, column: str = "step", unit: float = 1) -> dict[str, dict[flo
     try:
         with Path(path).open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        if rows and column not in rows[0]:
+            raise ValueError(f"it has no column {column}")
         for name in (start + loss for loss in LOSSES for start in ("", VALIDATION)):
             values = {float(row[column]) / unit: float(row[name]) for row in rows if row.get(name)}
             found |= {name: values} if any(values.values()) else {}

@@ -40,7 +40,7 @@ def check(config: Any) -> None:
         kept = {"at least": value >= limits.get("at least", value), "above": value > limits.get("above", -math.inf),
                 "at most": value <= limits.get("at most", value), "below": value < limits.get("below", math.inf)}  # fmt: skip
         if isinstance(value, float) and not math.isfinite(value) or not all(kept.values()):
-            expected = " and ".join(f"{word} {limit:g}" for word, limit in limits.items()) or "a finite number"
+            expected = " and ".join(f"{word} {limit}" for word, limit in limits.items()) or "a finite number"
             raise ValueError(f"--{f.name} {value}: expected {expected}")
 
 

@@ -9,6 +9,7 @@ for models whose licence has to be accepted first.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -52,6 +53,8 @@ def fetch(name: str, file: str, folder: Path) -> bool:
 
 def download(name: str, folder: Path) -> None:
     """All files that `train.py --init` reads. Raises ValueError if the hub lacks one."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name}: expected owner/model, as in the model's address on the hub")
     for file in ("config.json", "tokenizer.json"):
         if not fetch(name, file, folder):
             raise ValueError(f"{name} has no {file} on the hub: take a model with config.json, tokenizer.json and "

@@ -70,6 +70,16 @@ def test_little_of_a_batch_is_padding():
     assert 1 - lengths.mean() / lengths.max(axis=1).mean() < 0.1, "in random order it is 0.43"
 
 
+def test_windows_of_16_batches_are_sorted_by_length():
+    """So the 8 of a batch span about a 16th of all lengths, whatever the number of examples: an epoch is no sorted list."""
+    batches = Batches([stub(n, 1) for n in range(512)], 8, seed=0)
+    lengths = [[s.stop(0) for s in batches[i][0]] for i in range(64)]
+    spans = [max(some) - min(some) for some in lengths]
+    assert 512 / 16 * 0.6 < np.mean(spans) < 512 / 16 * 1.1
+    middles = [np.mean(some) for some in lengths]
+    assert abs(np.corrcoef(middles, range(64))[0, 1]) < 0.4, "batches are shuffled again"
+
+
 def test_too_few_examples_for_a_batch_are_refused():
     with pytest.raises(ValueError, match="--batch 3.*2 examples"):
         Batches([stub(5, 1)] * 2, 3, 0)
@@ -158,13 +168,15 @@ def test_with_extra_pads_training_spans_are_padded_at_random_but_plans_and_valid
     ("parallel-ar", dict(t_min=0.5)), ("parallel-ar", dict(weight="elbo")), ("parallel-ar", dict(history="noised")),
     ("block", dict(topics="numbers")), ("block", dict(rounds="one")), ("diffusion", dict(history="noised")),
     ("ar", dict(even_rounds=True)), ("block", dict(even_rounds=True)), ("planned", dict(draft_weight=1.0)),
-    ("joint", dict(lora_alpha=64.0)), ("ar", dict(span_weight=2.0)),
+    ("joint", dict(lora_alpha=64.0)), ("ar", dict(span_weight=2.0)), ("planned", dict(lr=1.0, lora=8)),
+    ("planned", dict(weight_decay=0.1, lora=8)), ("planned", dict(history="noised", rounds="one")),
+    ("planned", dict(even_rounds=True, rounds="one")),
 ])  # fmt: skip
 def test_a_setting_that_would_change_nothing_is_refused(folder, method, settings):
-    (name,) = settings
+    name = next(iter(settings))
     config = TrainConfig(**{k: v for k, v in settings.items() if hasattr(TrainConfig, k)})
     of_the_method = f"--method {method} (writes no|denoises no|has no|has one round)"
-    reason = f"({of_the_method}|nothing is drafted without|there are no adapters without)"
+    reason = f"({of_the_method}|nothing is drafted without|there are no adapters without|adapters are trained by|an answer of)"
     with pytest.raises(ValueError, match=f"--(no-)?{name}.*: {reason}"):
         expect_effect(config, MethodConfig(method, **{k: v for k, v in settings.items() if hasattr(MethodConfig, k)}))
 
@@ -205,7 +217,7 @@ def test_a_bad_example_is_found_before_the_training_starts(folder, tmp_path):
     row = {"prompt": "Otters", "answer": "<topic> food 1</topic><async> food: otter fish river crab coast</async><eos>"}
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="Otters.*food"):
+    with pytest.raises(ValueError, match="train.jsonl, line 61: topic 'food'"):
         training_data(tmp_path)
     (tmp_path / "val.jsonl").write_text("")
     (tmp_path / "train.jsonl").write_bytes((folder / "train.jsonl").read_bytes())

@@ -226,3 +226,8 @@ def test_docstrings_give_a_span_per_parameter(form):
             "prose": "Array containing elements to clip.",
         }[form]
     )
+
+
+def test_docstrings_of_an_unknown_module_are_refused():
+    with pytest.raises(ValueError, match="--modules numpy.none: No module"):
+        list(docstrings(["numpy", "numpy.none"], "written"))

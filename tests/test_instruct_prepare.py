@@ -173,6 +173,12 @@ def test_a_file_without_records_is_one_line(prepare, tmp_path, content, said):
     assert said in code and "a.json" in code
 
 
+def test_a_file_with_nothing_left_to_train_on_is_one_line_and_makes_no_data_set(prepare, tmp_path):
+    code, _, _ = prepare(save(tmp_path / "a.json", alpaca(5)), "--out", tmp_path / "set", "--max_tokens", 1)
+    assert "no example is left for the split 'train'" in code
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["rejected.txt"], "which says why"
+
+
 def test_tagged_answers_keep_their_plan(prepare, tmp_path):
     tagged = "Hi.<topic> b 9</topic><topic> a 9</topic><async> b: one</async><async> a: two</async><sync/> Bye.<eos>"
     rows = [{"prompt": f"p{i}", "answer": tagged} for i in range(12)]

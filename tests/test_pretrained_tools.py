@@ -67,6 +67,9 @@ def test_a_download_goes_on_with_the_files_that_are_missing(hub, tmp_path, capsy
 def test_what_the_hub_lacks_and_a_hub_that_cannot_be_reached_are_said(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="owner/none has no config.json"):
         download.download("owner/none", tmp_path / "here")
+    for name in ("model", "an owner/model", "owner/model/more"):
+        with pytest.raises(ValueError, match=f"{name}: expected owner/model"):
+            download.download(name, tmp_path / "here")
     there = published(hub / "owner" / "model" / "resolve" / "main")
     (there / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model.safetensors on the hub"):

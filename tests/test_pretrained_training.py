@@ -23,7 +23,7 @@ from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
 from train import Run, Trainer
 
-FEW = dict(steps=6, warmup=0, validate_every=3, adam_lr=0.01, lr=0.01)
+FEW = dict(steps=6, warmup=0, validate_every=3, adam_lr=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def folder(tmp_path_factory):
 
 
 def trainer(data, out, folder, **changed):
-    config = settings(data, out, **{**FEW, "init": str(folder), **changed})
+    rate = {} if changed.get("lora") else {"lr": 0.01}  # adapters are trained by AdamW alone
+    config = settings(data, out, **{**FEW, **rate, "init": str(folder), **changed})
     return Trainer(config, ModelConfig(), MethodConfig("planned"))
 
 

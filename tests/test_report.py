@@ -30,6 +30,7 @@ def test_the_table_has_a_row_per_method_and_setting_and_the_mean_and_range_of_se
     assert found == [["ar", "", "50.0%", "50%", "2000"],
                      ["planned", "steps_ratio 1", "70.0% (50.0% to 90.0%)", "70% (50% to 90%)", "3000 (2000 to 4000)"],
                      ["planned", "threshold 0.7", "100.0%", "100%", "2"]]  # fmt: skip
+    assert {c[head.index("tokens per pass")] for c in cells} == {"5.00"}
     assert cells[0][head.index("ms (p50) at batch 8")] == "500" and cells[0][head.index("positions")] == "50.0"
 
 

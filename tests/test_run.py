@@ -104,6 +104,11 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
     (other / "tokenizer.json").write_text(re.sub(r'"unit": ?4', '"unit": 8', text))
     with pytest.raises(ValueError, match="in units of 4 tokens.* in units of 8: .*another --out"):
         run(other, tmp_path, steps=1)
+    (other / "tokenizer.json").write_text(text)
+    rows = (other / "train.jsonl").read_text().splitlines(keepends=True)
+    (other / "train.jsonl").write_text("".join(rows[::-1]))
+    with pytest.raises(ValueError, match="other training examples than when .*another --out"):
+        run(other, tmp_path, steps=1)
 
 
 def test_a_finished_model_without_its_checkpoint_is_not_overwritten(folder, tmp_path):

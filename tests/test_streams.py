@@ -9,11 +9,13 @@ from conftest import OTTER, random_example
 from naive_masks import oracle_target, read_tags, sees
 
 from batches import TrainingData
-from drafts import TERMS, Term
+from data import Example
+from drafts import TERMS, Term, after_text
 from loss import JointLoss, counts, validate, validate_streams
 from masks import PLAN, Layout, encode_example, visible
 from methods import METHODS, MethodConfig
 from noise import IGNORE, Sequence, make_batch
+from tags import Round
 from train import TrainConfig
 
 AHEAD = 3
@@ -86,6 +88,15 @@ def test_a_draft_slot_of_text_sees_the_text_before_its_group_and_the_group_up_to
                 assert row.places[known].part == "outside" or row.places[known].name == "<assistant>"
                 lengths[len(group)] += 1
     assert set(lengths) == {1, 2, 3}
+
+
+def test_plan_and_text_have_a_group_of_draft_slots_for_16_targets_and_at_least_three(tokenizer):
+    for words in (1, 40, 200):
+        sequence = Sequence(encode_example(Example("p", (Round("otter " * words),)), tokenizer))
+        targets = int((sequence.next != IGNORE).sum())
+        pieces = list(after_text(sequence, len(sequence.next), 0, AHEAD, tokenizer, np.random.default_rng(0)))
+        assert len(pieces) == min(max(3, targets // 16), targets - 1)
+        assert len({piece.position[0] for piece in pieces}) == len(pieces), "each after another place"
 
 
 @pytest.mark.parametrize("attention, causal", [k for k in KINDS if k[1] or k[0] == "causal"])

@@ -14,7 +14,7 @@ from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from methods import MethodConfig
 from sample import SampleConfig, Sampler
 from tokenizer import Tokenizer
-from unmask import ORDERS, fill, probabilities
+from unmask import ORDERS, divergence, fill, probabilities, sum_before
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,18 @@ def test_with_stable_a_slot_fills_only_if_its_prediction_has_hardly_moved():
     for stable, expected in ((0.05, [1, 0, 0, 0]), (1.0, [1, 1, 0, 0]), (0, [1, 1, 0, 1])):
         config = SampleConfig(threshold=0.8, stable=stable, apart=False)
         assert fill(now.log(), group, torch.arange(4), none, 2, config, [], before)[1].tolist() == expected
+
+
+def test_a_sum_in_a_small_group_is_exact_beside_a_large_one():
+    group = torch.tensor([0] * 1000 + [1] * 3)
+    values = torch.cat([torch.full((1000,), 1e5), torch.tensor([0.001, 0.002, 0.004])])
+    rank = torch.cat([torch.arange(1000), torch.tensor([2, 0, 1])])
+    assert sum_before(values, rank, group)[-3:].tolist() == pytest.approx([0.006, 0, 0.002], abs=1e-6)
+
+
+def test_a_token_that_is_impossible_before_and_now_does_not_move_a_prediction():
+    """0 log(0 / 0) is 0: both probabilities are too small for float32."""
+    assert divergence(torch.tensor([[0.0, -300.0]]), torch.tensor([[1.0, 0.0]])).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("settings", [dict(threshold=0.3, stable=0.5), dict(entropy_bound=3.0)])

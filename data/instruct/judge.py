@@ -159,7 +159,11 @@ def names_of(function: object, text: str) -> set[str]:
 def functions(modules: list[str]) -> Iterator[tuple[str, object]]:
     """(name, function or class) of all that modules offer under a public name."""
     for module in modules:
-        for name, value in sorted(vars(import_module(module)).items()):
+        try:
+            members = vars(import_module(module))
+        except ImportError as error:
+            raise ValueError(f"--modules {module}: {error}") from None
+        for name, value in sorted(members.items()):
             if callable(value) and not name.startswith("_") and isinstance(getattr(value, "__doc__", None), str):
                 yield f"{module}.{name}", value
 
