@@ -122,6 +122,9 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size:
         raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
     if name == "spans" and on_gpu:
         raise ValueError(f"--attention spans: computes on a CPU only, not on {device}: take auto or dense")
+    if name == "kernel" and not on_gpu:
+        raise ValueError(f"--attention kernel: computes on a CUDA GPU, not on {device} (tests emulate it there, thousands "
+                         "of times slower): take auto or dense")  # fmt: skip
     if name == "kernel" and (dtype not in kernels.ELEMENTS or head_size not in kernels.HEAD_SIZES):
         raise ValueError(f"--attention kernel: computes in bfloat16 or float16 with heads of 32, 64 or 128 dimensions, "
                          f"not in {dtype} with heads of {head_size}: take auto or dense")  # fmt: skip

@@ -93,7 +93,7 @@ class Batches:
 
     def __init__(self, sequences: list[Sequence], size: int, seed: int, even_rounds: bool = False):
         if len(sequences) < size:
-            raise ValueError(f"--batch {size}: the training split has only {len(sequences)} examples")
+            raise ValueError(f"--batch {size}: there are only {len(sequences)} training examples")
         self.sequences, self.size, self.seed, self.epoch = sequences, size, seed, -1
         self.per_epoch = len(sequences) // size
         most = 1 if even_rounds else None

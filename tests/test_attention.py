@@ -65,6 +65,7 @@ def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
     ("flex", "cpu", torch.float32, 32, "--attention flex.*CUDA GPU.*not on cpu"),
     ("flex", "mps", torch.float32, 32, "--attention flex.*not on mps"),
     ("spans", "cuda", torch.float32, 32, "--attention spans.*CPU only, not on cuda"),
+    ("kernel", "cpu", torch.bfloat16, 32, "--attention kernel.*CUDA GPU, not on cpu"),
     ("kernel", "cuda", torch.float32, 32, "--attention kernel.*not in torch.float32"),
     ("kernel", "cuda", torch.bfloat16, 48, "--attention kernel.*heads of 48"),
 ])  # fmt: skip
@@ -76,4 +77,4 @@ def test_a_backend_that_does_not_work_there_is_refused(name, device, dtype, head
 def test_what_is_named_and_works_is_taken():
     assert choose("dense", "cuda", torch.float32, 48) == "dense"
     assert choose("flex", "cuda", torch.float32, 48) == "flex"
-    assert choose("kernel", "cpu", torch.bfloat16, 32) == "kernel"
+    assert choose("kernel", "cuda", torch.bfloat16, 32) == "kernel"

@@ -81,7 +81,7 @@ def test_windows_of_16_batches_are_sorted_by_length():
 
 
 def test_too_few_examples_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="--batch 3.*2 examples"):
+    with pytest.raises(ValueError, match="--batch 3: .*2 training examples"):
         Batches([stub(5, 1)] * 2, 3, 0)
 
 

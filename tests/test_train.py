@@ -237,15 +237,14 @@ def test_two_processes_train_as_one_does(folder, tmp_path):
 needs_emulator = pytest.mark.skipif(not shutil.which("g++"), reason="the kernel's emulation needs g++")
 
 
-AS_ON_A_GPU = dict(
-    shape=dict(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff=32), attention="kernel", steps=4, validate_every=2
-)
+AS_ON_A_GPU = dict(shape=dict(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff=32), steps=4, validate_every=2)
 
 
 @needs_emulator
 def test_the_whole_of_a_training_works_with_the_kernel_in_bfloat16(folder, tmp_path, monkeypatch):
     """Training, validation, saving and going on, as a GPU does it: the kernel is emulated."""
     monkeypatch.setattr(train, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("model.choose", lambda *args: "kernel")
     run(folder, tmp_path / "whole", **AS_ON_A_GPU)
     interrupt(make(folder, tmp_path / "stopped", **AS_ON_A_GPU), 2, lambda: signal.raise_signal(signal.SIGINT))
     run(folder, tmp_path / "stopped", **AS_ON_A_GPU)
@@ -285,8 +284,8 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name_before_anything_is_rea
 
 
 @pytest.mark.parametrize("options, words", [
-    (("--attention", "flex"), "--attention flex"), (("--attention", "kernel", "--d_model", "96"), "--attention kernel"),
-    (("--batch", 17), "--batch 17: the training split has only 16 examples"),
+    (("--attention", "flex"), "--attention flex"), (("--attention", "kernel"), "--attention kernel"),
+    (("--batch", 17), "--batch 17: there are only 16 training examples"),
     (("--init", "none"), "none does not exist"),
     (("--method", "ar", "--extra_pads", 3), "--extra_pads 3: --method ar writes no plan"),
 ])  # fmt: skip
