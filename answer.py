@@ -32,7 +32,7 @@ class Answer:
         self.grammar = Grammar(tokenizer, config.max_tokens, config.length_scale, plans=method.plan == "written")
         self.generator = torch.Generator(device).manual_seed(seed)
         self.cached = 0  # layout entries [0, cached) are in the KV cache as a fresh forward would compute them
-        self.cut = self.broken = False  # max_tokens left no place for what was to come; left the grammar
+        self.cut = self.broken = False  # cut: max_tokens had no room for more; broken: a token outside the grammar
         self.plan_passes = self.denoise_passes = self.draft_passes = self.critical_path = self.positions = 0
         self.drafted = self.accepted = 0  # tokens
         self.seconds = 0.0

@@ -68,16 +68,15 @@ class TrainingData:
 def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
     """Raise ValueError for a setting that would change nothing in training by this method."""
     planned, noised = method.plan == "written", method.plan != "none" and method.causal < 1
-    acts = {"writes no plan": (planned, "extra_pads", "topics", "repeat_topic", "rounds"),
+    acts = {"writes no plan": (planned, "extra_pads", "topics", "repeat_topic", "rounds", "span_weight"),
             "denoises no spans": (noised, "weight", "t_min"),
             "has no earlier rounds that are noised": (planned and noised, "history"),
             "has no blocks": (method.plan == "given", "block"),
             "writes nothing left to right": (method.plan != "given", "ahead"),
-            "has one round": (planned, "even_rounds"),
-            "has no spans": (method.plan != "none", "span_weight")}  # fmt: skip
+            "has one round": (planned, "even_rounds")}  # fmt: skip
     acts = {f"--method {method.method} {reason}": value for reason, value in acts.items()}
     acts |= {"nothing is drafted without --ahead": (config.ahead, "draft_weight"),
-             "an answer of one round has no others": (method.rounds == "many", "history", "even_rounds"),
+             "with --rounds one an answer has no other rounds": (method.rounds == "many", "history", "even_rounds"),
              "there are no adapters without --lora": (config.lora, "lora_alpha"),
              "adapters are trained by AdamW alone, without decay": (not config.lora, "lr", "weight_decay")}  # fmt: skip
     refuse_idle((method, config), acts)

@@ -149,9 +149,11 @@ class WrittenPlan(Phase):
         for token in proposed:
             grammar = self.grammars[-1]
             forced = grammar.forced() if self.config.constrained else None
-            token = token if forced is None else forced
+            token, q = token if forced is None else forced, stream.probs[len(stream.drafts)]
             if not grammar.allowed()[token]:
                 break
+            if q is not None:  # no draft that is kept was drawn from among those that are dropped
+                stream.probs[len(stream.drafts)] = q.where(torch.from_numpy(grammar.allowed()).to(q.device), 0)
             stream.drafts.append(token)
             stream.counted.append(forced is None)
             self.grammars.append(grammar.copy())
@@ -179,6 +181,7 @@ class WrittenPlan(Phase):
         self.layout.cut(self.stream.known)
         tokens, accepted = self.stream.check(replies, self.answer)
         self.answer.plan_passes += 1
+        self.answer.critical_path += accepted == len(tokens)  # a pass that wrote no token of its own: a draft was the end
         self.answer.cached = self.stream.cached
         self.answer.cut |= any(reply.cut for reply in replies[: accepted + 1])
         phase = self

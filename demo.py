@@ -72,14 +72,14 @@ def main() -> None:
     parser.add_argument("--html", metavar="FILE", help="also write a page in which the answers race, pass by pass")
     parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")
     args = parser.parse_args()
-    if args.prompt and not args.data:
+    if args.prompt is not None and not args.data:
         parser.error(f"--prompt needs --data {' or '.join(PROMPTS)}: each model knows one data set")
     if not 0 <= args.delay < math.inf:
         raise ValueError(f"--delay {args.delay}: expected 0 or more")
     device = find(args.device)
     torch.set_num_threads(1)  # these models are so small that more threads wait longer than they work
     datasets = [args.data] if args.data else PROMPTS
-    races = [show(data, args.prompt or PROMPTS[data], args.delay, device) for data in datasets]
+    races = [show(data, PROMPTS[data] if args.prompt is None else args.prompt, args.delay, device) for data in datasets]
     if args.html:
         print(f"\n{write_page(args.html, races)}")
 

@@ -16,7 +16,7 @@ class Grammar:
     """The automaton of constrained decoding: which tokens may come next in a plan or text.
 
     It never opens what it cannot close in the positions that are left, and pays for a span's scaffold
-    when its topic closes, so every plan parses and fits. It allows all that training accepts
+    when its topic closes (with its name, even if spans do not repeat it), so every plan parses and fits. It allows all that training accepts
     (`Tokenizer.encode_span`): a name is any text of up to MAX_NAME tokens that is not blank. Where
     `allowed` leaves one token, that token needs no forward pass of its own.
     """

@@ -109,7 +109,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, attention: str = "spa
     """Layout of a whole example (`prompt`, `rounds`), its last token `<eos>`.
 
     `repeat_topic`: whether a span begins with its topic. A span's slots are as many as its plan says, [PAD] after its
-    text; with `draw_pads` they are its text and as many [PAD] as that returns, whatever the plan says.
+    text; with `draw_pads` they are its text and as many [PAD] as that returns, one at least if it has no text, whatever
+    the plan says.
     Raises ValueError, naming prompt and topic, if no plan could ask for one of the spans.
     """
     layout, number = Layout(attention), 0
@@ -126,7 +127,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, attention: str = "spa
                 raise ValueError(f"prompt {example.prompt[:60]!r}, {error}") from None
             layout.write([tokenizer.topic, *topic, tokenizer.length_id(span.length), tokenizer.topic_end], PLAN, number)
             if draw_pads is not None:
-                slots = [i for i in slots if i != tokenizer.pad] + [tokenizer.pad] * draw_pads()
+                text = [i for i in slots if i != tokenizer.pad]
+                slots = text + [tokenizer.pad] * max(draw_pads(), not text)
             spans.append((topic if repeat_topic else [], slots))
         layout.scaffold(spans, tokenizer, number)
     layout.write([tokenizer.eos], PLAN, number)

@@ -45,7 +45,7 @@ class SampleConfig:
                                  "of the last pass; 0: any", at_least=0)  # fmt: skip
     entropy_bound: float = setting(0.0, "if above 0: fill the most certain slots up to this sum of their entropies, "
                                         "whatever steps_ratio", at_least=0)  # fmt: skip
-    order: str = setting("entropy", "which slots count as certain, so are filled first; with a threshold: confidence",
+    order: str = setting("entropy", "which slots count as certain, so are filled first; with a threshold by confidence",
                          among=ORDERS)  # fmt: skip
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
     pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before "
@@ -59,7 +59,7 @@ class SampleConfig:
     ahead: int = setting(0, "tokens drafted ahead in plan, text and causal spans, then checked", at_least=0, at_most=64)
     max_tokens: int = setting(512, "most positions of an answer: plan, text and spans with their tags",
                               at_least=1, at_most=LONGEST)  # fmt: skip
-    seed: int = setting(0, "seed; answer i uses seed + i", at_least=0, at_most=2**53)
+    seed: int = setting(0, "seed; the i-th prompt answered uses seed + i", at_least=0, at_most=2**53)
 
     def __post_init__(self):
         check(self)

@@ -48,12 +48,12 @@ class TrainConfig:
     batch: int = setting(8, "sequences per micro-batch", at_least=1)
     accumulate: int = setting(1, "micro-batches per update, over all processes", at_least=1)
     weight: str = setting("uniform", "weight of a slot's loss, 1 or 1/t", among=("uniform", "elbo"))
-    t_min: float = setting(0.0, "smallest share of slots masked; above 0 more of a span is masked, but 1/t is no ELBO",
+    t_min: float = setting(0.0, "lowest probability that slots are masked with: above 0 more are, but 1/t gives no ELBO",
                            at_least=0, below=1)  # fmt: skip
     history: str = setting("clean", "rounds before the one trained; noised is an ablation", among=("clean", "noised"))
-    even_rounds: bool = setting(False, "train every round of an answer as often, rather than in proportion to what it "
+    even_rounds: bool = setting(False, "pick every round of an answer as often, rather than in proportion to what it "
                                        "predicts: helps where a short round is hard")  # fmt: skip
-    extra_pads: int = setting(0, "ablation, as the authors' code with 10: a training span is its text and 0 to this "
+    extra_pads: int = setting(0, "ablation (10 in the authors' code): a training span is its text and 0 to this "
                                  "many [PAD], drawn once per span; 0: it has its planned length",
                               at_least=0, at_most=1000)  # fmt: skip
     span_weight: float = setting(1.0, "weight of the loss of spans beside that of the plan", at_least=0)
@@ -200,7 +200,8 @@ class Run:
         defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
         try:
             old = {**defaults, **info["train"], **info["method"]}
-            changed = [name for name in new if old[name] != new[name] and name not in ("out", "device")]
+            free = {"out", "device"} | ({"data"} if "examples" in info else set())  # its examples were compared
+            changed = [name for name in new if old[name] != new[name] and name not in free]
             other = [f"{name} ({old[name]}, not {new[name]})" for name in changed]
             if not other:
                 self.trainer.optimizer.load(state)

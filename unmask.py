@@ -123,7 +123,7 @@ def check_drafts(logits: Tensor, draft: Tensor, draft_probs: Tensor, config, gen
 
     A draft is accepted with probability min(1, p / q); a rejected one is replaced by a draw from max(0, p - q),
     normalised: tokens are distributed as if drawn from p (Leviathan et al. 2023, arXiv 2211.17192). `draft_probs`
-    (N, V) is q, the distribution that the draft was drawn from, 0 where there is none.
+    (N, V) is q, what the draft was drawn from, not normalised: 0 for tokens that would not have been checked.
     Returns tokens (N,), accepted (N,), and p (N, V) (None at temperature 0).
     """
     if not config.temperature:
@@ -132,8 +132,7 @@ def check_drafts(logits: Tensor, draft: Tensor, draft_probs: Tensor, config, gen
     p = probabilities(logits, config)
     if not config.ahead:
         return draw(p, generators), draft >= 0, p
-    q = draft_probs.where(logits > -torch.inf, 0)  # drafts that the grammar forbids were dropped before
-    q /= q.sum(-1, keepdim=True).clamp_min(1e-30)
+    q = draft_probs / draft_probs.sum(-1, keepdim=True).clamp_min(1e-30)
     at = draft.clamp_min(0)[:, None]
     accepted = (draft >= 0) & (uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])
     return torch.where(accepted, draft, draw(residual(p, q), generators)), accepted, p

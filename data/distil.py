@@ -65,7 +65,8 @@ def main() -> None:
     refuse_overwriting([folder / "train.jsonl", config.answers], out=config.out)
     splits = {split: read_split(folder / f"{split}.jsonl") for split in ("train", "val", "test")}
     own = list(answered(Path(config.answers), splits["train"]))
-    print(f"{len(own)} of {len(splits['train'])} training prompts have a whole answer")
+    planned = sum(any(round_.spans for round_ in example.rounds) for example in own)
+    print(f"{len(own)} of {len(splits['train'])} training prompts have a whole answer, {planned} of these a plan")
     with writing(config.out, list(splits), Tokenizer.load(folder / "tokenizer.json")) as add:
         for split, examples in (splits | {"train": own}).items():
             for example in examples:

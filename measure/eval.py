@@ -157,14 +157,16 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     counts = [] if check_answer else readers.counts_of(folder)
     counts += [("perplexity", readers.judged_by(config.judge, place))] if config.judge else []
     results = answer_all(sampler, examples, config.batch, answers)
+    memory = peak_memory(place)  # before the likelihoods, which take memory of their own
     return {
         **quality(sampler, examples, results, check_answer),
         "examples": readers.fingerprint(examples),
+        "judge": hashlib.sha256(locate(config.judge).read_bytes()).hexdigest()[:16] if config.judge else "",
         "readers": readers.figures(examples, [r["text"] for r in results], counts),
         **likelihoods(sampler, examples, config.draws),
         "batch": config.batch,
         **{f"seconds_p{q}": float(np.percentile([r["seconds"] for r in results], q)) for q in (50, 95)},
-        "peak_memory_mb": peak_memory(place),
+        "peak_memory_mb": memory,
         "shown": [line for result in results[: config.show] for line in markdown(result)],
     }
 
@@ -225,7 +227,8 @@ def lines(report: dict) -> Iterator[str]:
     if report["plan_nll"]:
         yield f"plan and text: {report['plan_nll']:.4f} nats per token"
     if report["span_elbo"]:
-        error = f" +- {report['span_elbo_error']:.4f}" if report["span_elbo_error"] is not None else ""
+        error = report["span_elbo_error"]
+        error = "" if error is None else f" +- {error:.4f} (standard error of its noise alone)"
         kind = "exact" if report["spans_exact"] else "negative ELBO"
         yield f"spans: {report['span_elbo']:.4f}{error} nats per token ({kind})"
         yield f"pads: {report['pad_share']:.1%} of all slots"

@@ -52,18 +52,25 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
         planned = [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]]
         off = [abs(a - b) for (topic, a), (other, b) in zip(reference, planned) if topic == other]
         row |= {"plan_right": float(reference == planned), "n_spans": len(planned)}
-        row["length_error"] = sum(off) / len(off) if off else 0.0
+        row |= {"topics_right": len(off), "length_error": sum(off)}
     return row
 
 
 def score(examples: list[Example], results: list[dict], check: Callable | None, rounds: list) -> dict[str, dict]:
-    """Means of `row_of` over each family and, last, over all. `rounds`: as for `row_of`, of each example."""
+    """Means of `row_of` over each family and, last, over all; of the error of lengths, over the topics that are right.
+
+    `rounds`: as for `row_of`, of each example.
+    """
     groups = defaultdict(list)
     for example, result, written in zip(examples, results, rounds):
         for name in dict.fromkeys((example.family, "all")):
             groups[name].append(row_of(example, result, check, written))
-    return {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}
-            for name, rows in sorted(groups.items(), key=lambda item: item[0] == "all")}  # fmt: skip
+    scores = {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}
+              for name, rows in sorted(groups.items(), key=lambda item: item[0] == "all")}  # fmt: skip
+    for means in scores.values():
+        if means.get("topics_right"):
+            means["length_error"] /= means["topics_right"]
+    return scores
 
 
 def wrong_lines(examples: list[Example], results: list[dict], check: Callable) -> dict[str, dict]:
@@ -89,10 +96,10 @@ def spans_per_answer(results: list[dict]) -> dict[int, float]:
 
 
 def distinct(results: list[dict], n: int) -> float:
-    """Share of an answer's n-grams of words that are different, the mean over answers: low if answers repeat."""
+    """Share of an answer's n-grams of words that are different, the mean over answers that have any: low if they repeat."""
     shares = []
     for result in results:
         words = result["text"].split()
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        shares.append(len(set(grams)) / max(len(grams), 1))
+        shares += [len(set(grams)) / len(grams)] if grams else []
     return sum(shares) / max(len(shares), 1)

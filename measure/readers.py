@@ -183,7 +183,7 @@ def read(path: str) -> dict:
     """A report that eval.py printed with --json. Raises ValueError for anything else."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {"readers": report["readers"], "examples": report["examples"]}
+        return {"readers": report["readers"], "examples": report["examples"], "judge": report.get("judge", "")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected what `measure/eval.py --json` prints, but: {error!r}") from None
 
@@ -196,6 +196,8 @@ def main() -> None:
     a, b = read(args.a), read(args.b)
     if a["examples"] != b["examples"]:
         raise ValueError(f"{args.a} and {args.b} are of different examples: take the same --data, --split and --limit")
+    if a["judge"] and b["judge"] and a["judge"] != b["judge"]:
+        raise ValueError(f"{args.a} and {args.b} have perplexities under different judges: take the same --judge")
     print(f"| {args.b} less {args.a} | difference | {LEVEL}% interval |\n|---|---|---|")
     for name, difference, low, high in compare(a["readers"], b["readers"]):
         print(f"| {name} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")

@@ -46,7 +46,7 @@ def test_whole_answers_become_training_data_with_the_lengths_that_their_spans_ne
     answers = [[2, result(third, OWN)], [0, result(first, OWN, cut=True)], [1, result(second, OWN, broken=True)]]
     write_answers(folder.parent / "own.jsonl", answers)
     out = run(monkeypatch, folder)
-    assert "1 of 3 training prompts have a whole answer" in capsys.readouterr().out
+    assert "1 of 3 training prompts have a whole answer, 1 of these a plan" in capsys.readouterr().out
     (own,) = read_split(out / "train.jsonl")
     units = Tokenizer.load(folder / "tokenizer.json").units("fish")
     assert (own.prompt, own.family) == (third.prompt, "river") and own.rounds[0].spans[0].length == units < 9

@@ -15,6 +15,7 @@ import unmask
 from course.small import bigrams, enumerated
 from data import Example
 from decode import Reading, Reply, Stream
+from masks import PLAN
 from methods import MethodConfig, encode
 from sample import Predictions, SampleConfig, Sampler
 from tags import Round
@@ -49,6 +50,9 @@ def test_greedy_drafted_text_is_the_undrafted_text(tokenizer, method, ahead):
         assert [(ids(a), a.cut, a.layout) for a in drafted] == [(ids(a), a.cut, a.layout) for a in plain]
         assert all(a.accepted <= a.drafted for a in drafted)
         assert all(a.plan_passes <= b.plan_passes for a, b in zip(drafted, plain))
+        for answer in (*plain, *drafted):
+            passes = answer.plan_passes + answer.denoise_passes
+            assert passes <= answer.critical_path <= passes + answer.layout.kind.count(PLAN) + 1
 
 
 @pytest.mark.parametrize("method", WRITERS, ids=lambda m: m.method)
@@ -156,6 +160,23 @@ def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch,
         assert not ahead or sum(a.accepted for a in answers) > n / 4
     else:
         assert chi_square > 200
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_without_constraints_drafted_answers_break_as_often_as_undrafted_ones(tokenizer, ahead):
+    """The grammar decides which drafts are checked, so what they were drawn from is what it allows."""
+    tokens, n = [65, tokenizer.topic_end], 3000  # after text no topic can end
+    model = bigrams(np.random.default_rng(3), tokenizer, [*tokens, tokenizer.eos])
+    config = SampleConfig(temperature=1.0, max_tokens=5, ahead=ahead, constrained=False)
+    answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)
+    drawn = Counter("A" * len(a.rounds[0].text) + "!" * a.broken for a in answers)
+    expected, alive, last = {}, 1.0, tokenizer.assistant
+    for length in range(4):
+        p = model.table[last, 1 + length].softmax(-1)
+        expected |= {"A" * length: alive * float(p[tokenizer.eos]), "A" * length + "!": alive * float(p[tokens[1]])}
+        alive, last = alive * float(p[65]), 65
+    chi_square = sum((drawn[text] - n * p) ** 2 / (n * p) for text, p in expected.items())
+    assert chi_square < 30, "8 degrees of freedom exceed 26 once in 1000 cases"
 
 
 def test_drafts_are_kept_while_they_are_likely_enough_together():

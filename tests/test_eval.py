@@ -109,21 +109,28 @@ def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_calle
 
 
 @pytest.mark.parametrize("rounds, plan, right, off", [
-    (EXAMPLE.rounds, [("food", 2), ("play", 3)], 1, 0),
-    (EXAMPLE.rounds, [("food", 2), ("play", 7)], 0, 2),  # 0 and 4 units off
-    (EXAMPLE.rounds, [("play", 3), ("food", 2)], 0, 0),  # another order
-    (EXAMPLE.rounds, [("food", 1), ("sleep", 9)], 0, 1),  # the length of an unknown topic is neither right nor wrong
-    (EXAMPLE.rounds, [], 0, 0),
-    (TWICE, [("food", 1), ("food", 4)], 1, 0),
-    (TWICE, [("food", 4), ("food", 1)], 0, 3),
-    (TWICE, [("food", 1)], 0, 0),
-    ((), [], 1, 0),
+    (EXAMPLE.rounds, [("food", 2), ("play", 3)], 1, (0, 0)),
+    (EXAMPLE.rounds, [("food", 2), ("play", 7)], 0, (0, 4)),
+    (EXAMPLE.rounds, [("play", 3), ("food", 2)], 0, ()),  # another order
+    (EXAMPLE.rounds, [("food", 1), ("sleep", 9)], 0, (1,)),  # the length of an unknown topic is neither right nor wrong
+    (EXAMPLE.rounds, [], 0, ()),
+    (TWICE, [("food", 1), ("food", 4)], 1, (0, 0)),
+    (TWICE, [("food", 4), ("food", 1)], 0, (3, 3)),
+    (TWICE, [("food", 1)], 0, (0,)),
+    ((), [], 1, ()),
 ])  # fmt: skip
 def test_a_plan_is_right_if_all_is_and_length_errors_are_of_topics_in_their_place(rounds, plan, right, off):
     row = row_of(EXAMPLE, result_of(plan), None, rounds)
-    assert (row["plan_right"], row["length_error"], row["n_spans"]) == (right, off, len(plan))
+    assert (row["plan_right"], row["n_spans"]) == (right, len(plan))
+    assert (row["topics_right"], row["length_error"]) == (len(off), sum(off))
     without = row_of(EXAMPLE, result_of(plan), None, None)  # methods that write no plan
     assert not {"plan_right", "length_error", "n_spans"} & without.keys()
+
+
+def test_the_error_of_lengths_is_a_mean_over_topics_so_that_no_answer_without_one_makes_it_smaller():
+    results = [result_of([("food", 8), ("play", 3)]), result_of([("sleep", 60)]), result_of([])]
+    scores = score([EXAMPLE] * 3, results, None, [EXAMPLE.rounds] * 3)
+    assert scores["all"]["length_error"] == 3  # 6 and 0 units
 
 
 @pytest.mark.parametrize("method, plan", [
@@ -173,8 +180,9 @@ def test_scores_are_means_over_each_family_and_over_all_which_comes_last():
 
 def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
     results = [{"text": text} for text in ("a b a b a", "a b c", "", "a")]
-    assert distinct(results, 1) == pytest.approx((2 / 5 + 1 + 0 + 1) / 4)
-    assert distinct(results, 3) == pytest.approx((2 / 3 + 1 + 0 + 0) / 4)  # aba bab aba
+    assert distinct(results, 1) == pytest.approx((2 / 5 + 1 + 1) / 3)
+    assert distinct(results, 3) == pytest.approx((2 / 3 + 1) / 2)  # aba bab aba; the others have none
+    assert distinct(results[2:], 3) == 0
 
 
 def test_above_temperature_0_each_prompt_has_a_seed_of_its_own_whatever_the_batch(config):

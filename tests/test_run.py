@@ -105,6 +105,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="in units of 4 tokens.* in units of 8: .*another --out"):
         run(other, tmp_path, steps=1)
     (other / "tokenizer.json").write_text(text)
+    run(other, tmp_path, steps=1)  # the same data elsewhere
     rows = (other / "train.jsonl").read_text().splitlines(keepends=True)
     (other / "train.jsonl").write_text("".join(rows[::-1]))
     with pytest.raises(ValueError, match="other training examples than when .*another --out"):
