@@ -2,8 +2,7 @@
 
 A phase says which layout entries the next forward pass computes (`entries`), which of its predictions are read
 (`readings`), how to go on with what was drawn (`take`), and, as the result of `take`, which phase comes next. The
-sampler (sample.py) runs the phases of many answers in the same passes. A new way to decode is one class here and
-one line in DECODERS; a new name also needs a line in METHODS (methods.py) and in TITLES (show/record.py).
+sampler (sample.py) runs the phases of many answers in the same passes. README.md says what a new way to decode needs.
 """
 
 import math
@@ -181,7 +180,9 @@ class WrittenPlan(Phase):
         self.layout.cut(self.stream.known)
         tokens, accepted = self.stream.check(replies, self.answer)
         self.answer.plan_passes += 1
-        self.answer.critical_path += accepted == len(tokens)  # a pass that wrote no token of its own: a draft was the end
+        self.answer.critical_path += accepted == len(
+            tokens
+        )  # a pass that wrote no token of its own: a draft was the end
         self.answer.cached = self.stream.cached
         self.answer.cut |= any(reply.cut for reply in replies[: accepted + 1])
         phase = self

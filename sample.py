@@ -45,7 +45,7 @@ class SampleConfig:
                                  "of the last pass; 0: any", at_least=0)  # fmt: skip
     entropy_bound: float = setting(0.0, "if above 0: fill the most certain slots up to this sum of their entropies, "
                                         "whatever steps_ratio", at_least=0)  # fmt: skip
-    order: str = setting("entropy", "which slots count as certain, so are filled first; with a threshold by confidence",
+    order: str = setting("entropy", "which slots count as certain and are filled first (a threshold takes confidence)",
                          among=ORDERS)  # fmt: skip
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one")
     pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before "
@@ -239,7 +239,7 @@ class Sampler(Predictions):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", action="append", required=True, help="a question; give it again for a batch")
+    parser.add_argument("--prompt", action="append", required=True, help="a question; may be given several times")
     parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
                         help="trained model (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} (default: %(default)s)")

@@ -176,12 +176,15 @@ class Run:
     def take_weights(self, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
         """Begin with the weights of a checkpoint. Returns its info, its state and its unit of length.
 
-        Raises ValueError if its tokenizer or size is another one.
+        Raises ValueError if its tokenizer or its model is another one.
         """
         trainer = self.trainer
         model, tokenizer, info, state = load_checkpoint(path, trainer.device)
-        if tokenizer.tokens != trainer.tokenizer.tokens or model.config != trainer.model.config:
-            raise ValueError(f"{path} has another tokenizer or another size of model than this run: give it the same")
+        if tokenizer.tokens != trainer.tokenizer.tokens:
+            raise ValueError(f"{path} has another tokenizer than {self.config.data}: take the --data it was trained on")
+        ours, theirs = asdict(trainer.model.config), asdict(model.config)
+        if other := [f"--{name} {value}" for name, value in theirs.items() if ours[name] != value]:
+            raise ValueError(f"{path} holds another model than this run is to train: add {' '.join(other)}")
         trainer.model.load_state_dict(model.state_dict())
         return info, state, tokenizer.unit
 

@@ -53,8 +53,9 @@ python3 course/grade.py /autograder/submission --results /autograder/results/res
 
 
 def assignments() -> dict[int, Path]:
-    """The files of the assignments by number."""
-    return {int(re.match(r"hw(\d+)", path.name)[1]): path for path in sorted(COURSE.glob("assignments/hw*.py"))}
+    """The files of the assignments, `hw1_name.py` and so on, by number. Others are left alone."""
+    numbered = ((re.match(r"hw(\d+)", path.name), path) for path in sorted(COURSE.glob("assignments/hw*.py")))
+    return {int(match[1]): path for match, path in numbered if match}
 
 
 def checked(path: Path) -> ModuleType:
@@ -181,7 +182,8 @@ Signatures, docstrings and the comments with shapes are their specification. Eve
 
 ## Tests and points
 
-    source .venv/bin/activate            # after `make test` or `make demo` has set it up, see README.md
+    make .venv/ready                     # once; `make demo` and `make test` fail until your functions are written
+    source .venv/bin/activate
     python course/grade.py               # all public tests, with points
     python course/grade.py --only {next(iter(probes_of(module)))}   # one of them
 
@@ -197,7 +199,7 @@ points.
 ## What to hand in
 
 {" and ".join(f"`{file}`" for file in module.FUNCTIONS)}{", and your written answers" if written else ""}.
-New Python files of your own are allowed; changes of other files are not handed in. AGENTS.md asks coding assistants to
+Keep them in their folders. New Python files of your own are allowed; changes of other files are not handed in. AGENTS.md asks coding assistants to
 explain rather than to solve: you are on your honour.
 """
 

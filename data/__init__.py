@@ -184,8 +184,10 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
     """
     path, examples = Path(path), []
     if not path.exists():
-        raise ValueError(f"{path} does not exist: `python {path.parent / 'prepare.py'}` writes it, or, for data of "
-                         "your own, a script as in data/README.md")  # fmt: skip
+        script, others = path.with_name("prepare.py"), sorted(other.stem for other in path.parent.glob("*.jsonl"))
+        advice = f"`python {script}` writes it" if script.exists() else "a script as in data/README.md writes it"
+        advice = f"there are {', '.join(others)}" if others else advice
+        raise ValueError(f"{path} does not exist: {advice}")
     own = path.with_name("tokenizer.json")
     anew = tokenizer and own.exists() and own.read_text(encoding="utf-8") != tokenizer.to_json()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text may hold other line breaks

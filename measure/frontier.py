@@ -187,7 +187,10 @@ class Frontier:
         self.threads = max(1, (os.cpu_count() or 1) // workers)
         folder = ROOT / preset.data
         if not (folder / "train.jsonl").exists():
-            subprocess.run([sys.executable, folder / "prepare.py"], check=True)
+            if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+                raise ValueError(
+                    f"{preset.data} cannot be prepared, see above; its README.md says how without a network"
+                )
         self.data = hashes(folder, ["train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json"])
         own = (folder / name for name in ("families.py", "consistency.py"))
         self.checks = [fingerprint(path) for path in own if path.exists()]

@@ -25,7 +25,7 @@ from model import ModelConfig, Transformer
 from noise import Batch, Sequence, make_batch
 from optim import Optimizer
 from plumbing.device import CHOICES, PEAKS, fast_dtype, find, name_of, peak_memory
-from plumbing.settings import add_settings, check, command, pick, setting
+from plumbing.settings import add_settings, check, command, pick, refuse_idle, setting
 from pretrained.lora import adapt, trained
 from tags import Round, Span
 from tokenizer import Tokenizer
@@ -56,6 +56,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        refuse_idle([self], {"only with --measure": (self.measure, "lora", "recompute", "device")})
 
 
 # ---------------------------------------------------------------- computed
@@ -120,7 +121,7 @@ def table(tokens: int) -> list[str]:
         "all, --recompute": dict(recompute=True),
         "--lora 16 --recompute": dict(lora=16, recompute=True),
     }
-    heads = ["model", "parameters", *ways, "hours for 100M tokens"]
+    heads = ["model", "parameters", *ways, "hours for 100M tokens, --recompute"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, shape in SHAPES.items():
         config = ModelConfig(**shape, qk_norm=False)

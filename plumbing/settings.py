@@ -21,7 +21,7 @@ def setting(default: Any, help: str, at_least: float = -math.inf, above: float =
     """
     among = tuple(among)
     if among:
-        help += f": {', '.join(among)}"
+        help += f": {', '.join(filter(None, among))}"
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     return field(default=default, metadata={"help": help, "limits": limits, "among": among})
 

@@ -196,8 +196,12 @@ WRONG = [
         ("--ahead 2", "as block"),
     ),
     ("measure/eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
-    ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "prepare.py")),
-    ("measure/eval.py", (*MODEL, "--data", "FILES", "--split", "exam"), ("exam.jsonl does not exist",)),
+    ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "data/README.md")),
+    (
+        "measure/eval.py",
+        (*MODEL, "--data", "FILES", "--split", "exam"),
+        ("exam.jsonl does not exist: there are test, train, val",),
+    ),
     ("measure/eval.py", (*MODEL, "--data", "FILES", "--top_p", 2), ("--top_p 2.0",)),
     *[
         (

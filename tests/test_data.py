@@ -343,9 +343,10 @@ def test_a_file_that_is_no_text_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_a_missing_file_is_an_error_that_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match="train.jsonl does not exist: `python .*prepare.py` writes it"):
+    with pytest.raises(ValueError, match="train.jsonl does not exist: a script as in data/README.md writes it"):
         read_split(tmp_path / "train.jsonl")
-    with pytest.raises(ValueError, match="does not exist"):
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(ValueError, match="does not exist: `python .*prepare.py` writes it"):
         read_split(str(tmp_path / "train.jsonl"))
 
 

@@ -17,6 +17,7 @@ from data.instruct.plans import restore
 from masks import encode_prompt
 from plumbing.checkpoint import save_checkpoint
 from tags import Round, Span, pieces
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO = Example(
@@ -170,7 +171,12 @@ def test_the_command_writes_questions_and_revised_data(tmp_path, tokenizer, monk
     asked_for = read_split(tmp_path / "questions" / "train.jsonl")
     assert len(asked_for) == 8 * sum(len([*asked(e)]) for e in (OTTER, FIVE, TWO))
     assert {"a: one" in e.prompt for e in asked_for if e.prompt.endswith("Write: c")} == {True, False}
-    save_checkpoint(model, small_model(tokenizer.vocab_size), tokenizer, {})
+    own = Tokenizer.load(data / "tokenizer.json")
+    for wrong, method in ((tokenizer, "ar"), (own, "planned")):
+        save_checkpoint(model, small_model(wrong.vocab_size), wrong, {"method": {"method": method}})
+        with pytest.raises(SystemExit, match="--method ar on what --questions wrote"):
+            run("--model", model)
+    save_checkpoint(model, small_model(own.vocab_size), own, {"method": {"method": "ar"}})
     out = run("--model", model, "--out", tmp_path / "out", "--threshold", 0, "--device", "cpu")
     assert LATER in out and "plans: " in out
     texts = [

@@ -228,6 +228,10 @@ def test_requests_hold_the_prompt_the_answer_and_the_number(prepare, tmp_path):
         assert (
             f'{{"record": {request["record"]}, "pieces"' in request["request"] and "{prompt}" not in request["request"]
         )
+    row = {"instruction": "Fill in {answer} and {record}.", "output": "It is {prompt}."}
+    prepare(save(tmp_path / "b.jsonl", [row]), "--requests", tmp_path / "braces.jsonl")
+    asked = json.loads((tmp_path / "braces.jsonl").read_text())["request"]
+    assert row["instruction"] in asked and row["output"] in asked, "what a user wrote is text"
     assert "--requests" in PROMPT.read_text() and "--requests" not in requests[0]["request"]
 
 

@@ -27,6 +27,7 @@ from data import Example, read_split, writing
 from data.instruct.annotate import as_text, objection
 from data.instruct.plans import build, cuts_of, restore
 from masks import encode_example
+from methods import trained_by
 from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
@@ -223,7 +224,10 @@ def main() -> None:
     if config.questions:
         write_questions(data, config)
         return
-    model, tokenizer, *_ = load_checkpoint(locate(config.model), devices.find(config.device))
+    model, tokenizer, info, _ = load_checkpoint(locate(config.model), devices.find(config.device))
+    same = tokenizer.tokens == Tokenizer.load(data / "tokenizer.json").tokens
+    if not same or trained_by(info, config.model).plan != "none":
+        raise ValueError(f"--model {config.model}: expected a model trained with --method ar on what --questions wrote")
     judge = Judge(model, tokenizer, config.batch)
     examples = read_split(data / f"{config.split}.jsonl")[: config.limit or None]
     print(*table(gains(examples, judge), config.threshold), sep="\n")

@@ -202,8 +202,9 @@ def example_of(record: Record, annotation: Annotation) -> Example:
 
 def request(number: int, record: Record) -> str:
     """A line of --requests: what to ask a large model about this record."""
-    ask = PROMPT.read_text(encoding="utf-8").split("\n---\n\n", 1)[1].replace("{record}", str(number))
-    ask = ask.replace("{prompt}", record.prompt, 1).replace("{answer}", record.answer)
+    fields = {"{record}": str(number), "{prompt}": record.prompt, "{answer}": record.answer}
+    ask = PROMPT.read_text(encoding="utf-8").split("\n---\n\n", 1)[1]
+    ask = re.sub("|".join(map(re.escape, fields)), lambda match: fields[match[0]], ask)  # not within what was filled in
     return json.dumps({"record": number, "request": ask}, ensure_ascii=False) + "\n"
 
 

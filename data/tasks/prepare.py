@@ -1,6 +1,6 @@
 """Write the data set of generated tasks: train, val and test examples and the tokenizer.
 
-python data/tasks/prepare.py            # a few seconds, no network
+python data/tasks/prepare.py            # 20 seconds, no network
 """
 
 import argparse
