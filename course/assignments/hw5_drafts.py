@@ -55,6 +55,8 @@ the `[MASK]` that follow serve as draft slots.
 
 **Step 3: above temperature 0.** `residual`, and the rest of `check_drafts`. Rows without a draft have `draft` -1 and
 a q of zeros: they are the same formula. Tokens that the grammar forbids have logits of minus infinity and so p = 0.
+`WrittenPlan.prepare` sets their q (`stream.probs`, None at temperature 0) to 0 as well: drafts of such tokens are dropped
+unchecked, so no draft that is checked is one of them. So q need not sum to 1.
 
 **Step 4: measure, and write two pages (20 points).** Choose one.
 
