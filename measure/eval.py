@@ -32,7 +32,6 @@ from plumbing.device import CHOICES, find, peak_memory
 from plumbing.files import write_whole
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from sample import SampleConfig, Sampler
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -149,9 +148,6 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     examples = read_split(path, sampler.tokenizer)[: config.limit or None]
     if not examples:
         raise ValueError(f"{path} has no examples: name another --split")
-    if sampler.tokenizer.tokens != Tokenizer.load(folder / "tokenizer.json").tokens:
-        print(f"{config.checkpoint} has another tokenizer than {folder}: right if it was pretrained, else a wrong "
-              "--checkpoint or --data", file=sys.stderr)  # fmt: skip
     files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
     settings = {"files": hashes, "limit": config.limit, "batch": config.batch}

@@ -235,7 +235,7 @@ WRONG = [
         ("text.safetensors",),
     ),
     ("measure/plot.py", ("FILES/none.csv",), ("none.csv: No such file",)),
-    ("measure/plot.py", ("FILES/text.safetensors",), ("text.safetensors: expected the log.csv of a training run",)),
+    ("measure/plot.py", ("FILES/text.safetensors",), ("text.safetensors: no losses yet",)),
     ("measure/plot.py", ("FILES/model.safetensors",), ("model.safetensors: expected the log.csv of a training run",)),
     ("measure/frontier.py", ("--workers", 0), ("--workers 0: expected at least 1",)),
     ("measure/frontier.py", ("--preset", "days"), ("--preset", "days", "minutes")),
