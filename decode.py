@@ -145,14 +145,14 @@ class WrittenPlan(Phase):
             stream.drafts, stream.probs = drafter.draft(answer)
         self.grammars, proposed, stream.counted = [answer.grammar], stream.drafts, []
         stream.drafts = []
-        for token in proposed:
+        for n, token in enumerate(proposed):
             grammar = self.grammars[-1]
             forced = grammar.forced() if self.config.constrained else None
-            token, q = token if forced is None else forced, stream.probs[len(stream.drafts)]
+            token = token if forced is None else forced
             if not grammar.allowed()[token]:
                 break
-            if q is not None:  # no draft that is kept was drawn from among those that are dropped
-                stream.probs[len(stream.drafts)] = q.where(torch.from_numpy(grammar.allowed()).to(q.device), 0)
+            if (q := stream.probs[n]) is not None:  # so checked drafts were drawn from what is allowed
+                stream.probs[n] = q.where(torch.from_numpy(grammar.allowed()).to(q.device), 0)
             stream.drafts.append(token)
             stream.counted.append(forced is None)
             self.grammars.append(grammar.copy())
@@ -180,9 +180,8 @@ class WrittenPlan(Phase):
         self.layout.cut(self.stream.known)
         tokens, accepted = self.stream.check(replies, self.answer)
         self.answer.plan_passes += 1
-        self.answer.critical_path += accepted == len(
-            tokens
-        )  # a pass that wrote no token of its own: a draft was the end
+        # where a draft was the end, the pass wrote no token of its own
+        self.answer.critical_path += accepted == len(tokens)
         self.answer.cached = self.stream.cached
         self.answer.cut |= any(reply.cut for reply in replies[: accepted + 1])
         phase = self

@@ -183,8 +183,8 @@ class Run:
         if tokenizer.tokens != trainer.tokenizer.tokens:
             raise ValueError(f"{path} has another tokenizer than {self.config.data}: take the --data it was trained on")
         ours, theirs = asdict(trainer.model.config), asdict(model.config)
-        if other := [f"--{name} {value}" for name, value in theirs.items() if ours[name] != value]:
-            raise ValueError(f"{path} holds another model than this run is to train: add {' '.join(other)}")
+        if other := [f"{name} ({value}, not {ours[name]})" for name, value in theirs.items() if ours[name] != value]:
+            raise ValueError(f"{path} is a model of other {', '.join(other)}: give this run the same")
         trainer.model.load_state_dict(model.state_dict())
         return info, state, tokenizer.unit
 

@@ -199,8 +199,8 @@ points.
 ## What to hand in
 
 {" and ".join(f"`{file}`" for file in module.FUNCTIONS)}{", and your written answers" if written else ""}.
-Keep them in their folders. New Python files of your own are allowed; changes of other files are not handed in. AGENTS.md asks coding assistants to
-explain rather than to solve: you are on your honour.
+Keep them in their folders. New Python files of your own are allowed; changes of other files are not handed in.
+AGENTS.md asks coding assistants to explain rather than to solve: you are on your honour.
 """
 
 

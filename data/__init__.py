@@ -184,10 +184,7 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
     """
     path, examples = Path(path), []
     if not path.exists():
-        script, others = path.with_name("prepare.py"), sorted(other.stem for other in path.parent.glob("*.jsonl"))
-        advice = f"`python {script}` writes it" if script.exists() else "a script as in data/README.md writes it"
-        advice = f"there are {', '.join(others)}" if others else advice
-        raise ValueError(f"{path} does not exist: {advice}")
+        raise ValueError(f"{path} does not exist: {_advice(path)}")
     own = path.with_name("tokenizer.json")
     anew = tokenizer and own.exists() and own.read_text(encoding="utf-8") != tokenizer.to_json()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text may hold other line breaks
@@ -201,6 +198,14 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
         except RecursionError:
             raise ValueError(f"{path}, line {number}: JSON nested too deeply") from None
     return examples
+
+
+def _advice(missing: Path) -> str:
+    """What to do about a split that is not there."""
+    others, script = sorted(path.stem for path in missing.parent.glob("*.jsonl")), missing.with_name("prepare.py")
+    if others:
+        return f"there are {', '.join(others)}"
+    return f"`python {script}` writes it" if script.exists() else "a script as in data/README.md writes it"
 
 
 def _read_line(line: bytes) -> Example:

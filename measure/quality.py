@@ -96,7 +96,7 @@ def spans_per_answer(results: list[dict]) -> dict[int, float]:
 
 
 def distinct(results: list[dict], n: int) -> float:
-    """Share of an answer's n-grams of words that are different, the mean over answers that have any: low if they repeat."""
+    """Share of an answer's n-grams of words that are different, the mean over answers with any: low if these repeat."""
     shares = []
     for result in results:
         words = result["text"].split()

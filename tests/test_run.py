@@ -96,7 +96,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder, tmp_path):
     run(folder, tmp_path, steps=1)
     with pytest.raises(ValueError, match=r"lr \(0.005, not 0.1\).*another --out"):
         run(folder, tmp_path, steps=1, lr=0.1)
-    with pytest.raises(ValueError, match="another model than this run is to train: add --n_layer 1$"):
+    with pytest.raises(ValueError, match=r"a model of other n_layer \(1, not 2\): give this run the same"):
         run(folder, tmp_path, steps=1, shape={**SHAPE, "n_layer": 2})
     other = tmp_path / "other"
     shutil.copytree(folder, other)

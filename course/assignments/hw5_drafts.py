@@ -76,8 +76,10 @@ slots once; take more steps for long spans; start denoising a span while the pla
 by denoising and check them left to right. Compare it with `planned` at five or more settings on 70 or more prompts,
 with the same checkpoint. A way that loses is as good as one that wins, if you can say why.
 
-Hand in `report.md` or `report.pdf` with its plots, and the script that makes them. In option B let the script add your
-way to the tables (`DECODERS`, `METHODS` with the `decodes` of `planned`, `TITLES`), since those files are not handed in:
+In option B let your script add your way to the tables (`DECODERS`, `METHODS` with the `decodes` of `planned`, `TITLES`):
+changes of those files are not handed in.
+
+Hand in `report.md` or `report.pdf` with its plots, and the script that makes them:
 
 1. A plot of quality against passes, one line per way of decoding, one point per setting, and the same against
    positions or seconds. Say which machine, how many threads, how many prompts.
