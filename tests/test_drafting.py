@@ -15,7 +15,6 @@ import unmask
 from course.small import bigrams, enumerated
 from data import Example
 from decode import Reading, Reply, Stream
-from masks import PLAN
 from methods import MethodConfig, encode
 from sample import Predictions, SampleConfig, Sampler
 from tags import Round
@@ -50,9 +49,6 @@ def test_greedy_drafted_text_is_the_undrafted_text(tokenizer, method, ahead):
         assert [(ids(a), a.cut, a.layout) for a in drafted] == [(ids(a), a.cut, a.layout) for a in plain]
         assert all(a.accepted <= a.drafted for a in drafted)
         assert all(a.plan_passes <= b.plan_passes for a, b in zip(drafted, plain))
-        for answer in (*plain, *drafted):
-            passes = answer.plan_passes + answer.denoise_passes
-            assert passes <= answer.critical_path <= passes + answer.layout.kind.count(PLAN) + 1
 
 
 @pytest.mark.parametrize("method", WRITERS, ids=lambda m: m.method)
@@ -67,6 +63,8 @@ def test_right_drafts_save_passes_and_wrong_ones_only_themselves(fluent, method,
             (answer,) = Sampler(model, fluent, SampleConfig(ahead=ahead, **config), method).answer([example.prompt])
             assert answer.layout == sampled(encode(example, fluent, method)) and not answer.broken and not answer.cut
             passes[name, ahead] = answer.plan_passes
+            if not constrained:  # then no token is forced, so each pass is a step of the critical path
+                assert answer.critical_path == answer.plan_passes + answer.denoise_passes
             if name == "perfect":
                 assert answer.accepted == answer.drafted
             elif ahead:
