@@ -299,6 +299,15 @@ def test_an_empty_file_of_answers_is_a_new_one(config, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 2
 
 
+def test_peak_memory_is_that_of_the_answers(config, monkeypatch):
+    called = []
+    for name in ("answer_all", "peak_memory", "likelihoods"):
+        whole = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *args, n=name, f=whole: [called.append(n), f(*args)][1])
+    evaluate(config("ar", limit=1), SHORT)
+    assert called == ["answer_all", "peak_memory", "likelihoods"]
+
+
 @pytest.mark.parametrize("name", ["planned", "ar", "block"])
 def test_an_answer_without_room_and_a_single_draw_give_a_whole_report(config, name):
     report = evaluate(config(name, draws=1, limit=2), SampleConfig(max_tokens=1))

@@ -271,7 +271,8 @@ def test_data_with_a_checker_have_right_answers_instead(report, files, tmp_path)
 
 def test_two_saved_reports_are_compared_and_others_are_refused(report, tmp_path, monkeypatch, capsys):
     a, b = report("ar"), report("planned")
-    for name, saved in {"a": a, "b": b, "short": report(limit=2), "other": {"readers": {}}}.items():
+    judged = {"one judge": a | {"judge": "1"}, "two judges": a | {"judge": "2"}}
+    for name, saved in {"a": a, "b": b, "short": report(limit=2), "other": {"readers": {}}, **judged}.items():
         (tmp_path / name).write_text(json.dumps(saved))
     (tmp_path / "text").write_text("no JSON")
 
@@ -287,6 +288,9 @@ def test_two_saved_reports_are_compared_and_others_are_refused(report, tmp_path,
                         ("text", "expected what"), ("none", "No such file")]:  # fmt: skip
         with pytest.raises(SystemExit, match=rf"^readers.py: [^\n]*{other}[^\n]*{said}[^\n]*$"):
             run("a", other)
+    assert run("one judge", "one judge") and run("a", "one judge")
+    with pytest.raises(SystemExit, match="perplexities under different judges: take the same --judge"):
+        run(*judged)
 
 
 def test_examples_are_the_same_if_prompts_and_references_are():
