@@ -287,8 +287,10 @@ class Denoise(Phase):
     """Stage 2: denoise all spans of a round in the same passes, each by itself.
 
     After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or, with a threshold
-    or an entropy bound, what that allows, and at least one. A slot that waits for its neighbours (unmask.fill) is made
-    up for in the next pass. Finished spans are no longer computed.
+    or an entropy bound, what that allows. Each pass fills at least one slot of each span that it computes: a pass that
+    filled none would be repeated exactly, since nothing that the span sees has changed. So short spans finish before
+    long ones (the order sigma^Plan of the paper). A slot that waits for its neighbours (unmask.fill) is made up for in
+    the next pass. Finished spans are no longer computed.
     """
 
     in_spans = fills = True
@@ -321,7 +323,7 @@ class Denoise(Phase):
         """How many of a group's slots to fill at least, if so many are `left`."""
         if self.config.threshold or self.config.entropy_bound:
             return 1
-        return max(0, math.ceil(slots * self.step / self.steps) - (slots - left))
+        return max(1, math.ceil(slots * self.step / self.steps) - (slots - left))
 
     def take(self, replies):
         """Fill the slots whose tokens are kept. Raises RuntimeError if there are none: the next pass would be the same."""

@@ -213,7 +213,7 @@ class NaiveSampler:
             chosen = [i for i in left if guess[i][2] >= self.config.threshold] or first[:1]
         else:
             filled = len(slots) - len(left)
-            chosen = first[: max(0, math.ceil(len(slots) * step / steps) - filled)]
+            chosen = first[: max(1, math.ceil(len(slots) * step / steps) - filled)]
         for i in chosen:
             self.tokens[i].id = guess[i][0]
 

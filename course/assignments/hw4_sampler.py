@@ -74,7 +74,8 @@ slots. `self.first` is the first entry of the scaffold. A group is what shares a
 
 - What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans,
   whole.
-- After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that.
+- After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that,
+  and at least one: a pass that fills none of a span's slots would be repeated exactly.
 - After the pass, entries before `first` are exact in the cache. Is anything else?
 - A pass that fills no slot would repeat itself for ever: raise RuntimeError.
 
@@ -247,7 +248,7 @@ def draw_order(expected, came):
 
 @check(
     points=15,
-    idea="after step s of S, ceil(n s / S) of each span's own n slots are filled; only unfinished spans are computed",
+    idea="after step s of S, ceil(n s / S) of each span's own n slots are filled, at least one per pass; only unfinished spans are computed",
     draw=draw_order,
 )
 def passes_by_hand(rng, size):
@@ -383,6 +384,8 @@ WRONG = (
           "max(1, slots * self.step // self.steps)", "passes_by_hand"),
     Wrong("quota per pass instead of in all", "decode.py", "(slots * self.step / self.steps) - (slots - left))",
           "(slots / self.steps))", "passes_by_hand"),
+    Wrong("short spans wait for long ones", "decode.py", "return max(1, math.ceil(slots", "return max(0, math.ceil(slots",
+          "passes_by_hand"),
     Wrong("finished spans go on", "decode.py", "        self.leave(unfinished)\n", "", "passes_by_hand"),
     Wrong("plan computed by every pass", "decode.py", "return [*range(self.answer.cached, self.first), *(",
           "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
