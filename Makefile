@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test data frontier clean
 
 demo: $(VENV)/ready
-	@$(RUN) demo.py
+	@$(RUN) demo/demo.py
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -q tests

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from data import Example
+from tags import Example
 from tokenizer import Tokenizer
 
 PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic

@@ -5,10 +5,8 @@ import small
 
 def begun(tokenizer, repeat_topic=True, **settings):
     """An answer before its first pass, and its first phase."""
-    from answer import Answer
-    from decode import next_round
-    from methods import MethodConfig
-    from sample import SampleConfig
+    from config import MethodConfig, SampleConfig
+    from decode import Answer, next_round
 
     method = MethodConfig("planned", repeat_topic=repeat_topic)
     answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, seed=0)

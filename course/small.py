@@ -29,8 +29,7 @@ def prompts(rng, n):
 
 def example(rng, tok, spans):
     """An example whose rounds have so many spans each, some planned longer than their text needs."""
-    from data import Example
-    from tags import Round, Span
+    from tags import Example, Round, Span
 
     pick = lambda: PARTS[rng.integers(len(PARTS))]
 

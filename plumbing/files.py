@@ -5,6 +5,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# what a file that is something else, cut or made up may raise; RuntimeError: also JSON nested too deeply
+UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:

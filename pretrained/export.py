@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import LONGEST
 from model import Transformer
-from plumbing.checkpoint import load_checkpoint
 from plumbing.files import atomic, refuse_overwriting, write_whole
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained import tokens
 from pretrained.llama import load, look, places, transformers_config
-from sample import LONGEST
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint
 
 
 @dataclass

@@ -201,7 +201,6 @@ def load(pretrained: Pretrained, device: torch.device | str = "cpu", dtype: torc
                 weight = torch.cat([published.get(theirs, (rows, *shapes[ours][1:])) for theirs, rows in parts])
             weights[ours] = weight.to(device, dtype)
     model.load_state_dict(weights, assign=True)
-    model.attend_by("dense")
     return model
 
 

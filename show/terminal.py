@@ -11,12 +11,10 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from decode import Answer
 from show.record import Frame, frame, printable
-
-if TYPE_CHECKING:
-    from answer import Answer
 
 FADED, BOLD, NEW, PLAN = "2", "1", "1;32", "36"  # how text looks, in terminal codes
 MASKED = " ____"  # a slot not yet filled

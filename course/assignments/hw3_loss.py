@@ -120,7 +120,7 @@ def model(tok, seed, std=0.3):
 @check(points=15, idea="plan and text predict the next token of plan or text, shifted by one: the spans are skipped",
        draw=draw_rows)  # fmt: skip
 def shift(rng, size):
-    from drafts import IGNORE
+    from noise import IGNORE
 
     tok = small.tokenizer()
     (s,) = sequences(rng, tok, 1, rounds=(2, 1, 0, 3)[: size + 1])
@@ -135,8 +135,7 @@ def shift(rng, size):
 def padding(rng, size):
     import numpy as np
 
-    from drafts import Piece, Term
-    from noise import pad
+    from noise import Piece, Term, pad
 
     tok, rows = small.tokenizer(), []
     for n in rng.integers(3, 6, 1 + size).tolist():
@@ -177,8 +176,8 @@ def history(rng, size):
 
 @check(points=15, idea="a masked slot predicts its own original token, unshifted, [PAD] like any other; others nothing")
 def slots(rng, size):
-    from drafts import IGNORE
     from masks import SLOT
+    from noise import IGNORE
 
     tok = small.tokenizer()
     wrong = {"masked slots that predict another token": 0, "slots not masked that predict something": 0}
@@ -226,9 +225,8 @@ def sums(rng, size):
     import numpy as np
     import torch
 
-    from drafts import IGNORE, Term
     from loss import JointLoss, counts
-    from noise import Batch
+    from noise import IGNORE, Batch, Term
 
     tok, shape = small.tokenizer(), (2, 12 * size)
     draw = lambda high: torch.from_numpy(rng.integers(0, high, shape))
@@ -261,8 +259,8 @@ def plan_nll(rng, size):
 def elbo(rng, size):
     import torch
 
-    from drafts import Term
     from loss import JointLoss, validate
+    from noise import Term
 
     def constant(batch):  # a loss of 3.5 for each slot, masked or not
         slots = (batch.term == Term.SPAN).sum()

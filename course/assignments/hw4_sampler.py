@@ -115,7 +115,7 @@ def unmask_inputs(rng, size):
 def certainty_of_slots(rng, size):
     import torch
 
-    from sample import SampleConfig
+    from config import SampleConfig
     from unmask import certainty
 
     logits, _ = unmask_inputs(rng, size)
@@ -161,7 +161,7 @@ def draw_kept(expected, came):
 def slots_kept(rng, size):
     import torch
 
-    from sample import SampleConfig
+    from config import SampleConfig
     from unmask import fill
 
     logits, group = unmask_inputs(rng, size + 4)
@@ -278,7 +278,8 @@ def recorded(model, tokenizer, settings, prompt):
     """
     import torch
 
-    from sample import SampleConfig, Sampler
+    from config import SampleConfig
+    from sample import Sampler
 
     passes = []
 
@@ -341,8 +342,9 @@ def exact_cache(rng, size):
 def shipped_model(rng, size):
     import random
 
+    from config import SampleConfig
     from data.tasks.families import build_world, facts, lookups
-    from sample import SampleConfig, Sampler
+    from sample import Sampler
 
     draws = random.Random(int(rng.integers(1 << 30)))
     family = (facts, lookups)[int(rng.integers(2))] if size > 1 else facts

@@ -128,7 +128,7 @@ def distributions(rng, n, vocabulary=6):
 
 @check(points=8, idea="a rejected draft is replaced by a draw from max(0, p - q), normalised, not from p")
 def residual_of(rng, size):
-    from unmask import residual
+    from drafting.decoding import residual
 
     p, q = distributions(rng, 3 + size)
     left = residual(p.clone(), q.clone())
@@ -142,8 +142,8 @@ def residual_of(rng, size):
 def greedy_check(rng, size):
     import torch
 
-    from sample import SampleConfig
-    from unmask import check_drafts
+    from config import SampleConfig
+    from drafting.decoding import check_drafts
 
     logits = torch.from_numpy(rng.standard_normal((6 * size, 9))).float()
     draft = torch.from_numpy(rng.integers(-1, 9, 6 * size))
@@ -183,8 +183,8 @@ def draw_table(expected, came):
 def draft_distribution(rng, size):
     import torch
 
-    from sample import SampleConfig
-    from unmask import check_drafts
+    from config import SampleConfig
+    from drafting.decoding import check_drafts
 
     n, found = 40_000, {}
     p, q = distributions(rng, 2 + size)
@@ -223,7 +223,8 @@ def draw_scene(expected, came):
 def stream_by_hand(rng, size):
     from types import SimpleNamespace
 
-    from decode import Reply, Stream
+    from decode import Reply
+    from methods import Stream
 
     found = {}
     for number in range(6 + 4 * size):
@@ -269,8 +270,8 @@ def draw_texts(expected, came):
 
 @check(points=15, idea="with drafts the text is, token for token, the text without drafts", draw=draw_texts, seconds=60)
 def same_text(rng, size):
-    from methods import MethodConfig
-    from sample import SampleConfig, Sampler
+    from config import MethodConfig, SampleConfig
+    from sample import Sampler
 
     tokenizer, found = small.tokenizer(), {}
     model, prompts = small.planner(rng, tokenizer), small.prompts(rng, 2)
@@ -291,8 +292,9 @@ def same_text(rng, size):
 def passes_saved(rng, size):
     import random
 
+    from config import SampleConfig
     from data.tasks.families import build_world, facts
-    from sample import SampleConfig, Sampler
+    from sample import Sampler
 
     draws, found = random.Random(int(rng.integers(1 << 30))), {}
     prompts = [facts(draws, build_world(0, "test")).prompt for _ in range(size)]
@@ -315,8 +317,8 @@ def passes_saved(rng, size):
 def text_distribution(rng, size):
     from collections import Counter
 
-    from methods import MethodConfig
-    from sample import SampleConfig, Sampler
+    from config import MethodConfig, SampleConfig
+    from sample import Sampler
 
     tokenizer, tokens, n, found = small.tokenizer(), [97, 98], 3000, {}
     for ahead in (1 + size,):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Example, read_split, writing
+from data import read_split, writing
 from data.instruct.annotate import as_text, objection
 from data.instruct.plans import build, cuts_of, restore
 from masks import encode_example
@@ -31,11 +31,11 @@ from methods import trained_by
 from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
-from plumbing.checkpoint import load_checkpoint
 from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from tags import Round
+from tags import Example, Round
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint
 
 SPLITS = ("train", "val", "test")
 LATER = "(text of a later round)"  # a control: it should depend on the spans before it

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Example, read_split
+from data import read_split
 from data.instruct.annotate import COSTS, annotate, objection
 from data.instruct.plans import cuts_of, restore
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from tags import Round, Span, pieces
+from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
 
 KINDS = ("borders", "spans", "lengths", "rounds")

@@ -25,7 +25,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Example, writing
+from data import writing
 from data.instruct.annotate import Annotation, annotate, objection, unaskable
 from data.instruct.forms import FORMS, Bad, Record, answers
 from data.instruct.plans import Annotations, build, restore
@@ -33,7 +33,7 @@ from data.instruct.show import shown
 from plumbing.files import atomic, refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained.tokens import read
-from tags import plain_text
+from tags import Example, plain_text
 from tokenizer import Tokenizer
 
 PROMPT = Path(__file__).with_name("prompt.md")

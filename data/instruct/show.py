@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data import Example
+from tags import Example
 
 BOLD, FAINT, INKS = "1", "2", ("36", "33", "32", "35", "34")
 

@@ -18,11 +18,12 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo import PROMPTS
+from config import SampleConfig
+from demo.demo import PROMPTS
 from plumbing import device as devices
 from plumbing.files import write_whole
 from plumbing.settings import command
-from sample import SampleConfig, Sampler
+from sample import Sampler
 from show.record import TITLES, Frame, FrameTopic, action, counted, denoises, printable, record, since
 
 START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
@@ -274,7 +275,7 @@ def main() -> None:
     answers = []
     for path in (args.planned, args.ar):
         sampler = Sampler.load(path, SampleConfig(), devices.find(args.device))
-        answers.append((sampler.method.method, record(sampler, args.prompt)))
+        answers.append((sampler.method.method, record(sampler.answer, args.prompt)))
     write_whole(Path(args.out), draw(args.prompt, answers))
     counts = " and ".join(counted(len(frames), "pass", "passes") for _, frames in answers)
     print(f"{args.out}: {counts}")
