@@ -1,5 +1,6 @@
-"""What the tests share: a small tokenizer, small random models, and random examples."""
+"""What the tests share: a small tokenizer, small random models, random examples, and loops over cases."""
 
+import itertools
 import random
 import shutil
 import sys
@@ -15,6 +16,40 @@ from kernels import graphs
 from model import ModelConfig, Transformer
 from tags import EOS, TAGS, TOPIC, Round, Span
 from tokenizer import MAX_LENGTH, Tokenizer
+
+LOOPS = []  # the cases that loops of the running test are at
+
+
+def each(cases):
+    """Go through cases. If the test fails, its report names the case."""
+    depth = len(LOOPS)
+    for case in cases:
+        LOOPS[depth:] = [case]
+        yield case
+    del LOOPS[depth:]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "call":
+        if call.excinfo and LOOPS:
+            outcome.get_result().sections.append(("the loop was at", " of ".join(map(repr, LOOPS[::-1]))))
+        LOOPS.clear()
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A function that makes an empty folder, another one at each call."""
+    numbers = itertools.count()
+
+    def make():
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        return folder
+
+    return make
+
 
 SENTENCES = (
     "Tell me about the otter: its habitat, its food and its play.",

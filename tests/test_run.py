@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from training import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
+from runs import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
 
 import train
 from plumbing.checkpoint import load_checkpoint

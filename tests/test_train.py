@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
-from training import (
+from runs import (
     assert_same,
     data_set,
     examples,

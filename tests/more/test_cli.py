@@ -22,7 +22,7 @@ from plumbing.checkpoint import save_checkpoint
 from sample import SampleConfig
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = {
     "text",
     "rounds",

@@ -16,7 +16,7 @@ from plumbing.settings import pick
 from sample import SampleConfig
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "runs"} & {*path.relative_to(ROOT).parts})
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun) [^-]|[A-Z]+=\"")  # or a variable for the ones below
 STUBS = r"""

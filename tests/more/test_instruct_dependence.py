@@ -19,7 +19,7 @@ from plumbing.checkpoint import save_checkpoint
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TWO = Example(
     "p",
     (

@@ -14,7 +14,7 @@ from data.instruct.prepare import PROMPT
 from tags import PAD, plain_text
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ANIMALS = "otter bear fox wolf lynx heron crane stork badger mole".split()
 FACTS = ("It lives in the rivers and lakes of the north.", "Fish, crabs and frogs are what it eats most of all.",
          "In the evening it slides on the mud and swims.")  # fmt: skip

@@ -22,7 +22,7 @@ from show.mask import otter, seen
 from show.mask import show as mask_lines
 from show.record import Frame, FrameRound, FrameTopic, frame, record
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {name: ROOT / f"checkpoints/tasks/{name}.safetensors" for name in ("planned", "ar")}
 RIVER = "Tell me about the river, the food and the ruler of Brivok."
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.files import atomic, refuse_overwriting, write_whole
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def files_of(folder):

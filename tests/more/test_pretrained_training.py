@@ -10,7 +10,7 @@ from conftest import random_example
 from published import library, published
 from safetensors.torch import load_file
 from test_pretrained import our_logits
-from training import Crash, assert_same, crash, interrupt, losses, said, settings
+from runs import Crash, assert_same, crash, interrupt, losses, said, settings
 
 from data import read_split, write_dataset
 from measure.eval import EvalConfig, evaluate
