@@ -11,9 +11,8 @@ from fractions import Fraction
 
 import torch
 
-from attention import dense
 from grammar import Grammar
-from model import rope
+from model import dense, rope
 
 
 @dataclass

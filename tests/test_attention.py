@@ -1,4 +1,4 @@
-"""The three ways to compute attention agree: FlexAttention and the kernel (emulated) with the dense mask."""
+"""The ways to compute attention agree: FlexAttention and the kernel (emulated) with the dense mask."""
 
 import shutil
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import random_example, small_model
 
-import attention
-from attention import BACKENDS, choose
+from kernels import backends
+from kernels.backends import BACKENDS, choose
 from masks import ATTENTION, encode_example
 from noise import Sequence, make_batch
 
@@ -18,7 +18,7 @@ def uncompiled(monkeypatch):
     """FlexAttention without the compiler: slower, but quick to start."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(backends, "compiled_flex", lambda: flex_attention)
 
 
 def batch_of(tokenizer, spans):
@@ -56,7 +56,7 @@ def test_auto_is_the_dense_mask_without_a_gpu_and_other_names_are_refused():
 
 def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
     for made in (True, False):
-        monkeypatch.setattr(attention.kernels, "available", lambda dtype, head_size: made)
+        monkeypatch.setattr(backends.kernels, "available", lambda dtype, head_size: made)
         assert choose("auto", "cuda", torch.bfloat16, 64) == ("kernel" if made else "flex")
     assert choose("auto", "cuda", torch.float32, 64) == "dense"
 

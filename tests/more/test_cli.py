@@ -14,13 +14,11 @@ import torch
 from conftest import random_example, small_model
 from safetensors.torch import save_file
 
+from config import MethodConfig, SampleConfig, TrainConfig
 from data import write_dataset
 from measure.eval import EvalConfig
-from methods import MethodConfig
 from model import ModelConfig
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig
-from train import TrainConfig
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = {
@@ -96,7 +94,7 @@ def test_help_shows_every_setting_with_its_default(cli, script, classes):
 @pytest.mark.parametrize(
     "script, options",
     [
-        ("demo.py", ("prompt", "data", "delay", "device")),
+        ("demo/demo.py", ("prompt", "data", "delay", "device")),
         ("show/mask.py", ("attention", "png")),
         ("measure/plot.py", ("png",)),
         ("measure/bench.py", ("device", "repeats")),
@@ -253,9 +251,9 @@ WRONG = [
     ("train.py", ("--method", "magic"), ("--method magic", "planned, dense")),
     ("train.py", ("--weight", "heavy"), ("--weight heavy", "uniform, elbo")),
     ("train.py", ("--lr", "fast"), ("--lr", "fast")),
-    ("demo.py", ("--prompt", "x"), ("--prompt needs --data",)),
-    ("demo.py", ("--delay", "nan"), ("--delay nan: expected 0 or more",)),
-    ("demo.py", ("--device", "abacus"), ("--device abacus: expected one of",)),
+    ("demo/demo.py", ("--prompt", "x"), ("--prompt needs --data",)),
+    ("demo/demo.py", ("--delay", "nan"), ("--delay nan: expected 0 or more",)),
+    ("demo/demo.py", ("--device", "abacus"), ("--device abacus: expected one of",)),
     ("show/mask.py", ("--attention", "some"), ("--attention", "sparse")),
 ]
 
@@ -275,7 +273,7 @@ DEVICES = [
     ("measure/eval.py", (*MODEL, "--data", "FILES")),
     ("measure/bench.py", ()),
     ("measure/frontier.py", ()),
-    ("demo.py", ()),
+    ("demo/demo.py", ()),
 ]
 
 

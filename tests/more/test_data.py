@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import hostile
 
-from data import Example, read_split, write_dataset
+from data import read_split, write_dataset
 from masks import encode_example
-from tags import Round, Span, format_answer, pieces, plain_text
+from tags import Example, Round, Span, format_answer, pieces, plain_text
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,11 @@ def test_the_same_examples_give_the_same_bytes(tmp_path):
 def test_the_same_examples_give_the_same_bytes_in_another_process(tmp_path):
     script = "import sys, test_data as t; t.write_dataset(sys.argv[1], t.make_splits(), 400, t.UNIT)"
     for seed in ["1", "2"]:  # Python orders sets of strings by this seed
-        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "more")])}
+        env = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "more")]),
+        }
         subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], env=env, check=True, capture_output=True)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from config import MethodConfig, SampleConfig, TrainConfig
 from measure import code, frontier
 from measure.code import bare, fingerprint, sources
 from measure.eval import EvalConfig
 from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset, compared
 from measure.report import quality
-from methods import MethodConfig
 from model import ModelConfig
 from plumbing.settings import ROOT, add_settings, command, pick
-from sample import SampleConfig
-from train import TrainConfig
 
 TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
 ENTRIES = {
@@ -345,7 +343,6 @@ def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_
 
 LOADED = """
 import runpy, sys
-from pathlib import Path
 runpy.run_path({script!r})
 paths = [Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 print(*(path.relative_to(Path.cwd()) for path in paths

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import OTTER, random_example, small_model
 
-from data import Example, read_split, write_dataset
+from data import read_split, write_dataset
 from data.instruct.dependence import LATER, Gain, Judge, Piece, asked, gains, question, revised, table
 from data.instruct.judge import Score, docstrings, facts, judge
 from data.instruct.plans import restore
 from masks import encode_prompt
-from plumbing.checkpoint import save_checkpoint
-from tags import Round, Span, pieces
+from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = Example(

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from conftest import NASTY, ODD_SPACE, SENTENCES
 
-from data import Example, read_split, write_dataset
+from data import read_split, write_dataset
 from data.instruct.annotate import COSTS, annotate, as_text
 from data.instruct.plans import Annotations, Cut, build, cuts_of, quoted, restore
 from data.instruct.structure import RULES, parts_by
-from tags import format_answer, parse_answer, pieces
+from tags import Example, format_answer, parse_answer, pieces
 from tokenizer import MAX_LENGTH
 
 MARKS = ["- ", "* ", "1. ", "2) ", "# ", "## ", "**Food:** ", "Pros: ", "x : int\n    ", "```\n", "| a | b |\n", "|---|\n",

@@ -7,8 +7,8 @@ import pytest
 
 from measure import plot
 from measure.plot import draw, gather, named, read
-from plumbing.bookkeeping import Log
 from plumbing.settings import command
+from training.bookkeeping import Log
 
 FIGURE = pytest.importorskip("matplotlib.figure").Figure
 

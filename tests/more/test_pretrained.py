@@ -12,11 +12,11 @@ from published import KINDS, SIZES, library, published, published_tensors
 from safetensors.torch import load_file, save_file
 
 from model import ModelConfig
-from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.settings import ROOT
 from pretrained import export, llama
 from pretrained.llama import load, look
 from tokenizer import MAX_LENGTH
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def causal(token):

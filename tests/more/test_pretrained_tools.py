@@ -14,15 +14,15 @@ import torch
 from conftest import small_model
 from published import published
 
+from config import TrainConfig
 from loss import JointLoss
 from measure import memory
 from model import ModelConfig
-from optim import Optimizer
 from plumbing.settings import ROOT
 from pretrained import download
 from pretrained.llama import load, look
 from pretrained.lora import adapt
-from train import TrainConfig
+from training.optim import Optimizer
 
 # ---------------------------------------------------------------- download
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import SENTENCES, small_model
 
-from measure.speculate import Drafter
-from methods import MethodConfig
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig, Sampler
+from config import MethodConfig, SampleConfig
+from measure.speculate import Drafter, drafted_by
+from sample import Sampler
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 AR = MethodConfig("ar")
 
@@ -29,7 +29,9 @@ def both(tokenizer, large, small, prompts, ahead=4, method=AR, **settings):
     """The answers of the large model alone, and with the small one's drafts."""
     alone = Sampler(large, tokenizer, SampleConfig(**settings), method).answer(prompts)
     drafter = Drafter(small)
-    return alone, Sampler(large, tokenizer, SampleConfig(ahead=ahead, **settings), method, drafter).answer(prompts)
+    return alone, Sampler(large, tokenizer, SampleConfig(ahead=ahead, **settings), method, drafted_by(drafter)).answer(
+        prompts
+    )
 
 
 @pytest.mark.parametrize("noise", [0, 0.02, 1])
