@@ -34,7 +34,7 @@ def pytest_runtest_makereport(item, call):
     outcome = yield
     if call.when == "call":
         if call.excinfo and LOOPS:
-            outcome.get_result().sections.append(("the loop was at", " of ".join(map(repr, LOOPS[::-1]))))
+            outcome.get_result().sections.append(("the loop was at", " of ".join(map(repr, LOOPS[::-1]))[:2000]))
         LOOPS.clear()
 
 

@@ -1,5 +1,6 @@
 """The commands as a user meets them: their help, their output, and what they say when something is wrong."""
 
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_example, small_model
+from conftest import each, random_example, small_model
 from safetensors.torch import save_file
 
 from config import MethodConfig, SampleConfig, TrainConfig
@@ -75,35 +76,33 @@ def cli(monkeypatch, capsys, files):
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize(
-    "script, classes",
-    [
-        ("train.py", (TrainConfig, MethodConfig, ModelConfig)),
-        ("sample.py", (SampleConfig,)),
-        ("measure/eval.py", (EvalConfig, SampleConfig)),
-    ],
-)
-def test_help_shows_every_setting_with_its_default(cli, script, classes):
-    code, out, _ = cli(script, "--help")
-    assert code == 0
-    words = " ".join(out.split())
-    for f in (f for cls in classes for f in fields(cls) if "help" in f.metadata):
-        assert f" --{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
+def test_help_shows_every_setting_with_its_default(cli):
+    for script, classes in each(
+        [
+            ("train.py", (TrainConfig, MethodConfig, ModelConfig)),
+            ("sample.py", (SampleConfig,)),
+            ("measure/eval.py", (EvalConfig, SampleConfig)),
+        ]
+    ):
+        code, out, _ = cli(script, "--help")
+        assert code == 0
+        words = " ".join(out.split())
+        for f in (f for cls in classes for f in fields(cls) if "help" in f.metadata):
+            assert f" --{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
 
 
-@pytest.mark.parametrize(
-    "script, options",
-    [
-        ("demo/demo.py", ("prompt", "data", "delay", "device")),
-        ("show/mask.py", ("attention", "png")),
-        ("measure/plot.py", ("png",)),
-        ("measure/bench.py", ("device", "repeats")),
-        ("measure/frontier.py", ("preset", "out")),
-    ],
-)
-def test_help_of_the_small_scripts(cli, script, options):
-    code, out, _ = cli(script, "--help")
-    assert code == 0 and all(f"--{option}" in out for option in options)
+def test_help_of_the_small_scripts(cli):
+    for script, options in each(
+        [
+            ("demo/demo.py", ("prompt", "data", "delay", "device")),
+            ("show/mask.py", ("attention", "png")),
+            ("measure/plot.py", ("png",)),
+            ("measure/bench.py", ("device", "repeats")),
+            ("measure/frontier.py", ("preset", "out")),
+        ]
+    ):
+        code, out, _ = cli(script, "--help")
+        assert code == 0 and all(f"--{option}" in out for option in options)
 
 
 # ---------------------------------------------------------------- sample.py
@@ -277,13 +276,17 @@ DEVICES = [
 ]
 
 
-@pytest.mark.parametrize("kind, found", [("cuda", torch.cuda), ("mps", torch.backends.mps)])
-@pytest.mark.parametrize("script, args", DEVICES, ids=[script for script, _ in DEVICES])
-def test_a_device_that_is_not_there_is_named_as_such(cli, monkeypatch, script, args, kind, found):
-    monkeypatch.setattr(found, "is_available", lambda: False)
-    code, out, err = cli(script, *args, "--device", kind)
-    assert (code, out) == (1, "") and "\n" not in err.strip()
-    assert err.startswith(f"{Path(script).name}: --device {kind}: this torch") and "take another, or auto" in err
+def test_a_device_that_is_not_there_is_named_as_such(cli, monkeypatch):
+    for (kind, found), (script, args) in each(
+        itertools.product([("cuda", torch.cuda), ("mps", torch.backends.mps)], DEVICES)
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(found, "is_available", lambda: False)
+            code, out, err = cli(script, *args, "--device", kind)
+            assert (code, out) == (1, "") and "\n" not in err.strip()
+            assert (
+                err.startswith(f"{Path(script).name}: --device {kind}: this torch") and "take another, or auto" in err
+            )
 
 
 PICTURES = [("show/mask.py", ()), ("measure/plot.py", ("FILES/log.csv",))]

@@ -1,5 +1,6 @@
 """The course: each assignment is made from the sources, and its tests tell the solution from plausible wrong ones."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+from conftest import each
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "course"))
@@ -128,14 +130,14 @@ def test_a_body_is_left_out_but_its_docstring_and_shapes_stay():
     assert blank == before + "".join(f"        {line}\n" for line in expected[1:]) + after
 
 
-@pytest.mark.parametrize("name, said", [
+def test_a_function_that_was_renamed_or_lost_its_docstring_cannot_be_left_out():
+    for name, said in each([
     ("Layer.backward", "layer.py has no function Layer.backward any more"),
     ("forward", "layer.py has no function forward any more"),
     ("Layer.after", "layer.py: Layer.after has no docstring"),
-])  # fmt: skip
-def test_a_function_that_was_renamed_or_lost_its_docstring_cannot_be_left_out(name, said):
-    with pytest.raises(ValueError, match=said):
-        make.blanked("layer.py", SOURCE, [name])
+]):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            make.blanked("layer.py", SOURCE, [name])
 
 
 CUDA = """
@@ -180,7 +182,7 @@ def plain_text(body):
     return f"\n\nimport os, signal, subprocess, sys, time\ndef plain_text(rounds):\n    {body}\n"
 
 
-@pytest.mark.parametrize("body, said", [
+CRASHES = [
     ("raise RuntimeError('no')", "RuntimeError: no"),
     ("os.kill(os.getpid(), signal.SIGSEGV)", "ended with SIGSEGV"),
     ("os._exit(3)", "ended with status 3"),
@@ -194,12 +196,16 @@ def plain_text(body):
     ("os.write(3, b'{\"values\": [[]]}\\n'); os._exit(0)", "expected the results of 2 cases"),
     ("subprocess.Popen(['sleep', '1000']); return 'x'", "expected"),
     ("os.fork() or time.sleep(1000); return 'x'", "expected"),
-])  # fmt: skip
-def test_a_crash_or_endless_loop_costs_points_but_not_the_run(tags, tmp_path, body, said):
-    folder = submission(tags, tmp_path / "one", plain_text(body))
-    results = tags.public(folder, ["plain", "forced"], seconds=2)
-    assert results["plain"].score == 0 and said in results["plain"].output
-    assert results["forced"].score == results["forced"].max_score and results["files"].score == checks.FILES
+]  # fmt: skip
+
+
+def test_a_crash_or_endless_loop_costs_points_but_not_the_run(tags, fresh):
+    for body, said in each(CRASHES):
+        tmp_path = fresh()
+        folder = submission(tags, tmp_path / "one", plain_text(body))
+        results = tags.public(folder, ["plain", "forced"], seconds=2)
+        assert results["plain"].score == 0 and said in results["plain"].output
+        assert results["forced"].score == results["forced"].max_score and results["files"].score == checks.FILES
 
 
 def test_what_does_not_compile_or_is_missing_costs_the_tests_that_need_it(tags, tmp_path):
@@ -238,18 +244,25 @@ def test_a_folder_in_the_folder_and_new_files_are_found_and_links_are_not_follow
     assert "ModuleNotFoundError" in tags.public(tmp_path / "one", ["plain"])["plain"].output
 
 
-@pytest.mark.parametrize("how", ["open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"])
-@pytest.mark.parametrize("place", ["hidden", "public", "results"])
-def test_who_opens_a_file_of_the_grader_is_noticed(tags, tmp_path, how, place):
-    results = tmp_path / "results" / "results.json"
-    results.parent.mkdir()
-    path = {"hidden": tags.kit.hidden / "values.json", "public": "course/public/values.json", "results": results}[place]
-    body = f"try: {how.format(str(path))}\n    except OSError: pass\n    return ''"
-    folder = submission(tags, tmp_path / "curious", plain_text(body))
-    found = by_name(grade.grade(tags.kit, folder, results, ["plain"]))
-    assert found["files"].score == found["plain"].score == 0
-    assert "which belongs to the grader" in found["plain"].output
-    assert "tried to open" in found["files"].output and not results.exists()
+def test_who_opens_a_file_of_the_grader_is_noticed(tags, fresh):
+    for how, place in each(
+        itertools.product(
+            ["open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"],
+            ["hidden", "public", "results"],
+        )
+    ):
+        tmp_path = fresh()
+        results = tmp_path / "results" / "results.json"
+        results.parent.mkdir()
+        path = {"hidden": tags.kit.hidden / "values.json", "public": "course/public/values.json", "results": results}[
+            place
+        ]
+        body = f"try: {how.format(str(path))}\n    except OSError: pass\n    return ''"
+        folder = submission(tags, tmp_path / "curious", plain_text(body))
+        found = by_name(grade.grade(tags.kit, folder, results, ["plain"]))
+        assert found["files"].score == found["plain"].score == 0
+        assert "which belongs to the grader" in found["plain"].output
+        assert "tried to open" in found["files"].output and not results.exists()
 
 
 def test_who_writes_the_results_by_another_program_is_noticed(tags, tmp_path):

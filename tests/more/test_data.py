@@ -1,6 +1,7 @@
 """Examples and their files: what is written reads back, and what is broken is named by file and line."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import hostile
+from conftest import each, hostile
 
 from data import read_split, write_dataset
 from masks import encode_example
@@ -69,11 +70,12 @@ def test_a_data_set_reads_back_as_it_was_written(tmp_path):
     assert sorted(files_of(tmp_path / "new" / "set")) == ["test.jsonl", "tokenizer.json", "train.jsonl", "val.jsonl"]
 
 
-@pytest.mark.parametrize("odd", ODD)
-def test_odd_line_breaks_and_quotes_inside_texts_read_back(tmp_path, odd):
-    splits = {"train": [Example(odd, (Round(odd, (Span(odd, odd),)),), odd)] * 2}
-    write_dataset(tmp_path, splits, 400, UNIT)
-    assert without_lengths(read_split(tmp_path / "train.jsonl")) == splits["train"]
+def test_odd_line_breaks_and_quotes_inside_texts_read_back(fresh):
+    for odd in each(ODD):
+        tmp_path = fresh()
+        splits = {"train": [Example(odd, (Round(odd, (Span(odd, odd),)),), odd)] * 2}
+        write_dataset(tmp_path, splits, 400, UNIT)
+        assert without_lengths(read_split(tmp_path / "train.jsonl")) == splits["train"]
 
 
 def test_an_empty_split_reads_back_empty(tmp_path):
@@ -183,77 +185,86 @@ REFUSED = {  # what is wrong: (an example with the prompt "odd", parts of the me
 }
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_an_example_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(tmp_path, wrong, split):
-    example, parts = REFUSED[wrong]
-    splits = make_splits()
-    splits[split].append(example)
-    with pytest.raises(ValueError) as error:
-        write_dataset(tmp_path / "new", splits, 400, UNIT)
-    assert str(error.value).startswith(f"split '{split}', prompt 'odd': ")
-    assert all(part in str(error.value) for part in parts) and len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / "new").exists()
+def test_an_example_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(fresh):
+    for split, wrong in each(itertools.product(["train", "val"], REFUSED)):
+        tmp_path = fresh()
+        example, parts = REFUSED[wrong]
+        splits = make_splits()
+        splits[split].append(example)
+        with pytest.raises(ValueError) as error:
+            write_dataset(tmp_path / "new", splits, 400, UNIT)
+        assert str(error.value).startswith(f"split '{split}', prompt 'odd': ")
+        assert all(part in str(error.value) for part in parts) and len(str(error.value).splitlines()) == 1
+        assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("prompt", [5, None])
-def test_a_prompt_that_is_no_text_is_refused(tmp_path, prompt):
-    with pytest.raises(ValueError, match=f"prompt '{prompt}': expected a text"):
-        write_dataset(tmp_path / "new", {"train": [Example(prompt, (Round("x"),))]}, 400, UNIT)
+def test_a_prompt_that_is_no_text_is_refused(fresh):
+    for prompt in each([5, None]):
+        tmp_path = fresh()
+        with pytest.raises(ValueError, match=f"prompt '{prompt}': expected a text"):
+            write_dataset(tmp_path / "new", {"train": [Example(prompt, (Round("x"),))]}, 400, UNIT)
 
 
-@pytest.mark.parametrize("splits", [{}, {"val": make_splits()["val"]}, {"train": []}])
-def test_a_data_set_needs_examples_to_train(tmp_path, splits):
-    with pytest.raises(ValueError, match="expected a split 'train' with examples"):
-        write_dataset(tmp_path / "new", splits, 400, UNIT)
-    assert not (tmp_path / "new").exists()
+def test_a_data_set_needs_examples_to_train(fresh):
+    for splits in each([{}, {"val": make_splits()["val"]}, {"train": []}]):
+        tmp_path = fresh()
+        with pytest.raises(ValueError, match="expected a split 'train' with examples"):
+            write_dataset(tmp_path / "new", splits, 400, UNIT)
+        assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["", "../val", "a/b", ".", "a b", "val.jsonl"])
-def test_a_split_needs_a_name_that_a_file_can_have(tmp_path, name):
-    with pytest.raises(ValueError, match="expected a name of letters"):
-        write_dataset(tmp_path / "new", {**make_splits(), name: []}, 400, UNIT)
-    assert not (tmp_path / "new").exists()
+def test_a_split_needs_a_name_that_a_file_can_have(fresh):
+    for name in each(["", "../val", "a/b", ".", "a b", "val.jsonl"]):
+        tmp_path = fresh()
+        with pytest.raises(ValueError, match="expected a name of letters"):
+            write_dataset(tmp_path / "new", {**make_splits(), name: []}, 400, UNIT)
+        assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("unit", [1.5, 0, -1, "10", None])
-def test_an_impossible_unit_or_vocabulary_is_refused(tmp_path, unit):
-    with pytest.raises(ValueError, match="unit .*: expected a whole number"):
-        write_dataset(tmp_path / "new", make_splits(), 400, unit)
-    with pytest.raises(ValueError, match="vocab_size .*: expected a whole number"):
-        write_dataset(tmp_path / "new", make_splits(), unit, UNIT)
-    assert not (tmp_path / "new").exists()
+def test_an_impossible_unit_or_vocabulary_is_refused(fresh):
+    for unit in each([1.5, 0, -1, "10", None]):
+        tmp_path = fresh()
+        with pytest.raises(ValueError, match="unit .*: expected a whole number"):
+            write_dataset(tmp_path / "new", make_splits(), 400, unit)
+        with pytest.raises(ValueError, match="vocab_size .*: expected a whole number"):
+            write_dataset(tmp_path / "new", make_splits(), unit, UNIT)
+        assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_written_reads_back_and_can_be_trained(tmp_path, seed):
-    rng, refused = random.Random(seed), 0
-    for number in range(60):
+def test_whatever_is_written_reads_back_and_can_be_trained(fresh):
+    for seed in each(range(2)):
+        tmp_path = fresh()
+        rng, refused = random.Random(seed), 0
+        for number in range(60):
 
-        def any_text(most):
-            return rng.choice(["", " ", "x"]) + hostile(rng, rng.choice([0, 2, most])) + rng.choice(["", "\n", "\\"])
+            def any_text(most):
+                return (
+                    rng.choice(["", " ", "x"]) + hostile(rng, rng.choice([0, 2, most])) + rng.choice(["", "\n", "\\"])
+                )
 
-        def any_example():
-            spans = [tuple(Span(any_text(30), any_text(200)) for _ in range(rng.randint(0, 2))) for _ in range(2)]
-            return Example(any_text(9), tuple(Round(any_text(9), s) for s in spans[: rng.randint(1, 2)]), any_text(2))
+            def any_example():
+                spans = [tuple(Span(any_text(30), any_text(200)) for _ in range(rng.randint(0, 2))) for _ in range(2)]
+                return Example(
+                    any_text(9), tuple(Round(any_text(9), s) for s in spans[: rng.randint(1, 2)]), any_text(2)
+                )
 
-        splits = {"train": [any_example()], "val": [any_example() for _ in range(rng.randint(0, 1))]}
-        folder = tmp_path / str(number)
-        try:
-            write_dataset(folder, splits, 400, UNIT)
-        except ValueError as error:
-            assert re.match("split '(train|val)', prompt ", str(error)) and not folder.exists()
-            refused += 1
-            continue
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        for split, examples in splits.items():
-            back = read_split(folder / f"{split}.jsonl")
-            assert [plain_text(e.rounds) for e in back] == [
-                "\n".join(text.strip() for text in pieces(e.rounds) if text.strip()) for e in examples
-            ]
-            for example in back:
-                assert encode_example(example, tokenizer).token[-1] == tokenizer.eos
-    assert 5 < refused < 55
+            splits = {"train": [any_example()], "val": [any_example() for _ in range(rng.randint(0, 1))]}
+            folder = tmp_path / str(number)
+            try:
+                write_dataset(folder, splits, 400, UNIT)
+            except ValueError as error:
+                assert re.match("split '(train|val)', prompt ", str(error)) and not folder.exists()
+                refused += 1
+                continue
+            tokenizer = Tokenizer.load(folder / "tokenizer.json")
+            for split, examples in splits.items():
+                back = read_split(folder / f"{split}.jsonl")
+                assert [plain_text(e.rounds) for e in back] == [
+                    "\n".join(text.strip() for text in pieces(e.rounds) if text.strip()) for e in examples
+                ]
+                for example in back:
+                    assert encode_example(example, tokenizer).token[-1] == tokenizer.eos
+        assert 5 < refused < 55
 
 
 def test_training_names_prompt_and_topic_of_a_span_that_no_plan_can_ask_for(tmp_path):
@@ -281,46 +292,47 @@ def test_a_line_needs_a_prompt_and_an_answer_and_may_have_a_family(tmp_path):
     assert read_split(path) == [Example("p", (Round("a"),))]
 
 
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("{", "Expecting"),
-        ("", "Expecting"),
-        ("{'prompt': 'p'}", "Expecting"),
-        (GOOD + GOOD, "Extra data"),
-        ("5", "'prompt' and 'answer'"),
-        ("null", "'prompt' and 'answer'"),
-        ("[]", "'prompt' and 'answer'"),
-        ('"text"', "'prompt' and 'answer'"),
-        ('{"prompt": "p"}', "'prompt' and 'answer'"),
-        ('{"answer": "a<eos>"}', "'prompt' and 'answer'"),
-        ('{"prompt": "p", "answer": null}', "'prompt' and 'answer'"),
-        ('{"prompt": "p", "answer": ["a"]}', "'prompt' and 'answer'"),
-        ('{"prompt": null, "answer": "a<eos>"}', "'prompt' and 'answer'"),
-        ('{"prompt": 5, "answer": "a<eos>"}', "'prompt' and 'answer'"),
-        ('{"prompt": "p", "answer": "a"}', "line 1, column 2: expected <topic>"),
-        ('{"prompt": "p", "answer": "<topic> a</topic><eos>"}', "expected a topic's name and its length"),
-        ('{"prompt": "p", "answer": "a\\n</async><eos>"}', "line 2, column 1: expected <topic>"),
-        (json.dumps({"prompt": "p", "answer": f"<topic> a {'9' * 5000}</topic><eos>"}), "expected"),
-        ('{"prompt": "p", "answer": "<topic> a 65</topic><async> a: b</async><eos>"}', "1 to 64 units, not 65"),
-        ('{"prompt": "p", "answer": "a<eos>", "family": 3}', "'family'"),
-        ('{"prompt": "p", "answer": "a<eos>", "family": NaN}', "'family'"),
-        ('{"prompt": NaN, "answer": "a<eos>"}', "'prompt' and 'answer'"),
-        ('{"prompt": "p", "answer": "a<eos>", "more": ' + "9" * 5000 + "}", "4300 digits"),
-        ('{"prompt": "p", "answer": "a<eos>", "more": ' + "[" * 200_000, "nested too deeply"),
-        ('{"prompt": "\\ud800", "answer": "a<eos>"}', "surrogates"),
-        ('{"prompt": "p", "answer": "\\udc00<eos>"}', "surrogates"),
-        ("\ufeff" + GOOD, "BOM"),
-        ('{"prompt": "\x01", "answer": "a<eos>"}', "control character"),
-    ],
-)
-def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path, line, said):
-    path = tmp_path / "broken.jsonl"
-    path.write_text("\n".join([GOOD, GOOD, line, GOOD]) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError) as error:
-        read_split(path)
-    assert str(error.value).startswith(f"{path}, line 3: ") and said in str(error.value)
-    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+BROKEN = [
+    ("{", "Expecting"),
+    ("", "Expecting"),
+    ("{'prompt': 'p'}", "Expecting"),
+    (GOOD + GOOD, "Extra data"),
+    ("5", "'prompt' and 'answer'"),
+    ("null", "'prompt' and 'answer'"),
+    ("[]", "'prompt' and 'answer'"),
+    ('"text"', "'prompt' and 'answer'"),
+    ('{"prompt": "p"}', "'prompt' and 'answer'"),
+    ('{"answer": "a<eos>"}', "'prompt' and 'answer'"),
+    ('{"prompt": "p", "answer": null}', "'prompt' and 'answer'"),
+    ('{"prompt": "p", "answer": ["a"]}', "'prompt' and 'answer'"),
+    ('{"prompt": null, "answer": "a<eos>"}', "'prompt' and 'answer'"),
+    ('{"prompt": 5, "answer": "a<eos>"}', "'prompt' and 'answer'"),
+    ('{"prompt": "p", "answer": "a"}', "line 1, column 2: expected <topic>"),
+    ('{"prompt": "p", "answer": "<topic> a</topic><eos>"}', "expected a topic's name and its length"),
+    ('{"prompt": "p", "answer": "a\\n</async><eos>"}', "line 2, column 1: expected <topic>"),
+    (json.dumps({"prompt": "p", "answer": f"<topic> a {'9' * 5000}</topic><eos>"}), "expected"),
+    ('{"prompt": "p", "answer": "<topic> a 65</topic><async> a: b</async><eos>"}', "1 to 64 units, not 65"),
+    ('{"prompt": "p", "answer": "a<eos>", "family": 3}', "'family'"),
+    ('{"prompt": "p", "answer": "a<eos>", "family": NaN}', "'family'"),
+    ('{"prompt": NaN, "answer": "a<eos>"}', "'prompt' and 'answer'"),
+    ('{"prompt": "p", "answer": "a<eos>", "more": ' + "9" * 5000 + "}", "4300 digits"),
+    ('{"prompt": "p", "answer": "a<eos>", "more": ' + "[" * 200_000, "nested too deeply"),
+    ('{"prompt": "\\ud800", "answer": "a<eos>"}', "surrogates"),
+    ('{"prompt": "p", "answer": "\\udc00<eos>"}', "surrogates"),
+    ("\ufeff" + GOOD, "BOM"),
+    ('{"prompt": "\x01", "answer": "a<eos>"}', "control character"),
+]
+
+
+def test_a_broken_line_is_an_error_that_names_file_and_line(fresh):
+    for line, said in each(BROKEN):
+        tmp_path = fresh()
+        path = tmp_path / "broken.jsonl"
+        path.write_text("\n".join([GOOD, GOOD, line, GOOD]) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError) as error:
+            read_split(path)
+        assert str(error.value).startswith(f"{path}, line 3: ") and said in str(error.value)
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
 
 
 def test_a_damaged_file_reads_or_says_where_and_why(tmp_path):

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import OTTER, SENTENCES, small_model
+from conftest import OTTER, SENTENCES, each, small_model
 
 from config import SampleConfig
 from data import distil, read_split, write_dataset
@@ -66,18 +66,18 @@ def test_it_reads_what_an_evaluation_of_the_training_split_keeps(folder, monkeyp
     assert len(read_split(run(monkeypatch, folder) / "train.jsonl")) == whole > 0
 
 
-@pytest.mark.parametrize("row, said", [
+def test_what_is_no_answer_is_named_by_its_line_and_writes_nothing(folder, monkeypatch):
+    for row, said in each([
     ([1, {"prompt": SENTENCES[0]}], "'tagged'"),
     ([0, result(OTTER, OWN)], "an answer to another prompt: of another split?"),
     ([3, result(OTTER, OWN)], "out of range"),
     ([0, result(Example(SENTENCES[0], ()), "<topic> food")], "topic"),
     ("no answer", "too many values"),
-])  # fmt: skip
-def test_what_is_no_answer_is_named_by_its_line_and_writes_nothing(folder, monkeypatch, row, said):
-    write_answers(folder.parent / "own.jsonl", [[0, result(Example(SENTENCES[0], ()), OWN)], row])
-    with pytest.raises(ValueError, match=rf"own.jsonl, line 3: expected an answer of .*{said}"):
-        run(monkeypatch, folder)
-    assert not (folder.parent / "own").exists()
+]):  # fmt: skip
+        write_answers(folder.parent / "own.jsonl", [[0, result(Example(SENTENCES[0], ()), OWN)], row])
+        with pytest.raises(ValueError, match=rf"own.jsonl, line 3: expected an answer of .*{said}"):
+            run(monkeypatch, folder)
+        assert not (folder.parent / "own").exists()
 
 
 def test_answers_have_to_be_there(folder, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import random_example, small_model
+from conftest import each, random_example, small_model
 
 from config import MethodConfig, SampleConfig
 from data import read_split, write_dataset
@@ -81,11 +81,12 @@ def test_the_checker_is_the_file_in_the_folder_of_the_data_and_no_other_of_that_
     assert checker(tmp_path / "copy")(EXAMPLE, plain_text(EXAMPLE.rounds)).exact
 
 
-@pytest.mark.parametrize("code", ["check(", "import nothing_of_that_name", "families = 1"])
-def test_a_checker_that_cannot_be_used_is_named(tmp_path, code):
-    (tmp_path / "families.py").write_text(code)
-    with pytest.raises(ValueError, match=r"families.py: expected Python code with check\(example, text\), but: "):
-        checker(tmp_path)
+def test_a_checker_that_cannot_be_used_is_named(fresh):
+    for code in each(["check(", "import nothing_of_that_name", "families = 1"]):
+        tmp_path = fresh()
+        (tmp_path / "families.py").write_text(code)
+        with pytest.raises(ValueError, match=r"families.py: expected Python code with check\(example, text\), but: "):
+            checker(tmp_path)
 
 
 def test_wrong_lines_are_counted_by_the_topic_of_their_span_or_as_text():
@@ -101,14 +102,14 @@ def test_wrong_lines_are_counted_by_the_topic_of_their_span_or_as_text():
     assert [*evaluation.wrong(wrong_lines([EXAMPLE], [{"text": right}], check))] == []
 
 
-@pytest.mark.parametrize("topics", ["end", "text"])
-def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_called(topics):
-    example = Example("?", (Round("a\nb", (Span(topics, "c", 1),)), Round("")), "facts")
-    found = wrong_lines([example], [{"text": "a\nB\nC"}], checker(ROOT / "data" / "tasks"))
-    assert found == {"facts": {"text": [1, 2], "spans": {topics: [1, 1]}}}
+def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_called():
+    for topics in each(["end", "text"]):
+        example = Example("?", (Round("a\nb", (Span(topics, "c", 1),)), Round("")), "facts")
+        found = wrong_lines([example], [{"text": "a\nB\nC"}], checker(ROOT / "data" / "tasks"))
+        assert found == {"facts": {"text": [1, 2], "spans": {topics: [1, 1]}}}
 
 
-@pytest.mark.parametrize("rounds, plan, right, off", [
+PLANS = [
     (EXAMPLE.rounds, [("food", 2), ("play", 3)], 1, (0, 0)),
     (EXAMPLE.rounds, [("food", 2), ("play", 7)], 0, (0, 4)),
     (EXAMPLE.rounds, [("play", 3), ("food", 2)], 0, ()),  # another order
@@ -118,13 +119,16 @@ def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_calle
     (TWICE, [("food", 4), ("food", 1)], 0, (3, 3)),
     (TWICE, [("food", 1)], 0, (0,)),
     ((), [], 1, ()),
-])  # fmt: skip
-def test_a_plan_is_right_if_all_is_and_length_errors_are_of_topics_in_their_place(rounds, plan, right, off):
-    row = row_of(EXAMPLE, result_of(plan), None, rounds)
-    assert (row["plan_right"], row["n_spans"]) == (right, len(plan))
-    assert (row["topics_right"], row["length_error"]) == (len(off), sum(off))
-    without = row_of(EXAMPLE, result_of(plan), None, None)  # methods that write no plan
-    assert not {"plan_right", "length_error", "n_spans"} & without.keys()
+]  # fmt: skip
+
+
+def test_a_plan_is_right_if_all_is_and_length_errors_are_of_topics_in_their_place():
+    for rounds, plan, right, off in each(PLANS):
+        row = row_of(EXAMPLE, result_of(plan), None, rounds)
+        assert (row["plan_right"], row["n_spans"]) == (right, len(plan))
+        assert (row["topics_right"], row["length_error"]) == (len(off), sum(off))
+        without = row_of(EXAMPLE, result_of(plan), None, None)  # methods that write no plan
+        assert not {"plan_right", "length_error", "n_spans"} & without.keys()
 
 
 def test_the_error_of_lengths_is_a_mean_over_topics_so_that_no_answer_without_one_makes_it_smaller():
@@ -133,37 +137,44 @@ def test_the_error_of_lengths_is_a_mean_over_topics_so_that_no_answer_without_on
     assert scores["all"]["length_error"] == 3  # 6 and 0 units
 
 
-@pytest.mark.parametrize("method, plan", [
+PERFECT = [
     (MethodConfig(), [("food", 2), ("play", 3)]),
     (MethodConfig(topics="numbers"), [("topic 1", 2), ("topic 2", 3)]),
     (MethodConfig(rounds="one"), [("food", 2), ("play", 3), ("end", 2)]),
     (MethodConfig("parallel-ar", rounds="one", topics="numbers"), [("topic 1", 2), ("topic 2", 3), ("topic 3", 2)]),
     (MethodConfig("ar"), None),
     (MethodConfig("diffusion", block=24), None),
-])  # fmt: skip
-def test_a_perfect_plan_is_the_one_that_the_method_writes(files, tmp_path, monkeypatch, method, plan):
-    def answered(plan):
-        result = result_of(plan or [], seconds=1, slots=1)
-        monkeypatch.setattr(evaluation, "answer_all", lambda *_: [result])
-        return evaluate(EvalConfig(str(tmp_path / "m"), str(tmp_path), draws=1, device="cpu"), SHORT)["scores"]["all"]
-
-    row = {"prompt": EXAMPLE.prompt, "answer": format_answer(EXAMPLE.rounds)}
-    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
-    model, tokenizer, *_ = load_checkpoint(files / "small.safetensors")
-    save_checkpoint(tmp_path / "m", model, tokenizer, {"method": vars(method)})
-    if plan is None:
-        assert not {"plan_right", "length_error"} & answered(plan).keys()
-    else:
-        found = [answered(p) for p in (plan, [(topic, length + 1) for topic, length in plan])]
-        assert [(row["plan_right"], row["length_error"]) for row in found] == [(1, 0), (0, 1)]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("broken, cut, valid", [(False, False, 1), (True, False, 0), (False, True, 0)])
-def test_broken_and_cut_answers_are_not_valid_and_passes_are_those_of_both_stages(broken, cut, valid):
-    costs = {"plan_passes": 5, "denoise_passes": 7, "draft_passes": 11}
-    row = row_of(EXAMPLE, result_of(broken=broken, cut=cut, **costs), None, None)
-    assert (row["valid"], row["passes"], row["draft_passes"]) == (valid, 12, 11)
-    assert row_of(EXAMPLE, result_of(), None, None)["draft_passes"] == 0
+def test_a_perfect_plan_is_the_one_that_the_method_writes(files, fresh, monkeypatch):
+    for method, plan in each(PERFECT):
+        tmp_path = fresh()
+
+        def answered(plan):
+            result = result_of(plan or [], seconds=1, slots=1)
+            monkeypatch.setattr(evaluation, "answer_all", lambda *_: [result])
+            return evaluate(EvalConfig(str(tmp_path / "m"), str(tmp_path), draws=1, device="cpu"), SHORT)["scores"][
+                "all"
+            ]
+
+        row = {"prompt": EXAMPLE.prompt, "answer": format_answer(EXAMPLE.rounds)}
+        (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+        model, tokenizer, *_ = load_checkpoint(files / "small.safetensors")
+        save_checkpoint(tmp_path / "m", model, tokenizer, {"method": vars(method)})
+        if plan is None:
+            assert not {"plan_right", "length_error"} & answered(plan).keys()
+        else:
+            found = [answered(p) for p in (plan, [(topic, length + 1) for topic, length in plan])]
+            assert [(row["plan_right"], row["length_error"]) for row in found] == [(1, 0), (0, 1)]
+
+
+def test_broken_and_cut_answers_are_not_valid_and_passes_are_those_of_both_stages():
+    for broken, cut, valid in each([(False, False, 1), (True, False, 0), (False, True, 0)]):
+        costs = {"plan_passes": 5, "denoise_passes": 7, "draft_passes": 11}
+        row = row_of(EXAMPLE, result_of(broken=broken, cut=cut, **costs), None, None)
+        assert (row["valid"], row["passes"], row["draft_passes"]) == (valid, 12, 11)
+        assert row_of(EXAMPLE, result_of(), None, None)["draft_passes"] == 0
 
 
 def test_scores_are_means_over_each_family_and_over_all_which_comes_last():
@@ -222,43 +233,46 @@ def test_an_interrupted_evaluation_computes_only_what_is_missing_and_reports_the
     assert [report[name] for name in TIMED[:2]] == pytest.approx([(second + third) / 2, 0.15 * third + 0.85 * last])
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "data", "settings", "limit", "draft", "batch"])
-def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, files, tmp_path, change):
-    path, small, short = tmp_path / "kept.jsonl", str(files / "small.safetensors"), replace(SHORT, ahead=1)
-    evaluate(config("ar", answers=str(path), limit=1), short)
-    before, rows = path.read_text(), (files / "test.jsonl").read_text().splitlines()
-    (tmp_path / "test.jsonl").write_text("\n".join(reversed(rows)))
-    more = {"checkpoint": small, "data": str(tmp_path), "draft": small, "limit": 2, "batch": 1}
-    other = replace(config("ar", answers=str(path), limit=1), **{k: v for k, v in more.items() if k == change})
-    with pytest.raises(ValueError, match="kept.jsonl: holds answers of another checkpoint, data or settings"):
-        evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else short)
-    assert path.read_text() == before and json.loads(before.split("\n")[0])["device"] == "cpu"
+def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, files, fresh):
+    for change in each(["checkpoint", "data", "settings", "limit", "draft", "batch"]):
+        tmp_path = fresh()
+        path, small, short = tmp_path / "kept.jsonl", str(files / "small.safetensors"), replace(SHORT, ahead=1)
+        evaluate(config("ar", answers=str(path), limit=1), short)
+        before, rows = path.read_text(), (files / "test.jsonl").read_text().splitlines()
+        (tmp_path / "test.jsonl").write_text("\n".join(reversed(rows)))
+        more = {"checkpoint": small, "data": str(tmp_path), "draft": small, "limit": 2, "batch": 1}
+        other = replace(config("ar", answers=str(path), limit=1), **{k: v for k, v in more.items() if k == change})
+        with pytest.raises(ValueError, match="kept.jsonl: holds answers of another checkpoint, data or settings"):
+            evaluate(other, SampleConfig(max_tokens=25) if change == "settings" else short)
+        assert path.read_text() == before and json.loads(before.split("\n")[0])["device"] == "cpu"
 
 
 JUNK = ["nonsense", "[0]", "7", '[0, "text"]', '[0, {"text": "x"}]', "[[], {}]", "[" * 9999, "\ufffd", ""]
 
 
-@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
-def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, tmp_path, junk):
-    path = tmp_path / "kept.jsonl"
-    evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
-    head, first, second = path.read_text().splitlines()
-    number = json.loads(second)[0]
-    for other in (junk, first, second.replace(f"[{number}", "[2"), second.replace(f"[{number}", "[-1")):
-        path.write_text("\n".join([head, first, other, ""]))
-        with pytest.raises(ValueError, match=r"kept.jsonl, line 3: expected an answer .*: remove the file"):
-            evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
-        assert path.read_text() == "\n".join([head, first, other, ""])
+def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, fresh):
+    for junk in each(JUNK):
+        tmp_path = fresh()
+        path = tmp_path / "kept.jsonl"
+        evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
+        head, first, second = path.read_text().splitlines()
+        number = json.loads(second)[0]
+        for other in (junk, first, second.replace(f"[{number}", "[2"), second.replace(f"[{number}", "[-1")):
+            path.write_text("\n".join([head, first, other, ""]))
+            with pytest.raises(ValueError, match=r"kept.jsonl, line 3: expected an answer .*: remove the file"):
+                evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
+            assert path.read_text() == "\n".join([head, first, other, ""])
 
 
-@pytest.mark.parametrize("text", ["my notes", "my notes\n", "my notes\nof today\n", "\n"])
-def test_a_file_of_something_else_is_refused_and_stays(config, tmp_path, text):
-    (tmp_path / "notes").write_text(text)
-    with pytest.raises(
-        ValueError, match="--answers .*notes: holds answers of another .* or something else: name another"
-    ):
-        evaluate(config("ar", answers=str(tmp_path / "notes"), limit=1), SHORT)
-    assert (tmp_path / "notes").read_text() == text
+def test_a_file_of_something_else_is_refused_and_stays(config, fresh):
+    for text in each(["my notes", "my notes\n", "my notes\nof today\n", "\n"]):
+        tmp_path = fresh()
+        (tmp_path / "notes").write_text(text)
+        with pytest.raises(
+            ValueError, match="--answers .*notes: holds answers of another .* or something else: name another"
+        ):
+            evaluate(config("ar", answers=str(tmp_path / "notes"), limit=1), SHORT)
+        assert (tmp_path / "notes").read_text() == text
 
 
 def test_a_first_line_that_was_cut_off_is_written_again(config, tmp_path):
@@ -308,11 +322,11 @@ def test_peak_memory_is_that_of_the_answers(config, monkeypatch):
     assert called == ["answer_all", "peak_memory", "likelihoods"]
 
 
-@pytest.mark.parametrize("name", ["planned", "ar", "block"])
-def test_an_answer_without_room_and_a_single_draw_give_a_whole_report(config, name):
-    report = evaluate(config(name, draws=1, limit=2), SampleConfig(max_tokens=1))
-    assert report["span_elbo_error"] is None and json.dumps(report, allow_nan=False)
-    assert report["scores"]["all"]["valid"] == 0 and not any(" +- " in line for line in lines(report))
+def test_an_answer_without_room_and_a_single_draw_give_a_whole_report(config):
+    for name in each(["planned", "ar", "block"]):
+        report = evaluate(config(name, draws=1, limit=2), SampleConfig(max_tokens=1))
+        assert report["span_elbo_error"] is None and json.dumps(report, allow_nan=False)
+        assert report["scores"]["all"]["valid"] == 0 and not any(" +- " in line for line in lines(report))
 
 
 def test_broken_answers_count_as_not_valid_and_stop_nothing(config):
@@ -348,12 +362,10 @@ def test_tokens_drafted_per_pass_are_a_setting_and_answers_of_another_are_not_ta
         evaluate(kept, replace(SHORT, ahead=7))
 
 
-@pytest.mark.parametrize(
-    "name, said", [("planned", "expected an autoregressive model"), ("old", "does not say by which method")]
-)
-def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files, name, said):
-    with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
-        evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
+def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files):
+    for name, said in each([("planned", "expected an autoregressive model"), ("old", "does not say by which method")]):
+        with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
+            evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
 
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):

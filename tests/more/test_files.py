@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import each
 from safetensors.torch import load_file, save_file
 
 from plumbing.files import atomic, refuse_overwriting, write_whole
@@ -39,25 +41,29 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
     assert files_of(tmp_path) == {"a.txt": b"new"}
 
 
-@pytest.mark.parametrize(
-    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()]
-)
-@pytest.mark.parametrize("where", ["the block", "fsync", "replace"])
-def test_any_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, where):
-    path = tmp_path / "a.txt"
-    write_whole(path, "old")
+def test_any_failure_leaves_the_old_file_and_nothing_else(fresh, monkeypatch):
+    for failure, where in each(
+        itertools.product(
+            [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit()],
+            ["the block", "fsync", "replace"],
+        )
+    ):
+        tmp_path = fresh()
+        with monkeypatch.context() as patch:
+            path = tmp_path / "a.txt"
+            write_whole(path, "old")
 
-    def fail(*_):
-        raise failure
+            def fail(*_):
+                raise failure
 
-    if where != "the block":
-        monkeypatch.setattr(os, where, fail)
-    with pytest.raises(type(failure)):
-        with atomic(path) as temporary:
-            temporary.write_text("half")
-            if where == "the block":
-                fail()
-    assert files_of(tmp_path) == {"a.txt": b"old"}
+            if where != "the block":
+                patch.setattr(os, where, fail)
+            with pytest.raises(type(failure)):
+                with atomic(path) as temporary:
+                    temporary.write_text("half")
+                    if where == "the block":
+                        fail()
+            assert files_of(tmp_path) == {"a.txt": b"old"}
 
 
 def test_half_a_character_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -123,12 +129,13 @@ def test_a_folder_or_a_device_is_not_replaced(tmp_path):
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
-@pytest.mark.parametrize("read, written, refused", [
+def test_what_is_read_is_not_overwritten(fresh, monkeypatch):
+    for read, written, refused in each([
     ("data/train.jsonl", "data", True), ("data/train.jsonl", "data/train.jsonl", True), ("data", "other/../data", True),
     ("data/train.jsonl", "data/new", False), ("data/train.jsonl", "other", False), ("data/train.jsonl", "", False),
-])  # fmt: skip
-def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch, read, written, refused):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=f"--out {written}: holds .*data") if refused else contextlib.nullcontext():
-        refuse_overwriting([tmp_path / read], out=written, requests="")
+]):  # fmt: skip
+        tmp_path = fresh()
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "other").mkdir()
+        with pytest.raises(ValueError, match=f"--out {written}: holds .*data") if refused else contextlib.nullcontext():
+            refuse_overwriting([tmp_path / read], out=written, requests="")

@@ -1,5 +1,6 @@
 """The frontier: what is trained and measured, on equal terms, and that nothing is done twice or taken for another."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from conftest import each
 
 from config import MethodConfig, SampleConfig, TrainConfig
 from measure import code, frontier
@@ -104,19 +106,18 @@ def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_st
     assert run(entries={"of another group": ENTRIES["planned"]})[1] == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("group", GROUPS)
-def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run, preset, group):
-    rows, trained, measured = run(PRESETS[preset], GROUPS[group])
-    of_none = sum(not e.checkpoint for e in GROUPS[group].values())
-    assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), (
-        "entries that sample the checkpoint of another train nothing"
-    )
-    assert 3 * len(rows) == len(measured) == 3 * sum(len(e.sample) for e in GROUPS[group].values())
-    made = {f"{args.out}/model.safetensors": args for args in trained}
-    used = [made[path] for m in measured for path in (m.checkpoint, m.draft, m.judge) if path]
-    updates = {args.steps + (made[args.init].steps if args.init else 0) for args in used}
-    assert updates == {PRESETS[preset].warmup + PRESETS[preset].steps}
+def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run):
+    for preset, group in each(itertools.product(PRESETS, GROUPS)):
+        rows, trained, measured = run(PRESETS[preset], GROUPS[group])
+        of_none = sum(not e.checkpoint for e in GROUPS[group].values())
+        assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), (
+            "entries that sample the checkpoint of another train nothing"
+        )
+        assert 3 * len(rows) == len(measured) == 3 * sum(len(e.sample) for e in GROUPS[group].values())
+        made = {f"{args.out}/model.safetensors": args for args in trained}
+        used = [made[path] for m in measured for path in (m.checkpoint, m.draft, m.judge) if path]
+        updates = {args.steps + (made[args.init].steps if args.init else 0) for args in used}
+        assert updates == {PRESETS[preset].warmup + PRESETS[preset].steps}
 
 
 def test_each_point_is_measured_in_batches_and_for_its_times_alone(run):
@@ -171,27 +172,27 @@ CHANGES = {  # what changes: trainings, measurements of quality and of latency t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, monkeypatch, change):
+def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, monkeypatch):
     """And only that. What was made before is kept for when the change is undone."""
-    old, preset, file = run()[0], TOY, root / "data" / "toy" / change
-    with monkeypatch.context() as patch:
+    for change in each(CHANGES):
+        old, preset, file = run()[0], TOY, root / "data" / "toy" / change
+        with monkeypatch.context() as patch:
+            if file.exists():
+                file.write_text("other")
+            elif change in frontier.CODE:
+                patch.setitem(frontier.CODE, change, "other")
+            else:
+                value = getattr(TOY, change)
+                preset = replace(TOY, **{change: value + 8 if isinstance(value, int) else value + " --n_layer 3"})
+            new, trained, measured = run(preset)
+        alone = sum(args.batch != EvalConfig.batch for args in measured)
+        assert (len(trained), len(measured) - alone, alone) == CHANGES[change]
+        assert 2 * sum(row not in old for row in new) == CHANGES[change][2], (
+            "each measurement of latency takes other seconds"
+        )
         if file.exists():
-            file.write_text("other")
-        elif change in frontier.CODE:
-            patch.setitem(frontier.CODE, change, "other")
-        else:
-            value = getattr(TOY, change)
-            preset = replace(TOY, **{change: value + 8 if isinstance(value, int) else value + " --n_layer 3"})
-        new, trained, measured = run(preset)
-    alone = sum(args.batch != EvalConfig.batch for args in measured)
-    assert (len(trained), len(measured) - alone, alone) == CHANGES[change]
-    assert 2 * sum(row not in old for row in new) == CHANGES[change][2], (
-        "each measurement of latency takes other seconds"
-    )
-    if file.exists():
-        file.write_text(f"'toy', {change!r}")
-    assert run() == (old, [], [])
+            file.write_text(f"'toy', {change!r}")
+        assert run() == (old, [], [])
 
 
 @pytest.fixture
@@ -235,14 +236,14 @@ def test_named_entries_are_compared_in_the_order_of_the_group():
     assert compared(GROUPS["methods"], None, ()) == GROUPS["methods"]
 
 
-@pytest.mark.parametrize("names, said", [
+def test_entries_that_cannot_be_compared_are_refused():
+    for names, said in each([
     (["autoregression"], "--entries 'autoregression': this group has 'autoregressive', "),
     (["autoregressive", "speculative decoding"], "'speculative decoding' samples the model of .*half size'"),
     (["joint as parallel, drafts"], "'joint as parallel, drafts' samples the model of 'joint as planned, drafts'"),
-])  # fmt: skip
-def test_entries_that_cannot_be_compared_are_refused(names, said):
-    with pytest.raises(ValueError, match=said):
-        compared(GROUPS["methods"], names, ())
+]):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            compared(GROUPS["methods"], names, ())
 
 
 @pytest.mark.parametrize("script, text, said", [
@@ -352,7 +353,7 @@ PYTHON = 'def f(a, b):\n    """Says."""\n    x = "# no comment"  # why\n    retu
 CUDA = 'int x = 1;  // why\n/* and\nhow */ const char *s = "// no comment";\n'
 
 
-@pytest.mark.parametrize("name, text, same, other", [
+TEXTS = [
     ("a.py", PYTHON, ('"""Says."""', '"""Says\n\n    more."""'), ("a + b", "a - b")),
     ("a.py", PYTHON, ('    """Says."""\n', ""), ("no comment", "a comment")),
     ("a.py", PYTHON, ("# why", "# why not"), ("b):", "b=0):")),
@@ -360,14 +361,18 @@ CUDA = 'int x = 1;  // why\n/* and\nhow */ const char *s = "// no comment";\n'
     ("a.cu", CUDA, ("// why", "// why not"), ("x = 1", "x = 2")),
     ("a.cu", CUDA, ("how */ ", "why */\n\n  "), ("// no comment", "// a comment")),
     ("a.h", CUDA, (";  // why", ";"), ("int x", "long x")),
-])  # fmt: skip
-def test_comments_docstrings_and_layout_change_no_hash_and_everything_else_does(tmp_path, name, text, same, other):
-    found = []
-    for old, new in (("", ""), same, other):
-        assert old in text
-        (tmp_path / name).write_text(text.replace(old, new))
-        found.append(bare(tmp_path / name))
-    assert found[0] == found[1] != found[2]
+]  # fmt: skip
+
+
+def test_comments_docstrings_and_layout_change_no_hash_and_everything_else_does(fresh):
+    for name, text, same, other in each(TEXTS):
+        tmp_path = fresh()
+        found = []
+        for old, new in (("", ""), same, other):
+            assert old in text
+            (tmp_path / name).write_text(text.replace(old, new))
+            found.append(bare(tmp_path / name))
+        assert found[0] == found[1] != found[2]
 
 
 def test_the_hash_of_a_script_changes_with_what_it_imports(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OTTER, random_example, small_model
+from conftest import OTTER, each, random_example, small_model
 
 from data import read_split, write_dataset
 from data.instruct.dependence import LATER, Gain, Judge, Piece, asked, gains, question, revised, table
@@ -109,28 +109,28 @@ LONG = [f"{name} lives in the rivers and lakes of the coast and eats all of the 
 FIVE = Example("p", (Round("Hi.", tuple(Span(text[0], text, 9) for text in LONG[:4])), Round("Bye.")))
 
 
-@pytest.mark.parametrize(
-    "found, expected, what",
-    [
-        ([], [["Hi.", "ABCD"], ["Bye.", ""]], "kept"),
-        ([gain(2, 0.05), gain(5, 9.0, topic=LATER)], [["Hi.", "ABCD"], ["Bye.", ""]], "kept"),
-        ([gain(3, 0.5)], [["Hi.", "AB"], ["", "CD"], ["Bye.", ""]], "later"),
-        ([gain(4, 0.5)], [["Hi.", "ABC"], [LONG[3], ""], ["Bye.", ""]], "later"),
-        ([gain(3, 0.5, 0.5)], [["Hi.", "ABD"], ["Bye.", ""]], "merged"),
-        ([gain(2, 0.5)], [["Hi.\n" + LONG[0], ""], ["", "BCD"], ["Bye.", ""]], "later"),
-        ([gain(2, 0.5, 0.5), gain(4, 0.5)], [["Hi.", "AC"], [LONG[3], ""], ["Bye.", ""]], "later"),
-        (
-            [gain(2, 0.5, 0.5), gain(3, 0.5, 0.5), gain(4, 0.5, 0.5)],
-            [["\n".join(["Hi.", *LONG[:4], "Bye."]), ""]],
-            "now plain text",
-        ),
-    ],
-)
-def test_a_span_that_gains_too_much_is_merged_or_waits_and_the_text_stays(tokenizer, found, expected, what):
-    example, done = revised(FIVE, found, 0.1, tokenizer)
-    assert done == what
-    assert [[r.text, "".join(s.topic for s in r.spans)] for r in example.rounds] == expected
-    assert restore(example.rounds, example.gaps) == restore(FIVE.rounds, FIVE.gaps)
+REVISED = [
+    ([], [["Hi.", "ABCD"], ["Bye.", ""]], "kept"),
+    ([gain(2, 0.05), gain(5, 9.0, topic=LATER)], [["Hi.", "ABCD"], ["Bye.", ""]], "kept"),
+    ([gain(3, 0.5)], [["Hi.", "AB"], ["", "CD"], ["Bye.", ""]], "later"),
+    ([gain(4, 0.5)], [["Hi.", "ABC"], [LONG[3], ""], ["Bye.", ""]], "later"),
+    ([gain(3, 0.5, 0.5)], [["Hi.", "ABD"], ["Bye.", ""]], "merged"),
+    ([gain(2, 0.5)], [["Hi.\n" + LONG[0], ""], ["", "BCD"], ["Bye.", ""]], "later"),
+    ([gain(2, 0.5, 0.5), gain(4, 0.5)], [["Hi.", "AC"], [LONG[3], ""], ["Bye.", ""]], "later"),
+    (
+        [gain(2, 0.5, 0.5), gain(3, 0.5, 0.5), gain(4, 0.5, 0.5)],
+        [["\n".join(["Hi.", *LONG[:4], "Bye."]), ""]],
+        "now plain text",
+    ),
+]
+
+
+def test_a_span_that_gains_too_much_is_merged_or_waits_and_the_text_stays(tokenizer):
+    for found, expected, what in each(REVISED):
+        example, done = revised(FIVE, found, 0.1, tokenizer)
+        assert done == what
+        assert [[r.text, "".join(s.topic for s in r.spans)] for r in example.rounds] == expected
+        assert restore(example.rounds, example.gaps) == restore(FIVE.rounds, FIVE.gaps)
 
 
 def test_a_merged_span_holds_both_texts(tokenizer):

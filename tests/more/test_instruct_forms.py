@@ -6,7 +6,7 @@ import random
 import tracemalloc
 
 import pytest
-from conftest import NASTY
+from conftest import NASTY, each
 
 from data.instruct import readers
 from data.instruct.forms import Bad, Record, read
@@ -58,14 +58,15 @@ def reasons(path, form=""):
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet", "csv", "tsv"])
-@pytest.mark.parametrize("form", ROWS)
-def test_every_form_in_every_kind_of_file_gives_the_same_records(tmp_path, form, suffix):
-    if suffix in ("csv", "tsv") and form in ("messages", "sharegpt"):
-        pytest.skip("a table has no lists")
-    path = write(tmp_path / f"a.{suffix}", ROWS[form])
-    assert pairs(path) == pairs(path, form) == RECORDS
-    if form == "dolly":
-        assert {record.family for record in read(path)} == {"qa"}
+def test_every_form_in_every_kind_of_file_gives_the_same_records(fresh, suffix):
+    for form in each(ROWS):
+        tmp_path = fresh()
+        if suffix in ("csv", "tsv") and form in ("messages", "sharegpt"):
+            pytest.skip("a table has no lists")
+        path = write(tmp_path / f"a.{suffix}", ROWS[form])
+        assert pairs(path) == pairs(path, form) == RECORDS
+        if form == "dolly":
+            assert {record.family for record in read(path)} == {"qa"}
 
 
 def test_a_form_that_is_named_is_the_only_one(tmp_path):
@@ -108,32 +109,33 @@ def test_an_answer_with_tags_is_parsed_and_one_that_only_mentions_a_tag_is_text(
 # ---------------------------------------------------------------- what is broken
 
 
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("{", "no JSON"),
-        ("5", "expected an object"),
-        ('"text"', "expected an object"),
-        ("null", "expected an object"),
-        ('{"q": "a"}', "the fields q are those of no form"),
-        ('{"prompt": 3, "completion": "a"}', "expected text in 'prompt', found 3"),
-        ('{"prompt": " ", "completion": "a"}', "empty 'prompt'"),
-        ('{"prompt": "a", "completion": "\\n"}', "empty 'completion'"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "no UTF-8"),
-        ('{"messages": {}}', "expected a list of objects in 'messages'"),
-        ('{"messages": []}', "without a reply"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1: expected the user"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', "turn 1: 'role' is 'tool'"),
-        ('{"messages": [{"role": "user", "content": null}]}', "turn 1: expected text in 'content'"),
-        ("[" * 100_000, "JSON"),
-    ],
-)
-def test_a_broken_record_is_named_by_line_and_the_rest_is_read(tmp_path, line, said):
-    path, good = tmp_path / "a.jsonl", json.dumps(ROWS["alpaca"][0])
-    path.write_text(f"{good}\n\n{line}\n{good}\n")
-    first, bad, last = read(path)
-    assert isinstance(first, Record) and isinstance(last, Record) and last.place == f"{path}, line 4"
-    assert bad.place == f"{path}, line 3" and said in bad.reason
+BROKEN = [
+    ("{", "no JSON"),
+    ("5", "expected an object"),
+    ('"text"', "expected an object"),
+    ("null", "expected an object"),
+    ('{"q": "a"}', "the fields q are those of no form"),
+    ('{"prompt": 3, "completion": "a"}', "expected text in 'prompt', found 3"),
+    ('{"prompt": " ", "completion": "a"}', "empty 'prompt'"),
+    ('{"prompt": "a", "completion": "\\n"}', "empty 'completion'"),
+    ('{"prompt": "a", "completion": "\\ud800"}', "no UTF-8"),
+    ('{"messages": {}}', "expected a list of objects in 'messages'"),
+    ('{"messages": []}', "without a reply"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1: expected the user"),
+    ('{"messages": [{"role": "tool", "content": "a"}]}', "turn 1: 'role' is 'tool'"),
+    ('{"messages": [{"role": "user", "content": null}]}', "turn 1: expected text in 'content'"),
+    ("[" * 100_000, "JSON"),
+]
+
+
+def test_a_broken_record_is_named_by_line_and_the_rest_is_read(fresh):
+    for line, said in each(BROKEN):
+        tmp_path = fresh()
+        path, good = tmp_path / "a.jsonl", json.dumps(ROWS["alpaca"][0])
+        path.write_text(f"{good}\n\n{line}\n{good}\n")
+        first, bad, last = read(path)
+        assert isinstance(first, Record) and isinstance(last, Record) and last.place == f"{path}, line 4"
+        assert bad.place == f"{path}, line 3" and said in bad.reason
 
 
 def test_bytes_that_are_no_text_are_named_in_every_kind_of_file(tmp_path):
@@ -175,18 +177,19 @@ def nasty_value(rng, depth=0):
     return {f"k{i}{rng.choice(NASTY)}": nasty_value(rng, depth + 1) for i in range(rng.randint(0, 3))}
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_an_array_is_cut_into_the_values_that_json_finds_wherever_its_chunks_end(tmp_path, monkeypatch, seed):
-    rng = random.Random(seed)
-    monkeypatch.setattr(readers, "CHUNK", rng.choice([1, 2, 3, 7, 50]))
-    values = [nasty_value(rng) for _ in range(rng.randint(0, 6))]
-    indent, escaped = rng.choice([None, 1]), rng.random() < 0.5
-    path = tmp_path / "a.json"
-    path.write_text(
-        "\n " * rng.randint(0, 2) + json.dumps(values, indent=indent, ensure_ascii=escaped) + "\n", encoding="utf-8"
-    )
-    found = [row.fields for row in readers.rows(path)]
-    assert found == [[value] if isinstance(value, str) else value for value in values]  # a str would be a reason
+def test_an_array_is_cut_into_the_values_that_json_finds_wherever_its_chunks_end(fresh, monkeypatch):
+    for seed in each(range(25)):
+        tmp_path = fresh()
+        rng = random.Random(seed)
+        monkeypatch.setattr(readers, "CHUNK", rng.choice([1, 2, 3, 7, 50]))
+        values = [nasty_value(rng) for _ in range(rng.randint(0, 6))]
+        indent, escaped = rng.choice([None, 1]), rng.random() < 0.5
+        path = tmp_path / "a.json"
+        path.write_text(
+            "\n " * rng.randint(0, 2) + json.dumps(values, indent=indent, ensure_ascii=escaped) + "\n", encoding="utf-8"
+        )
+        found = [row.fields for row in readers.rows(path)]
+        assert found == [[value] if isinstance(value, str) else value for value in values]  # a str would be a reason
 
 
 def test_records_of_an_array_have_the_line_where_they_begin(tmp_path, monkeypatch):
@@ -196,33 +199,35 @@ def test_records_of_an_array_have_the_line_where_they_begin(tmp_path, monkeypatc
     assert [row.place for row in readers.rows(path)] == [f"{path}, line {n}" for n in (3, 5, 5)]
 
 
-@pytest.mark.parametrize(
-    "text, good, said",
-    [
-        ('[{"a": 1}, {"b": nan}, {"c": 3}]', 2, "no JSON"),
-        ('[{"a": 1}, {"b": 2', 1, "does not end"),
-        ('[{"a": 1}, {"b": "2}, {"c": 3}]', 1, "does not end"),
-        ('[{"a": 1},', 1, "does not end"),
-        ('[{"a": 1}', 1, "does not end"),
-        ("[", 0, "does not end"),
-        ('[{"a": 1}] []', 1, "follows the end"),
-    ],
-)
-def test_a_broken_array_is_named_and_gives_what_can_be_read(tmp_path, text, good, said):
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    found = [row.fields for row in readers.rows(path)]
-    assert sum(isinstance(value, dict) for value in found) == good
-    assert sum(isinstance(value, str) and said in value for value in found) == 1 and len(found) == good + 1
+BROKEN_ARRAYS = [
+    ('[{"a": 1}, {"b": nan}, {"c": 3}]', 2, "no JSON"),
+    ('[{"a": 1}, {"b": 2', 1, "does not end"),
+    ('[{"a": 1}, {"b": "2}, {"c": 3}]', 1, "does not end"),
+    ('[{"a": 1},', 1, "does not end"),
+    ('[{"a": 1}', 1, "does not end"),
+    ("[", 0, "does not end"),
+    ('[{"a": 1}] []', 1, "follows the end"),
+]
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
-def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(readers, "CHUNK", 1 << 14)
-    path = write(tmp_path / name, [{"prompt": f"p{i}", "completion": "word " * 100} for i in range(8000)])
-    assert path.stat().st_size > 4e6
-    tracemalloc.start()
-    assert sum(1 for _ in read(path)) == 8000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1e6
+def test_a_broken_array_is_named_and_gives_what_can_be_read(fresh):
+    for text, good, said in each(BROKEN_ARRAYS):
+        tmp_path = fresh()
+        path = tmp_path / "a.json"
+        path.write_text(text)
+        found = [row.fields for row in readers.rows(path)]
+        assert sum(isinstance(value, dict) for value in found) == good
+        assert sum(isinstance(value, str) and said in value for value in found) == 1 and len(found) == good + 1
+
+
+def test_memory_does_not_grow_with_the_file(fresh, monkeypatch):
+    for name in each(["a.json", "a.jsonl", "a.csv"]):
+        tmp_path = fresh()
+        monkeypatch.setattr(readers, "CHUNK", 1 << 14)
+        path = write(tmp_path / name, [{"prompt": f"p{i}", "completion": "word " * 100} for i in range(8000)])
+        assert path.stat().st_size > 4e6
+        tracemalloc.start()
+        assert sum(1 for _ in read(path)) == 8000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1e6

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from conftest import NASTY, ODD_SPACE, SENTENCES
+from conftest import NASTY, ODD_SPACE, SENTENCES, each
 
 from data import read_split, write_dataset
 from data.instruct.annotate import COSTS, annotate, as_text
@@ -38,47 +38,45 @@ def outline(rounds):
 # ---------------------------------------------------------------- nothing is lost
 
 
-@pytest.mark.parametrize(
-    "module", ["annotate", "dependence", "forms", "judge", "plans", "readers", "structure", "topics"]
-)
-def test_the_examples_of_the_docstrings_are_so(module):
-    result = doctest.testmod(importlib.import_module(f"data.instruct.{module}"))
-    assert not result.failed
-    assert result.attempted or module == "dependence"
+def test_the_examples_of_the_docstrings_are_so():
+    for module in each(["annotate", "dependence", "forms", "judge", "plans", "readers", "structure", "topics"]):
+        result = doctest.testmod(importlib.import_module(f"data.instruct.{module}"))
+        assert not result.failed
+        assert result.attempted or module == "dependence"
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_the_text_can_be_recovered_exactly_through_the_files(tokenizer, seed):
-    text = random_answer(random.Random(seed))
-    annotation = annotate("Compare the otter, the bear and the fox.", text, tokenizer)
-    rounds = [replace(r, spans=tuple(replace(s, length=1) for s in r.spans)) for r in annotation.rounds]
-    back = parse_answer(format_answer(rounds))
-    assert restore(back, annotation.gaps) == text
-    assert not "".join(annotation.gaps).strip()
+def test_the_text_can_be_recovered_exactly_through_the_files(tokenizer):
+    for seed in each(range(150)):
+        text = random_answer(random.Random(seed))
+        annotation = annotate("Compare the otter, the bear and the fox.", text, tokenizer)
+        rounds = [replace(r, spans=tuple(replace(s, length=1) for s in r.spans)) for r in annotation.rounds]
+        back = parse_answer(format_answer(rounds))
+        assert restore(back, annotation.gaps) == text
+        assert not "".join(annotation.gaps).strip()
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_cuts_and_rounds_are_two_ways_to_write_the_same(seed):
-    rng = random.Random(seed)
-    words = [rng.choice(["otter", "<eos>", "水獺", "a\\"]) for _ in range(rng.randint(1, 8))]
-    text, cuts = rng.choice(["", "\n"]), []
-    for word in words:
-        topic = rng.choice([None, "food", "top 5"])
-        cuts.append(Cut(len(text), topic, bool(cuts) and (rng.random() < 0.3 or topic is None)))
-        text += word + rng.choice(["", " ", "\n\n\t"]) if word is words[-1] else word + rng.choice([" ", "\n\n\t"])
-    rounds, gaps = build(text, cuts)
-    assert restore(rounds, gaps) == text
-    assert cuts_of(rounds, gaps) == cuts
-    assert pieces(rounds) == words
-    assert len(rounds) == 1 + sum(cut.sync for cut in cuts)
+def test_cuts_and_rounds_are_two_ways_to_write_the_same():
+    for seed in each(range(50)):
+        rng = random.Random(seed)
+        words = [rng.choice(["otter", "<eos>", "水獺", "a\\"]) for _ in range(rng.randint(1, 8))]
+        text, cuts = rng.choice(["", "\n"]), []
+        for word in words:
+            topic = rng.choice([None, "food", "top 5"])
+            cuts.append(Cut(len(text), topic, bool(cuts) and (rng.random() < 0.3 or topic is None)))
+            text += word + rng.choice(["", " ", "\n\n\t"]) if word is words[-1] else word + rng.choice([" ", "\n\n\t"])
+        rounds, gaps = build(text, cuts)
+        assert restore(rounds, gaps) == text
+        assert cuts_of(rounds, gaps) == cuts
+        assert pieces(rounds) == words
+        assert len(rounds) == 1 + sum(cut.sync for cut in cuts)
 
 
-@pytest.mark.parametrize(
-    "cuts", [[], [Cut(2)], [Cut(0), Cut(0)], [Cut(4), Cut(0)], [Cut(0), Cut(3, "a"), Cut(4, "b")], [Cut(0, " ")]]
-)
-def test_cuts_that_leave_something_out_or_empty_are_errors(cuts):
-    with pytest.raises(ValueError):
-        build("one two", cuts)
+def test_cuts_that_leave_something_out_or_empty_are_errors():
+    for cuts in each(
+        [[], [Cut(2)], [Cut(0), Cut(0)], [Cut(4), Cut(0)], [Cut(0), Cut(3, "a"), Cut(4, "b")], [Cut(0, " ")]]
+    ):
+        with pytest.raises(ValueError):
+            build("one two", cuts)
 
 
 def test_rules_cover_a_text_from_its_beginning_in_order(tokenizer):
@@ -104,61 +102,58 @@ def test_gaps_are_in_the_files_of_a_data_set(tmp_path, tokenizer):
 A, B, C = long("Otters swim"), long("Bears sleep"), long("Foxes hunt")
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (f"Three:\n- {A}\n- {B}\n- {C}", [["Three:", ["otters swim", "bears sleep", "foxes hunt"]]]),
-        (
-            f"1. **Home**: {A}\n   - more\n2. **Food:** {B}\n\nOverall, fine.",
-            [["", ["home", "food"]], ["Overall, fine.", []]],
-        ),
-        (f"# All\n## Home\n{A}\n\n## Food\n{B}", [["# All", ["home", "food"]]]),
-        (f"**Home**\n\n{A}\n\n**Food**\n\n{B}\n\nIn short: {C}", [["", ["home", "food"]], [f"In short: {C}", []]]),
-        (f"Home\n----\n{A}\n\nFood\n----\n{B}", [["", ["home", "food"]]]),
-        (f"Pros:\n- {A}\n- {B}\n\nCons:\n- {C}\n- {A}", [["", ["pros", "cons"]]]),
-        (
-            f"| who | what |\n|---|---|\n| otter | {A} |\n| bear | {B} |",
-            [["| who | what |\n|---|---|", ["otter", "bear"]]],
-        ),
-        (f"x : int\n    {A}\ny, z : float\n    {B}", [["", ["x", "y, z"]]]),
-        (f":param x: {A}\n:param y: {B}", [["", ["x", "y"]]]),
-        (f"Home: {A}\nFood: {B}", [["", ["home", "food"]]]),
-        (f"{A}\n\n{B}\n\nThey also eat. {C}", [["", ["otters swim", "bears sleep"]]]),
-        (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim", "bears sleep"]]]),
-        (f"1. {A}\n\n```\n1. x\n2. y\n```\n2. {B}", [["", ["otters swim", "bears sleep"]]]),
-        (f"1. {A}\n- {C}\n2. {B}\n- {C}", [["", ["otters swim", "bears sleep"]]]),
-        (
-            f"- {A}\n- {B}\n\nThen:\n\n- {C}\n- {A}",
-            [["", ["otters swim", "bears sleep"]], ["Then:", ["foxes hunt", "otters swim"]]],
-        ),
-        (
-            f"- {A}\n- {B}\n- All of these: {C}\n- {A}",
-            [["", ["otters swim", "bears sleep"]], ["", ["all of these", "otters swim"]]],
-        ),
-    ],
-)
-def test_structure_becomes_spans_and_what_refers_back_a_later_round(tokenizer, text, expected):
-    found = outline(annotate("What do otters, bears and foxes do?", text, tokenizer).rounds)
-    assert [[said, len(topics)] for said, topics in found] == [[said, len(topics)] for said, topics in expected]
-    labels = {"home", "food", "pros", "cons", "otter", "bear", "x", "y", "y, z"}
-    for (_, topics), (_, names) in zip(found, expected):
-        assert all(topic == name for topic, name in zip(topics, names) if name in labels)
+STRUCTURES = [
+    (f"Three:\n- {A}\n- {B}\n- {C}", [["Three:", ["otters swim", "bears sleep", "foxes hunt"]]]),
+    (
+        f"1. **Home**: {A}\n   - more\n2. **Food:** {B}\n\nOverall, fine.",
+        [["", ["home", "food"]], ["Overall, fine.", []]],
+    ),
+    (f"# All\n## Home\n{A}\n\n## Food\n{B}", [["# All", ["home", "food"]]]),
+    (f"**Home**\n\n{A}\n\n**Food**\n\n{B}\n\nIn short: {C}", [["", ["home", "food"]], [f"In short: {C}", []]]),
+    (f"Home\n----\n{A}\n\nFood\n----\n{B}", [["", ["home", "food"]]]),
+    (f"Pros:\n- {A}\n- {B}\n\nCons:\n- {C}\n- {A}", [["", ["pros", "cons"]]]),
+    (
+        f"| who | what |\n|---|---|\n| otter | {A} |\n| bear | {B} |",
+        [["| who | what |\n|---|---|", ["otter", "bear"]]],
+    ),
+    (f"x : int\n    {A}\ny, z : float\n    {B}", [["", ["x", "y, z"]]]),
+    (f":param x: {A}\n:param y: {B}", [["", ["x", "y"]]]),
+    (f"Home: {A}\nFood: {B}", [["", ["home", "food"]]]),
+    (f"{A}\n\n{B}\n\nThey also eat. {C}", [["", ["otters swim", "bears sleep"]]]),
+    (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim", "bears sleep"]]]),
+    (f"1. {A}\n\n```\n1. x\n2. y\n```\n2. {B}", [["", ["otters swim", "bears sleep"]]]),
+    (f"1. {A}\n- {C}\n2. {B}\n- {C}", [["", ["otters swim", "bears sleep"]]]),
+    (
+        f"- {A}\n- {B}\n\nThen:\n\n- {C}\n- {A}",
+        [["", ["otters swim", "bears sleep"]], ["Then:", ["foxes hunt", "otters swim"]]],
+    ),
+    (
+        f"- {A}\n- {B}\n- All of these: {C}\n- {A}",
+        [["", ["otters swim", "bears sleep"]], ["", ["all of these", "otters swim"]]],
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "text, why",
-    [
+def test_structure_becomes_spans_and_what_refers_back_a_later_round(tokenizer):
+    for text, expected in each(STRUCTURES):
+        found = outline(annotate("What do otters, bears and foxes do?", text, tokenizer).rounds)
+        assert [[said, len(topics)] for said, topics in found] == [[said, len(topics)] for said, topics in expected]
+        labels = {"home", "food", "pros", "cons", "otter", "bear", "x", "y", "y, z"}
+        for (_, topics), (_, names) in zip(found, expected):
+            assert all(topic == name for topic, name in zip(topics, names) if name in labels)
+
+
+def test_a_text_without_structure_that_pays_is_left_alone(tokenizer):
+    for text, why in each([
         (SENTENCES[0] + " " + SENTENCES[1], "no parallel structure"),
         ("Red.\nBlue.", COSTS),
         ("- a\n- b\n- c", COSTS),
         (f"- {A}\n- These follow. {B}", "its parts lean on each other"),
         ("The otter is a playful animal which lives in all of\nthe rivers of the north, and it eats all the fish\nthat it finds.", "no parallel structure"),
-    ],
-)  # fmt: skip
-def test_a_text_without_structure_that_pays_is_left_alone(tokenizer, text, why):
-    annotation = annotate("p", text, tokenizer)
-    assert annotation.decision == f"text: {why}" and not annotation.planned
-    assert annotation == as_text(text, annotation.decision)
+    ]):  # fmt: skip
+        annotation = annotate("p", text, tokenizer)
+        assert annotation.decision == f"text: {why}" and not annotation.planned
+        assert annotation == as_text(text, annotation.decision)
 
 
 def test_paragraphs_that_open_nothing_of_their_own_are_one_tale(tokenizer):
@@ -225,11 +220,12 @@ def test_annotations_are_read_along_with_the_records(tmp_path):
     assert annotations.unused() == 5
 
 
-@pytest.mark.parametrize("line, said", [("{", "line 2"), ("[]", "'record' and 'pieces'"), ('{"record": 1}', "'pieces'"),
-                                        ('{"record": 3, "pieces": []}', "record 3 after record 3")])  # fmt: skip
-def test_a_broken_line_of_annotations_is_named(tmp_path, line, said):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"record": 3, "pieces": []}) + f"\n{line}\n")
-    with pytest.raises(ValueError, match="a.jsonl, line 2: ") as error:
-        Annotations(path).of(3, "x")
-    assert said in str(error.value)
+def test_a_broken_line_of_annotations_is_named(fresh):
+    for line, said in each([("{", "line 2"), ("[]", "'record' and 'pieces'"), ('{"record": 1}', "'pieces'"),
+                                        ('{"record": 3, "pieces": []}', "record 3 after record 3")]):  # fmt: skip
+        tmp_path = fresh()
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"record": 3, "pieces": []}) + f"\n{line}\n")
+        with pytest.raises(ValueError, match="a.jsonl, line 2: ") as error:
+            Annotations(path).of(3, "x")
+        assert said in str(error.value)

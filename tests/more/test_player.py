@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import SENTENCES, each
 from naive_sampler import Token, hidden_states
 from test_show import WAYS, random_sampler, run
 
@@ -41,59 +41,59 @@ def text_of(part, frame):
     return {"topic": "<topic>", "length": str(topic.length)}[kind]
 
 
-@pytest.mark.parametrize("method, config", [*WAYS, ("planned", {"ahead": 4, "constrained": False})])
-def test_each_token_is_drawn_in_the_pass_that_shows_it_or_was_forced(unsure, tokenizer, method, config):
-    for seed in range(6):
-        frames, known = record(random_sampler(tokenizer, method, seed, **config).answer, SENTENCES[1]), set()
-        for frame in frames:
-            written = [draw for draw in frame.draws if draw.outcome in ("new", "accepted")]
-            kept = {draw.part: draw for draw in written if draw.part}
-            tags, broken = (TOPIC_END, SYNC, EOS), frame.ending == "broken"
-            assert all(draw.part or draw.text in tags or broken for draw in written)
-            fresh = {part for part in parts(frame) if part[0] != "span"} - known
-            assert kept.keys() <= fresh
-            assert all(text_of(part, frame).strip() == draw.text.strip() for part, draw in kept.items())
-            for part in fresh - kept.keys():
-                assert text_of(part, frame) == "" if part[0] == "slot" else config.get("constrained", True)
-            known |= fresh
+def test_each_token_is_drawn_in_the_pass_that_shows_it_or_was_forced(unsure, tokenizer):
+    for method, config in each([*WAYS, ("planned", {"ahead": 4, "constrained": False})]):
+        for seed in range(6):
+            frames, known = record(random_sampler(tokenizer, method, seed, **config).answer, SENTENCES[1]), set()
+            for frame in frames:
+                written = [draw for draw in frame.draws if draw.outcome in ("new", "accepted")]
+                kept = {draw.part: draw for draw in written if draw.part}
+                tags, broken = (TOPIC_END, SYNC, EOS), frame.ending == "broken"
+                assert all(draw.part or draw.text in tags or broken for draw in written)
+                fresh = {part for part in parts(frame) if part[0] != "span"} - known
+                assert kept.keys() <= fresh
+                assert all(text_of(part, frame).strip() == draw.text.strip() for part, draw in kept.items())
+                for part in fresh - kept.keys():
+                    assert text_of(part, frame) == "" if part[0] == "slot" else config.get("constrained", True)
+                known |= fresh
 
 
-@pytest.mark.parametrize("method, config", [way for way in WAYS if "ahead" in way[1]])
-def test_drafts_are_those_that_the_answer_counts(unsure, tokenizer, method, config):
-    rejected = 0
-    for seed in range(6):
-        sampler = random_sampler(tokenizer, method, seed, **config)
-        draws = [draw.outcome for frame in record(sampler.answer, SENTENCES[1]) for draw in frame.draws]
-        (answer,) = sampler.answer([SENTENCES[1]])
-        assert draws.count("accepted") == answer.accepted
-        assert draws.count("rejected") == answer.drafted - answer.accepted
-        rejected += draws.count("rejected")
-    assert rejected
+def test_drafts_are_those_that_the_answer_counts(unsure, tokenizer):
+    for method, config in each([way for way in WAYS if "ahead" in way[1]]):
+        rejected = 0
+        for seed in range(6):
+            sampler = random_sampler(tokenizer, method, seed, **config)
+            draws = [draw.outcome for frame in record(sampler.answer, SENTENCES[1]) for draw in frame.draws]
+            (answer,) = sampler.answer([SENTENCES[1]])
+            assert draws.count("accepted") == answer.accepted
+            assert draws.count("rejected") == answer.drafted - answer.accepted
+            rejected += draws.count("rejected")
+        assert rejected
 
 
-@pytest.mark.parametrize("method", ["planned", "dense", "ar", "block"])
-def test_probabilities_are_those_of_a_fresh_pass_over_the_whole_sequence(tokenizer, method):
-    sampler, before = random_sampler(tokenizer, method), []
-    attention = "dense" if method == "dense" else "sparse"
+def test_probabilities_are_those_of_a_fresh_pass_over_the_whole_sequence(tokenizer):
+    for method in each(["planned", "dense", "ar", "block"]):
+        sampler, before = random_sampler(tokenizer, method), []
+        attention = "dense" if method == "dense" else "sparse"
 
-    def watch(answer):
-        layout = answer.layout
-        rows = zip(layout.token, layout.round, layout.span, layout.kind)
-        tokens = [Token(i, r, None if span < 0 else span, kind == SLOT) for i, r, span, kind in rows]
-        before.append((tokens, answer.phase and answer.phase.in_spans, torch.from_numpy(answer.grammar.allowed())))
+        def watch(answer):
+            layout = answer.layout
+            rows = zip(layout.token, layout.round, layout.span, layout.kind)
+            tokens = [Token(i, r, None if span < 0 else span, kind == SLOT) for i, r, span, kind in rows]
+            before.append((tokens, answer.phase and answer.phase.in_spans, torch.from_numpy(answer.grammar.allowed())))
 
-    frames, compared = record(sampler.answer, SENTENCES[0], watch), 0
-    for (tokens, in_spans, allowed), frame in zip(before, frames[1:]):
-        hidden = hidden_states(sampler.model, tokens, attention)
-        if in_spans:
-            masked = [n for n, token in enumerate(tokens) if token.slot and token.id == tokenizer.mask]
-            expected = sampler.model.logits(hidden[masked], tokenizer.pad + 1).softmax(-1).amax(-1)
-        else:
-            expected = sampler.model.logits(hidden[-1:]).masked_fill(~allowed, -torch.inf).softmax(-1).amax(-1)
-        given = torch.tensor([draw.probability for draw in frame.draws])
-        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-3)
-        compared += 1
-    assert compared > 5
+        frames, compared = record(sampler.answer, SENTENCES[0], watch), 0
+        for (tokens, in_spans, allowed), frame in zip(before, frames[1:]):
+            hidden = hidden_states(sampler.model, tokens, attention)
+            if in_spans:
+                masked = [n for n, token in enumerate(tokens) if token.slot and token.id == tokenizer.mask]
+                expected = sampler.model.logits(hidden[masked], tokenizer.pad + 1).softmax(-1).amax(-1)
+            else:
+                expected = sampler.model.logits(hidden[-1:]).masked_fill(~allowed, -torch.inf).softmax(-1).amax(-1)
+            given = torch.tensor([draw.probability for draw in frame.draws])
+            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-3)
+            compared += 1
+        assert compared > 5
 
 
 def test_the_most_certain_slots_are_filled_first(tokenizer):

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import each
 
 from measure import plot
 from measure.plot import draw, gather, named, read
@@ -46,14 +47,15 @@ def test_a_log_of_before_there_were_drafts_is_read(tmp_path):
     assert read(str(tmp_path / "old.csv")) == {"plan": {1: 2.5}, "val_plan": {1: 2}}
 
 
-@pytest.mark.parametrize("text, said", [
+def test_what_is_no_log_is_named(fresh):
+    for text, said in each([
     ("step,tokens\n", "no losses yet"), ("", "no losses yet"), ("step,plan\n1,much\n", "expected the log.csv"),
     ("plan,tokens\n1,2\n", "expected the log.csv"),
-])  # fmt: skip
-def test_what_is_no_log_is_named(tmp_path, text, said):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=f"a.csv: {said}"):
-        read(str(tmp_path / "a.csv"))
+]):  # fmt: skip
+        tmp_path = fresh()
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(ValueError, match=f"a.csv: {said}"):
+            read(str(tmp_path / "a.csv"))
 
 
 def test_a_label_is_what_is_before_the_equals_sign_or_the_folder_or_the_file(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import each, small_model
 from naive_model import naive_forward
 from published import KINDS, SIZES, library, published, published_tensors
 from safetensors.torch import load_file, save_file
@@ -39,38 +39,40 @@ def some_text(tokenizer, length=90):
 # ---------------------------------------------------------------- in
 
 
-@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_transformers(tmp_path, kind, shards):
-    library("transformers")
-    from transformers import AutoModelForCausalLM
+def test_logits_are_those_of_transformers(fresh, kind):
+    for shards in each([1, 3]):
+        tmp_path = fresh()
+        library("transformers")
+        from transformers import AutoModelForCausalLM
 
-    pretrained = look(published(tmp_path, kind, shards=shards))
-    token, rows = some_text(pretrained.tokenizer), torch.tensor(pretrained.rows[: pretrained.tokenizer.pad])
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(rows[token]).logits[..., rows]
-    assert theirs.std() > 0.5
-    ours = our_logits(load(pretrained), token)[..., : pretrained.tokenizer.pad]
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        pretrained = look(published(tmp_path, kind, shards=shards))
+        token, rows = some_text(pretrained.tokenizer), torch.tensor(pretrained.rows[: pretrained.tokenizer.pad])
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(rows[token]).logits[..., rows]
+        assert theirs.std() > 0.5
+        ours = our_logits(load(pretrained), token)[..., : pretrained.tokenizer.pad]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_that_library_logits_are_those_of_a_naive_model_with_the_published_tensors(tmp_path, kind):
+def test_without_that_library_logits_are_those_of_a_naive_model_with_the_published_tensors(fresh):
     """Queries, keys and values apart, as they are in the file."""
-    pretrained, tensors = look(published(tmp_path, kind)), published_tensors(KINDS[kind])
-    model = load(pretrained)
-    for n, block in enumerate(model.blocks):
-        parts = block.attention.qkv.weight.split([size * model.config.head_dim for size in (4, 2, 2)])
-        for part, letter in zip(parts, "qkv"):
-            assert torch.equal(part, tensors[f"model.layers.{n}.self_attn.{letter}_proj.weight"])
-        gate, up = block.gate_up.weight.chunk(2)
-        assert torch.equal(gate, tensors[f"model.layers.{n}.mlp.gate_proj.weight"])
-        assert torch.equal(block.attention.out.weight, tensors[f"model.layers.{n}.self_attn.o_proj.weight"])
-    token = some_text(pretrained.tokenizer, 20)
-    with torch.no_grad():
-        fast = model(*causal(token))[0]
-        naive = naive_forward(model.double(), *(x[0] for x in causal(token)))
-    torch.testing.assert_close(fast, naive.float(), atol=1e-4, rtol=1e-4)
+    for kind in each(KINDS):
+        tmp_path = fresh()
+        pretrained, tensors = look(published(tmp_path, kind)), published_tensors(KINDS[kind])
+        model = load(pretrained)
+        for n, block in enumerate(model.blocks):
+            parts = block.attention.qkv.weight.split([size * model.config.head_dim for size in (4, 2, 2)])
+            for part, letter in zip(parts, "qkv"):
+                assert torch.equal(part, tensors[f"model.layers.{n}.self_attn.{letter}_proj.weight"])
+            gate, up = block.gate_up.weight.chunk(2)
+            assert torch.equal(gate, tensors[f"model.layers.{n}.mlp.gate_proj.weight"])
+            assert torch.equal(block.attention.out.weight, tensors[f"model.layers.{n}.self_attn.o_proj.weight"])
+        token = some_text(pretrained.tokenizer, 20)
+        with torch.no_grad():
+            fast = model(*causal(token))[0]
+            naive = naive_forward(model.double(), *(x[0] for x in causal(token)))
+        torch.testing.assert_close(fast, naive.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_the_config_is_read_as_both_versions_of_transformers_write_it():
@@ -146,15 +148,16 @@ def test_a_model_of_this_project_is_exported_by_the_command_and_loaded_by_transf
     torch.testing.assert_close(our_logits(model, token), theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_exported_is_read_again_exactly_tags_included(tmp_path, kind):
-    pretrained = look(published(tmp_path / "in", kind))
-    model = load(pretrained)
-    export.export(model, pretrained.tokenizer, tmp_path / "out", "float32")
-    again = look(tmp_path / "out")
-    assert again.config == pretrained.config or again.config.half != pretrained.config.half
-    assert again.tokenizer.to_json() == pretrained.tokenizer.to_json()
-    torch.testing.assert_close(load(again).state_dict(), model.state_dict(), rtol=0, atol=0)
+def test_what_is_exported_is_read_again_exactly_tags_included(fresh):
+    for kind in each(KINDS):
+        tmp_path = fresh()
+        pretrained = look(published(tmp_path / "in", kind))
+        model = load(pretrained)
+        export.export(model, pretrained.tokenizer, tmp_path / "out", "float32")
+        again = look(tmp_path / "out")
+        assert again.config == pretrained.config or again.config.half != pretrained.config.half
+        assert again.tokenizer.to_json() == pretrained.tokenizer.to_json()
+        torch.testing.assert_close(load(again).state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_a_checkpoint_holds_a_pretrained_model(tmp_path):
@@ -173,11 +176,11 @@ def test_shipped_checkpoints_have_the_options_that_they_always_had():
     assert config.head_dim == config.d_model // config.n_head and config.norm_eps == 1e-5
 
 
-@pytest.mark.parametrize("options", [{"half": "int8"}, {"rope_scaling": {"rope_type": "llama3"}}, {"rope_scaling": [1]},
-                                     {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}])  # fmt: skip
-def test_a_config_that_makes_no_sense_is_refused(options):
-    with pytest.raises((TypeError, ValueError)):
-        ModelConfig(**options)
+def test_a_config_that_makes_no_sense_is_refused():
+    for options in each([{"half": "int8"}, {"rope_scaling": {"rope_type": "llama3"}}, {"rope_scaling": [1]},
+                                     {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}]):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            ModelConfig(**options)
 
 
 def test_what_no_published_architecture_has_is_not_exported(tok):
@@ -197,7 +200,7 @@ def refused(folder):
     return str(error.value)
 
 
-@pytest.mark.parametrize("change, words", [
+REFUSED = [
     ({"model_type": "gpt2"}, "model_type 'gpt2': expected one of llama"), ({"model_type": None}, "model_type"),
     ({"hidden_act": "gelu"}, "hidden_act"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"use_sliding_window": True}, "sliding"), ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
@@ -208,12 +211,16 @@ def refused(folder):
     ({"hidden_size": 64}, "[None, 64]"), ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
     ({"num_hidden_layers": 1}, "model.layers.1"), ({"intermediate_size": 50}, "gate_proj.weight has the shape"),
     ({"model_type": "llama"}, "k_proj.bias"), ({"model_type": "qwen3"}, "bias"), ({"tie_word_embeddings": False}, "lm_head"),
-])  # fmt: skip
-def test_a_config_that_is_not_this_models_is_refused_by_name(tmp_path, change, words):
-    folder = published(tmp_path, "qwen2")
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert words in refused(folder)
+]  # fmt: skip
+
+
+def test_a_config_that_is_not_this_models_is_refused_by_name(fresh):
+    for change, words in each(REFUSED):
+        tmp_path = fresh()
+        folder = published(tmp_path, "qwen2")
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert words in refused(folder)
 
 
 def test_a_folder_without_config_weights_or_a_shard_is_refused(tmp_path):
@@ -244,11 +251,12 @@ def test_weights_that_are_cut_garbage_or_of_another_tokenizer_are_refused(tmp_pa
     assert "has 300 rows, but tokenizer.json a token" in refused(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000])
-def test_a_config_that_is_no_object_is_refused(tmp_path, text):
-    folder = published(tmp_path / "model")
-    (folder / "config.json").write_text(text)
-    refused(folder)
+def test_a_config_that_is_no_object_is_refused(fresh):
+    for text in each(["", "[]", "{", "3", "[" * 100_000]):
+        tmp_path = fresh()
+        folder = published(tmp_path / "model")
+        (folder / "config.json").write_text(text)
+        refused(folder)
 
 
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path):

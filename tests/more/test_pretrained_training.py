@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_example
+from conftest import each, random_example
 from published import library, published
 from runs import Crash, assert_same, crash, interrupt, losses, said, settings
 from safetensors.torch import load_file
@@ -299,11 +299,12 @@ def test_a_checkpoint_of_other_adapters_is_refused(data, folder, tmp_path):
 # ---------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("options, words", [
+def test_what_does_not_go_together_is_said_in_a_line(monkeypatch, data, folder, fresh):
+    for options, words in each([
     (("--lora", 4, "--init", ""), "--lora 4: expected --init FOLDER"), (("--n_layer", 3), "leave out --n_layer"),
     (("--init", "tests"), "config.json does not exist"),
-])  # fmt: skip
-def test_what_does_not_go_together_is_said_in_a_line(monkeypatch, data, folder, tmp_path, options, words):
-    before = ("--device", "cpu", "--data", data, "--out", tmp_path / "run", "--batch", 2, "--init", folder)
-    assert words in said(monkeypatch, *before, *options)
-    assert not (tmp_path / "run").exists()
+]):  # fmt: skip
+        tmp_path = fresh()
+        before = ("--device", "cpu", "--data", data, "--out", tmp_path / "run", "--batch", 2, "--init", folder)
+        assert words in said(monkeypatch, *before, *options)
+        assert not (tmp_path / "run").exists()

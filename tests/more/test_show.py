@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import SENTENCES, small_model
+from conftest import SENTENCES, each, small_model
 
 from config import METHODS, MethodConfig, SampleConfig
 from demo import svg
@@ -64,43 +64,43 @@ WAYS += [(method, {"ahead": 3}) for method in ("planned", "parallel-ar", "ar")]
 WAYS += [("planned", {"threshold": 0.9, "temperature": 1.0})]
 
 
-@pytest.mark.parametrize("method, config", WAYS)
-def test_the_last_frame_is_the_answer_and_each_pass_has_a_frame(tokenizer, method, config):
-    sampler = random_sampler(tokenizer, method, **config)
-    frames, (answer,) = record(sampler.answer, SENTENCES[0]), sampler.answer([SENTENCES[0]])
-    result, last = answer.result(), frames[-1]
-    assert [frame.passes for frame in frames] == [*range(1, len(frames) + 1)]
-    for name in ("plan_passes", "denoise_passes", "critical_path", "positions"):
-        assert getattr(last, name) == result[name]
-    plain = lambda text: " ".join(text.split())
-    if METHODS[method].plan == "given":
-        assert plain("".join(known(last))) == plain(result["text"])
-    else:
-        for shown, told in zip(last.rounds, result["rounds"], strict=True):
-            assert plain("".join(shown.text)) == plain(told["text"])
-            plan = [{"topic": plain("".join(topic.name)), "length": topic.length} for topic in shown.topics]
-            assert plan == [{**topic, "topic": plain(topic["topic"])} for topic in told["plan"]]
-            assert [plain("".join(filter(None, span))) for span in shown.spans] == [
-                plain(text) for text in told["spans"]
-            ]
-    slots = [slot for round_ in last.rounds for span in round_.spans for slot in span]
-    assert len(slots) == result["slots"] and slots.count("") == result["pads"] and (None not in slots)
-    assert [bool(frame.ending) for frame in frames] == [False] * (len(frames) - 1) + [True]
-    assert last.ending == ("cut" if result["cut"] else "finished")
+def test_the_last_frame_is_the_answer_and_each_pass_has_a_frame(tokenizer):
+    for method, config in each(WAYS):
+        sampler = random_sampler(tokenizer, method, **config)
+        frames, (answer,) = record(sampler.answer, SENTENCES[0]), sampler.answer([SENTENCES[0]])
+        result, last = answer.result(), frames[-1]
+        assert [frame.passes for frame in frames] == [*range(1, len(frames) + 1)]
+        for name in ("plan_passes", "denoise_passes", "critical_path", "positions"):
+            assert getattr(last, name) == result[name]
+        plain = lambda text: " ".join(text.split())
+        if METHODS[method].plan == "given":
+            assert plain("".join(known(last))) == plain(result["text"])
+        else:
+            for shown, told in zip(last.rounds, result["rounds"], strict=True):
+                assert plain("".join(shown.text)) == plain(told["text"])
+                plan = [{"topic": plain("".join(topic.name)), "length": topic.length} for topic in shown.topics]
+                assert plan == [{**topic, "topic": plain(topic["topic"])} for topic in told["plan"]]
+                assert [plain("".join(filter(None, span))) for span in shown.spans] == [
+                    plain(text) for text in told["spans"]
+                ]
+        slots = [slot for round_ in last.rounds for span in round_.spans for slot in span]
+        assert len(slots) == result["slots"] and slots.count("") == result["pads"] and (None not in slots)
+        assert [bool(frame.ending) for frame in frames] == [False] * (len(frames) - 1) + [True]
+        assert last.ending == ("cut" if result["cut"] else "finished")
 
 
-@pytest.mark.parametrize("method, config", WAYS)
-def test_what_a_frame_knows_stays_so_drafts_are_in_none(monkeypatch, tokenizer, method, config):
-    monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
-    rejected = 0
-    for seed in range(12):
-        frames = []
-        sampler = random_sampler(tokenizer, method, seed, **config)
-        (answer,) = sampler.answer([SENTENCES[1]], watch=lambda answer: frames.append(frame(answer)))
-        rejected += answer.drafted - answer.accepted
-        for before, after in zip(frames, frames[1:]):
-            assert grows(before, after)
-    assert rejected or not sampler.config.ahead
+def test_what_a_frame_knows_stays_so_drafts_are_in_none(monkeypatch, tokenizer):
+    for method, config in each(WAYS):
+        monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
+        rejected = 0
+        for seed in range(12):
+            frames = []
+            sampler = random_sampler(tokenizer, method, seed, **config)
+            (answer,) = sampler.answer([SENTENCES[1]], watch=lambda answer: frames.append(frame(answer)))
+            rejected += answer.drafted - answer.accepted
+            for before, after in zip(frames, frames[1:]):
+                assert grows(before, after)
+        assert rejected or not sampler.config.ahead
 
 
 def grows(before, after):
@@ -242,11 +242,11 @@ def test_the_picture_needs_nothing_else_and_fits_its_size(race):
         assert 0 <= float(element.get("y")) <= height
 
 
-@pytest.mark.parametrize("method", DECODERS)
-def test_every_method_has_a_picture(tokenizer, method):
-    frames = record(random_sampler(tokenizer, method).answer, SENTENCES[0])
-    picture = Picture(svg.draw(SENTENCES[0], [(method, frames)]))
-    assert tokens_in(picture.at(None)) == tokens_of(frames[-1])
+def test_every_method_has_a_picture(tokenizer):
+    for method in each(DECODERS):
+        frames = record(random_sampler(tokenizer, method).answer, SENTENCES[0])
+        picture = Picture(svg.draw(SENTENCES[0], [(method, frames)]))
+        assert tokens_in(picture.at(None)) == tokens_of(frames[-1])
 
 
 def test_text_that_xml_would_misread_is_shown_as_it_is():
@@ -262,25 +262,28 @@ def test_text_that_xml_would_misread_is_shown_as_it_is():
     assert {"<eos> & ?[1m?", "<i>", "&", "?", "]]>", "<b>", "&amp;", "</svg>", "'\"", "<b>&amp;:"} <= set(texts)
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_lines_break_between_words_and_lose_nothing_but_space(seed):
-    rng = random.Random(seed)
-    columns = rng.randint(1, 12)
-    tokens = [
-        rng.choice(["", " "]) + "".join(rng.choices("abc\n ", (9, 9, 9, 1, 1), k=rng.randint(0, 5))) for _ in range(30)
-    ]
-    places = [*svg.flow(tokens, columns)]
-    assert "".join(text for *_, text in places).replace(" ", "") == "".join("".join(tokens).split())
-    cells = {}
-    for n, line, column, text in places:
-        for i, character in enumerate(text):
-            assert (line, column + i) not in cells and column + i < columns
-            cells[line, column + i] = character
-        assert text in tokens[n]
-    lines = ["".join(cells.get((line, i), " ") for i in range(columns)) for line in range(max(n for n, _ in cells) + 1)]
-    words = "".join(tokens).split()
-    if max(map(len, words)) <= columns:
-        assert " ".join(lines).split() == words
+def test_lines_break_between_words_and_lose_nothing_but_space():
+    for seed in each(range(50)):
+        rng = random.Random(seed)
+        columns = rng.randint(1, 12)
+        tokens = [
+            rng.choice(["", " "]) + "".join(rng.choices("abc\n ", (9, 9, 9, 1, 1), k=rng.randint(0, 5)))
+            for _ in range(30)
+        ]
+        places = [*svg.flow(tokens, columns)]
+        assert "".join(text for *_, text in places).replace(" ", "") == "".join("".join(tokens).split())
+        cells = {}
+        for n, line, column, text in places:
+            for i, character in enumerate(text):
+                assert (line, column + i) not in cells and column + i < columns
+                cells[line, column + i] = character
+            assert text in tokens[n]
+        lines = [
+            "".join(cells.get((line, i), " ") for i in range(columns)) for line in range(max(n for n, _ in cells) + 1)
+        ]
+        words = "".join(tokens).split()
+        if max(map(len, words)) <= columns:
+            assert " ".join(lines).split() == words
 
 
 def test_the_picture_of_the_readme_shows_what_the_shipped_models_answer():
@@ -316,10 +319,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("args, said", WRONG)
-def test_the_command_says_in_one_line_what_is_wrong(monkeypatch, args, said):
-    code = run(monkeypatch, "demo/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
-    assert code.startswith("svg.py: ") and said in code and "\n" not in code
+def test_the_command_says_in_one_line_what_is_wrong(monkeypatch):
+    for args, said in each(WRONG):
+        code = run(monkeypatch, "demo/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
+        assert code.startswith("svg.py: ") and said in code and "\n" not in code
 
 
 # ---------------------------------------------------------------- the mask

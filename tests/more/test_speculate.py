@@ -1,8 +1,10 @@
 """Speculative decoding writes what the larger model writes alone, in fewer of its passes."""
 
+import itertools
+
 import pytest
 import torch
-from conftest import SENTENCES, small_model
+from conftest import SENTENCES, each, small_model
 
 from config import MethodConfig, SampleConfig
 from measure.speculate import Drafter, drafted_by
@@ -34,27 +36,25 @@ def both(tokenizer, large, small, prompts, ahead=4, method=AR, **settings):
     )
 
 
-@pytest.mark.parametrize("noise", [0, 0.02, 1])
-@pytest.mark.parametrize("max_tokens", [1, 2, 3, 5, 40])
-@pytest.mark.parametrize("method", ["ar", "planned"])
-def test_the_text_is_what_the_larger_model_writes_alone(tokenizer, noise, max_tokens, method):
-    for seed in range(3):
-        large, small = related(tokenizer, seed, noise)
-        answers = both(tokenizer, large, small, SENTENCES, method=MethodConfig(method), max_tokens=max_tokens)
-        for alone, drafted in zip(*answers):
-            assert drafted.layout.token == alone.layout.token
-            assert (drafted.phase, drafted.cut) == (alone.phase, alone.cut) == (None, alone.cut)
+def test_the_text_is_what_the_larger_model_writes_alone(tokenizer):
+    for noise, max_tokens, method in each(itertools.product([0, 0.02, 1], [1, 2, 3, 5, 40], ["ar", "planned"])):
+        for seed in range(3):
+            large, small = related(tokenizer, seed, noise)
+            answers = both(tokenizer, large, small, SENTENCES, method=MethodConfig(method), max_tokens=max_tokens)
+            for alone, drafted in zip(*answers):
+                assert drafted.layout.token == alone.layout.token
+                assert (drafted.phase, drafted.cut) == (alone.phase, alone.cut) == (None, alone.cut)
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 4, 16])
-def test_a_perfect_draft_costs_one_pass_of_the_larger_model_for_all_its_tokens_and_one_more(tokenizer, ahead):
+def test_a_perfect_draft_costs_one_pass_of_the_larger_model_for_all_its_tokens_and_one_more(tokenizer):
     """So with 4 tokens ahead no draft can make more than 5 tokens of a pass: a ceiling of the setting."""
-    large, small = related(tokenizer, 0, 0)
-    _, (answer,) = both(tokenizer, large, small, SENTENCES[:1], ahead, max_tokens=1 + 20 * (ahead + 1))
-    assert len(answer.rounds[0].text) == 20 * (ahead + 1), "the model is to write until the limit"
-    assert answer.plan_passes == 20 and answer.draft_passes == 20 * ahead
-    assert answer.accepted == answer.drafted == 20 * ahead
-    assert answer.critical_path == answer.plan_passes + answer.draft_passes + 1, "the forced <eos>"
+    for ahead in each([1, 3, 4, 16]):
+        large, small = related(tokenizer, 0, 0)
+        _, (answer,) = both(tokenizer, large, small, SENTENCES[:1], ahead, max_tokens=1 + 20 * (ahead + 1))
+        assert len(answer.rounds[0].text) == 20 * (ahead + 1), "the model is to write until the limit"
+        assert answer.plan_passes == 20 and answer.draft_passes == 20 * ahead
+        assert answer.accepted == answer.drafted == 20 * ahead
+        assert answer.critical_path == answer.plan_passes + answer.draft_passes + 1, "the forced <eos>"
 
 
 def test_a_hopeless_draft_costs_a_pass_per_token_and_positions_count_what_the_larger_model_computed(tokenizer):

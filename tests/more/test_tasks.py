@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import each
 
 from data import read_split
 from data.tasks import prepare
@@ -33,53 +34,53 @@ def words_and_marks(text):
 # ---------------------------------------------------------------- the checker
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_reference_answer_is_exact(splits, family):
-    for example in examples_of(splits, family):
-        score = check(example, plain_text(example.rounds))
-        assert score.exact and score.spans == [True] * len(pieces(example.rounds))
+def test_a_reference_answer_is_exact(splits):
+    for family in each(FAMILIES):
+        for example in examples_of(splits, family):
+            score = check(example, plain_text(example.rounds))
+            assert score.exact and score.spans == [True] * len(pieces(example.rounds))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_changed_word_is_wrong_in_its_line_only(splits, family):
-    rng = random.Random(1)
-    for example in examples_of(splits, family)[:50]:
-        lines = pieces(example.rounds)
-        wrong = rng.randrange(len(lines))
-        words = lines[wrong].split()
-        words[rng.randrange(len(words))] = "nothing"
-        lines[wrong] = " ".join(words)
-        score = check(example, "\n".join(lines))
-        assert not score.exact
-        assert score.spans == [i != wrong for i in range(len(lines))]
+def test_a_changed_word_is_wrong_in_its_line_only(splits):
+    for family in each(FAMILIES):
+        rng = random.Random(1)
+        for example in examples_of(splits, family)[:50]:
+            lines = pieces(example.rounds)
+            wrong = rng.randrange(len(lines))
+            words = lines[wrong].split()
+            words[rng.randrange(len(words))] = "nothing"
+            lines[wrong] = " ".join(words)
+            score = check(example, "\n".join(lines))
+            assert not score.exact
+            assert score.spans == [i != wrong for i in range(len(lines))]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "stories"])
-def test_swapped_spans_are_both_wrong(splits, family):
-    for example in examples_of(splits, family)[:50]:
-        lines = pieces(example.rounds)
-        lines[0], lines[2] = lines[2], lines[0]
-        score = check(example, "\n".join(lines))
-        assert not score.exact
-        assert score.spans == [i not in (0, 2) for i in range(len(lines))]
+def test_swapped_spans_are_both_wrong(splits):
+    for family in each([family for family in FAMILIES if family != "stories"]):
+        for example in examples_of(splits, family)[:50]:
+            lines = pieces(example.rounds)
+            lines[0], lines[2] = lines[2], lines[0]
+            score = check(example, "\n".join(lines))
+            assert not score.exact
+            assert score.spans == [i not in (0, 2) for i in range(len(lines))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_missing_and_extra_lines_are_not_exact(splits, family):
-    for example in examples_of(splits, family)[:50]:
-        lines = pieces(example.rounds)
-        missing = check(example, "\n".join(lines[:-1]))
-        assert not missing.exact and missing.spans == [True] * (len(lines) - 1) + [False]
-        extra = check(example, "\n".join([*lines, lines[0]]))
-        assert not extra.exact and extra.spans == [True] * len(lines)
-        assert not any(check(example, "").spans)
+def test_missing_and_extra_lines_are_not_exact(splits):
+    for family in each(FAMILIES):
+        for example in examples_of(splits, family)[:50]:
+            lines = pieces(example.rounds)
+            missing = check(example, "\n".join(lines[:-1]))
+            assert not missing.exact and missing.spans == [True] * (len(lines) - 1) + [False]
+            extra = check(example, "\n".join([*lines, lines[0]]))
+            assert not extra.exact and extra.spans == [True] * len(lines)
+            assert not any(check(example, "").spans)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_white_space_does_not_count(splits, family):
-    example = examples_of(splits, family)[0]
-    loose = "\n".join("  " + line.replace(" ", "  ") + " " for line in pieces(example.rounds))
-    assert check(example, loose + "\n").exact
+def test_white_space_does_not_count(splits):
+    for family in each(FAMILIES):
+        example = examples_of(splits, family)[0]
+        loose = "\n".join("  " + line.replace(" ", "  ") + " " for line in pieces(example.rounds))
+        assert check(example, loose + "\n").exact
 
 
 def test_coupled_accepts_every_colour_that_all_spans_share(splits):
@@ -119,24 +120,24 @@ def test_lookups_never_show_a_test_name_in_another_split(splits):
                 assert re.match(r"About (\w+ \w+) we know", example.prompt)[1] in names
 
 
-@pytest.mark.parametrize("family", ["facts", "transforms"])
-def test_every_fact_of_the_test_split_is_learnable_from_train(splits, family):
-    known, asked = ({span.text for example in splits[split] if example.family == family
-                     for span in example.rounds[0].spans} for split in ("train", "test"))  # fmt: skip
-    assert asked <= known
+def test_every_fact_of_the_test_split_is_learnable_from_train(splits):
+    for family in each(["facts", "transforms"]):
+        known, asked = ({span.text for example in splits[split] if example.family == family
+                         for span in example.rounds[0].spans} for split in ("train", "test"))  # fmt: skip
+        assert asked <= known
 
 
-@pytest.mark.parametrize("family", ["facts", "stories", "coupled"])
-def test_only_coupled_leaves_its_answer_open(family):
+def test_only_coupled_leaves_its_answer_open():
     """A prompt that is drawn again gets the same plan, and but for the colour the same text."""
-    rng, world, plans, texts = random.Random(0), build_world(0, "train"), {}, {}
-    for _ in range(4000):
-        example = FAMILIES[family](rng, world)
-        plans.setdefault(example.prompt, set()).add(tuple(s.topic for r in example.rounds for s in r.spans))
-        texts.setdefault(example.prompt, set()).add(plain_text(example.rounds))
-    assert len(plans) < 4000, "no prompt was drawn twice: this test shows nothing"
-    assert all(len(plan) == 1 for plan in plans.values())
-    assert any(len(text) > 1 for text in texts.values()) == (family == "coupled")
+    for family in each(["facts", "stories", "coupled"]):
+        rng, world, plans, texts = random.Random(0), build_world(0, "train"), {}, {}
+        for _ in range(4000):
+            example = FAMILIES[family](rng, world)
+            plans.setdefault(example.prompt, set()).add(tuple(s.topic for r in example.rounds for s in r.spans))
+            texts.setdefault(example.prompt, set()).add(plain_text(example.rounds))
+        assert len(plans) < 4000, "no prompt was drawn twice: this test shows nothing"
+        assert all(len(plan) == 1 for plan in plans.values())
+        assert any(len(text) > 1 for text in texts.values()) == (family == "coupled")
 
 
 def test_coupled_draws_every_colour_about_equally_often(splits):
@@ -149,15 +150,15 @@ def test_coupled_draws_every_colour_about_equally_often(splits):
 # ---------------------------------------------------------------- sizes and determinism
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_are_in_range(splits, family):
-    for example in examples_of(splits, family):
-        spans = [span for round_ in example.rounds for span in round_.spans]
-        assert (len(spans) == 0) if family == "stories" else (3 <= len(spans) <= 5)
-        assert 80 <= len(words_and_marks(plain_text(example.rounds))) <= 200
-        assert all(22 <= len(words_and_marks(span.text)) <= 40 for span in spans)
-        assert all(re.fullmatch("[a-z]+", span.topic) for span in spans)
-        assert 8 <= len(example.prompt.split()) <= 50
+def test_sizes_are_in_range(splits):
+    for family in each(FAMILIES):
+        for example in examples_of(splits, family):
+            spans = [span for round_ in example.rounds for span in round_.spans]
+            assert (len(spans) == 0) if family == "stories" else (3 <= len(spans) <= 5)
+            assert 80 <= len(words_and_marks(plain_text(example.rounds))) <= 200
+            assert all(22 <= len(words_and_marks(span.text)) <= 40 for span in spans)
+            assert all(re.fullmatch("[a-z]+", span.topic) for span in spans)
+            assert 8 <= len(example.prompt.split()) <= 50
 
 
 def test_the_families_share_a_small_vocabulary(splits):
@@ -205,14 +206,27 @@ def test_help_shows_every_setting_with_its_default():
         assert re.search(rf"  --{setting} [^(]*\(default: ", shown)
 
 
-@pytest.mark.parametrize("wrong, said", [
+def test_an_impossible_setting_is_one_line_and_writes_nothing(fresh):
+    for wrong, said in each([
     (["--train", "0"], "--train 0: expected at least 1"),
     (["--val", "-1"], "--val -1: expected at least 0"),
     (["--unit", "0"], "unit 0: expected a whole number of tokens"),
     (["--vocab_size", "5"], "vocab_size 5: expected a whole number of at least"),
-])  # fmt: skip
-def test_an_impossible_setting_is_one_line_and_writes_nothing(tmp_path, wrong, said):
-    command = [sys.executable, PREPARE, "--out", tmp_path / "new", "--train", "60", "--val", "7", "--test", "7", *wrong]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("prepare.py: ") and said in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "new").exists()
+]):  # fmt: skip
+        tmp_path = fresh()
+        command = [
+            sys.executable,
+            PREPARE,
+            "--out",
+            tmp_path / "new",
+            "--train",
+            "60",
+            "--val",
+            "7",
+            "--test",
+            "7",
+            *wrong,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("prepare.py: ") and said in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "new").exists()

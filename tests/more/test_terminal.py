@@ -1,12 +1,13 @@
 """An answer as it is written in a terminal, or where its output is piped to."""
 
 import io
+import itertools
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import SENTENCES
+from conftest import SENTENCES, each
 from test_show import ROOT, random_sampler, run
 
 from methods import DECODERS
@@ -43,17 +44,16 @@ def drawn(tokenizer):
     return random_sampler(tokenizer, "planned")
 
 
-@pytest.mark.parametrize("columns", [40, 100])
-@pytest.mark.parametrize("prompt", [SENTENCES[0], "", "long" * 40])
-def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn, columns, prompt):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", "50")
-    terminal = Terminal(columns)
-    (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
-    assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1
-    assert sum(line.strip().startswith("prompt") for line in terminal.lines) == 1, "the last frame alone is left"
-    assert "____" not in "".join(terminal.lines)
-    assert terminal.widest <= columns
+def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn):
+    for columns, prompt in each(itertools.product([40, 100], [SENTENCES[0], "", "long" * 40])):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", "50")
+        terminal = Terminal(columns)
+        (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
+        assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1
+        assert sum(line.strip().startswith("prompt") for line in terminal.lines) == 1, "the last frame alone is left"
+        assert "____" not in "".join(terminal.lines)
+        assert terminal.widest <= columns
 
 
 def test_piped_frames_are_few_and_plain(drawn):
@@ -76,20 +76,19 @@ def plain(text):
     return re.sub(r"\x1b\[[\d;]*[mAJ]", "", text)
 
 
-@pytest.mark.parametrize("stream", [io.StringIO, Tty])
-@pytest.mark.parametrize("method", DECODERS)
-def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer, method, stream):
+def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer):
     """Also if it has fewer lines than the answer: nothing overwrites the last frame, so all of it is printed."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "3")
-    stream = stream()
-    (answer,) = random_sampler(tokenizer, method).answer([SENTENCES[0]], watch=Screen(stream, delay=0))
-    last = re.split(r"\x1b\[J|-- after.*\n", stream.getvalue())[-1]
-    margin = [line[14:] for line in plain(last).splitlines()]
-    joined = "".join("".join(margin).split())
-    for piece in (SENTENCES[0], *answer.result()["text"].split("\n")):
-        assert "".join(piece.split()) in joined
-    assert "____" not in last
+    for stream, method in each(itertools.product([io.StringIO, Tty], DECODERS)):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("LINES", "3")
+        stream = stream()
+        (answer,) = random_sampler(tokenizer, method).answer([SENTENCES[0]], watch=Screen(stream, delay=0))
+        last = re.split(r"\x1b\[J|-- after.*\n", stream.getvalue())[-1]
+        margin = [line[14:] for line in plain(last).splitlines()]
+        joined = "".join("".join(margin).split())
+        for piece in (SENTENCES[0], *answer.result()["text"].split("\n")):
+            assert "".join(piece.split()) in joined
+        assert "____" not in last
 
 
 def test_one_screen_can_show_one_answer_after_another(tokenizer):
