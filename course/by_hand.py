@@ -7,9 +7,10 @@ def begun(tokenizer, repeat_topic=True, **settings):
     """An answer before its first pass, and its first phase."""
     from config import MethodConfig, SampleConfig
     from decode import Answer, next_round
+    from methods import DECODERS
 
     method = MethodConfig("planned", repeat_topic=repeat_topic)
-    answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, seed=0)
+    answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, DECODERS["planned"])
     return answer, next_round(answer)
 
 
@@ -62,7 +63,7 @@ def planned(rng, limit, rounds):
     return {
         "plan": small.names([answer.layout.token[i] for i in plan], tokenizer),
         "round of each token": [answer.layout.round[i] for i in plan],
-        "rounds": [[small.names(r.text, tokenizer), [[small.names(name, tokenizer), n] for name, n in r.topics]]
+        "rounds": [[small.names(r.text, tokenizer), [[small.names(t.name, tokenizer), t.length] for t in r.topics]]
                    for r in answer.rounds],
         "phase after each plan": phases,
         "tokens written without a pass": forced,
@@ -89,6 +90,6 @@ def denoised(phase, sure, threshold):
             kept = sorted(reading.entries, key=lambda i: -sure[i])[: reading.quota]
             kept += [i for i in reading.entries if threshold and sure[i] >= threshold]
             filled |= {i: len(passes) for i in kept}
-            replies.append(Reply([65] * len(reading.entries), [i in kept for i in reading.entries]))
+            replies.append(Reply(reading, [65] * len(reading.entries), [i in kept for i in reading.entries]))
         phase = phase.take(replies)
     return phase, passes, filled

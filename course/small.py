@@ -79,12 +79,6 @@ def bigrams(rng, tokenizer, tokens):
         def eval(self):
             return self
 
-        def attend_by(self, backend, dtype, sampling):
-            pass
-
-        def modules(self):
-            return []
-
         def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
             hidden = torch.stack([token, position], dim=-1)
             return hidden if columns is None else hidden.take_along_dim(columns[..., None], dim=1)

@@ -15,9 +15,10 @@ one, with the same result. You write the mask as three integers per token, and t
 ## Read
 
 1. README.md, "The method", up to the table of the mask. docs/mask.png has it drawn.
-2. Section 3 of [the paper](https://arxiv.org/abs/2510.18087), on the attention mask.
-3. masks.py: the docstrings; `_columns` and `cut` are given.
-4. tokenizer.py: `encode_span` and the token ids in `Tokenizer.__init__`.
+2. minimal.py: `scaffold`, `write_example` and `hybrid_mask`, which is the mask sentence by sentence, as a matrix.
+3. Section 3 of [the paper](https://arxiv.org/abs/2510.18087), on the attention mask.
+4. masks.py: the docstrings; `_columns`, `cut` and `see_both_ways` are given.
+5. tokenizer.py: `encode_span` and the token ids in `Tokenizer.__init__`.
 
 Before you begin, draw the mask of the README's example on squared paper: prompt, two topics, two spans of three
 slots, `<sync/>`, two words. Rows are queries, columns are keys.

@@ -16,7 +16,8 @@ kernel's source under `kernels/emulate.h`, which treats it as badly as CUDA's ru
 
 ## Read first (two hours)
 
-1. kernels/README.md, down to "Online softmax", then "Splitting the keys".
+1. `dense` in model.py: what you compute, with the whole mask. Then kernels/README.md, down to "Online softmax", and
+   "Splitting the keys".
 2. [FlashAttention-2](https://arxiv.org/abs/2307.08691), sections 2.3 and 3.1.
 3. `kernels/gpu.h`, the comment at the top: which lane holds which element of a matrix. (On the CPU, `emulate.h` has
    the same functions.)
