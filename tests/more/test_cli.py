@@ -190,7 +190,7 @@ WRONG = [
     (
         "sample.py",
         ("--prompt", "x", "--checkpoint", "FILES/block.safetensors", "--ahead", 2),
-        ("--ahead 2", "as block"),
+        ("--ahead 2", "with block"),
     ),
     ("measure/eval.py", ("--checkpoint", "FILES/none.safetensors"), ("none.safetensors does not exist",)),
     ("measure/eval.py", (*MODEL, "--data", "FILES/none"), ("none/test.jsonl does not exist", "data/README.md")),

@@ -344,6 +344,7 @@ def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_
 
 LOADED = """
 import runpy, sys
+from pathlib import Path
 runpy.run_path({script!r})
 paths = [Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
 print(*(path.relative_to(Path.cwd()) for path in paths
