@@ -54,7 +54,7 @@ def counts(batch: Batch, weight: str) -> torch.Tensor:
     return targets
 
 
-def weights(span: float, draft: float) -> torch.Tensor:
+def term_weights(span: float, draft: float) -> torch.Tensor:
     """What each term weighs in the joint loss beside plan and text. (len(TERMS),)"""
     by_term = {Term.PLAN: 1.0, Term.SPAN: span, Term.CAUSAL: span, Term.PLAN_DRAFT: draft, Term.SPAN_DRAFT: draft}
     return torch.tensor([by_term[term] for term in Term])

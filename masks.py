@@ -9,12 +9,11 @@ ranges: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffus
       causal (parallel AR)     the same                               its own span up to itself
 
 A joint model writes causal spans too; once finished, they see themselves in both directions, as in its training.
-
-Run `python show/mask.py` to see the mask of an example.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -153,7 +152,7 @@ def encode_blocks(prompt: str, text: str, tokenizer: Tokenizer, size: int) -> La
     return layout
 
 
-def sees(key, prefix, begin, end):
+def sees(key: Any, prefix: Any, begin: Any, end: Any) -> Any:
     """The rule: whether a query with these ranges sees a key (all numbers, or all tensors)."""
     return (key < prefix) | ((key >= begin) & (key < end))
 

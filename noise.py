@@ -37,9 +37,7 @@ class Sequence:
     """
 
     def __init__(self, layout: Layout):
-        def array(column):
-            return np.array(column, dtype=np.int64)
-
+        array = lambda column: np.array(column, dtype=np.int64)
         self.token, self.kind, self.round = array(layout.token), array(layout.kind), array(layout.round)
         self.position = array(layout.position)
         self.ranges = np.stack([array(layout.prefix), array(layout.begin), array(layout.end)], axis=1)
@@ -89,9 +87,8 @@ class Batch:
         return Batch(**{name: value if name == "n_tokens" else function(value) for name, value in columns.items()})
 
     def to(self, device: torch.device | str) -> Batch:
-        def move(tensor):
-            return (tensor.pin_memory() if str(device).startswith("cuda") else tensor).to(device, non_blocking=True)
-
+        pinned = lambda tensor: tensor.pin_memory() if str(device).startswith("cuda") else tensor
+        move = lambda tensor: pinned(tensor).to(device, non_blocking=True)
         moved = self.map(move)
         moved.places = tuple(map(move, self.places))  # found here: on a GPU the host would have to wait for it
         return moved
@@ -116,14 +113,22 @@ def make_batch(sequences: Iterable[Sequence], rounds: Iterable[int], tokenizer: 
     batch, group = pad(rows, tokenizer)
     slots = batch.term == Term.SPAN
     _, draw = np.unique(group[slots], return_inverse=True)
-    n = draw.max(initial=-1) + 1
-    t = (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)  # one draw in each of n equal parts of (0, 1]
-    t = (t_min + (1 - t_min) * t)[draw]
-    masked = rng.random(len(t)) < t
+    rate, elbo_weight = (level[draw] for level in noise_levels(draw.max(initial=-1) + 1, t_min, rng))
+    masked = rng.random(len(rate)) < rate
     batch.target[slots] = np.where(masked, batch.token[slots], IGNORE)
     batch.token[slots] = np.where(masked, tokenizer.mask, batch.token[slots])
-    batch.weight[slots] = 1 / t if weight == "elbo" else 1
+    batch.weight[slots] = elbo_weight if weight == "elbo" else 1
     return batch.map(torch.from_numpy)
+
+
+def noise_levels(n: int, t_min: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The noise schedule, drawn n times: (masking probabilities, weights of the ELBO), (n,) each.
+
+    The probability is t itself, so the weight is 1/t; of another function a(t) it would be a'(t) / a(t).
+    """
+    t = (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)  # one draw in each of n equal parts of (0, 1]
+    t = t_min + (1 - t_min) * t
+    return t, 1 / t
 
 
 # ---------------------------------------------------------------- a row of a batch

@@ -115,14 +115,12 @@ class Predictions:
                 logits |= zip(rows, seen)
                 order += rows
         table = iter(torch.cat(drawn).tolist())  # the host waits for the device, once per pass
-        replies = {}
-        for row in order:
-            replies[row] = []
-            for reading in readings[row]:
-                tokens, kept, cut, finite = zip(*islice(table, len(reading.entries)))
-                if not all(finite):
-                    raise ValueError("the model's predictions are not finite: its weights are broken or too large")
-                replies[row].append(Reply(reading, [*tokens], [*map(bool, kept)], any(cut)))
+        replies = [[] for _ in live]
+        for row, reading in ((row, reading) for row in order for reading in readings[row]):
+            tokens, kept, cut, finite = zip(*islice(table, len(reading.entries)))
+            if not all(finite):
+                raise ValueError("the model's predictions are not finite: its weights are broken or too large")
+            replies[row].append(Reply(reading, [*tokens], [*map(bool, kept)], any(cut)))
         return [(replies[row], logits[row]) for row in range(len(live))]
 
     def draw(self, live: list[Answer], hidden: list[Tensor],
@@ -186,14 +184,13 @@ class Sampler:
 
     def begin(self, prompts: Sequence[str]) -> list[Answer]:
         """Answers to prompts in their first phase. Raises ValueError if a prompt is too long."""
-        answers, decoder = [], self.decoders[self.method.method]
+        answers, config, method = [], self.config, self.method
         for i, prompt in enumerate(prompts):
-            answer = Answer(prompt, self.tokenizer, self.config, self.method, decoder, self.config.seed + i, self.device)
+            seed, decoder = config.seed + i, self.decoders[method.method]
+            answer = Answer(prompt, self.tokenizer, config, method, decoder, seed, self.device)
             if answer.max_length > LONGEST:
-                raise ValueError(
-                    f"the prompt {prompt[:40]!r}... has {len(answer.layout)} tokens: "
-                    f"with --max_tokens {self.config.max_tokens} that is more than {LONGEST}"
-                )
+                raise ValueError(f"the prompt {prompt[:40]!r}... has {len(answer.layout)} tokens: "
+                                 f"with --max_tokens {config.max_tokens} that is more than {LONGEST}")  # fmt: skip
             answer.phase = next_round(answer)
             answers.append(answer)
         self.passes.reserve(len(answers), max((answer.max_length for answer in answers), default=0))
@@ -255,10 +252,6 @@ def main() -> None:
     for n, prompt in enumerate(args.prompt):
         sampler.config = replace(config, seed=config.seed + n)
         frames = record(sampler.answer, prompt, watch=Screen())
-        if frames[-1].ending == "cut":
-            print(f"(cut: --max_tokens {args.max_tokens} leaves no place for more)")
-        if frames[-1].ending == "broken":
-            print("(broken: the model left the grammar of plans here)")
         races.append(Race(prompt, [(TITLES[sampler.method.method], sampler.method.method, frames)]))
     if args.html:
         print(write_page(args.html, races))

@@ -31,8 +31,8 @@ def check_length(length: int) -> None:
                          "shorten the span or prepare the data with a larger unit")  # fmt: skip
 
 
-class Tokenizer:
-    """Byte-pair tokenizer (a `tiktoken.Encoding` of our own ranks) plus the tags and lengths.
+class Vocabulary:
+    """Byte pairs (a `tiktoken.Encoding` of our own ranks) plus the tags and lengths, to and from text.
 
     Token ids: text, `[PAD]`, the other tags, one token per length 1..MAX_LENGTH. So the slots of a
     span, which hold text or `[PAD]` and nothing else, draw from ids [0, pad]. A length is a token
@@ -63,22 +63,6 @@ class Tokenizer:
         self.async_, self.async_end, self.sync, self.eos = range(n + 6, n + 10)
         self.colon = self.encoding.encode_single_token(":")
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
-        """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
-
-        Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
-        Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
-        """
-        tokens = [bytes([b]) for b in range(256)]
-        smallest = cls(tokens, unit).vocab_size
-        if type(vocab_size) is not int or vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
-                             "the bytes, tags and lengths alone")  # fmt: skip
-        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
-        tokens += learn_pairs(counts, vocab_size - smallest)
-        return cls(dict.fromkeys(tokens), unit)
-
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a tag typed in it is text. White space at its ends is dropped."""
         text = _spaced(text) if self.pattern is None else text.strip()
@@ -103,35 +87,9 @@ class Tokenizer:
             return f" {self.length_of(i)}"
         return TAGS[i - self.pad] if i >= self.pad else self.tokens[i].decode(errors="replace")
 
-    def length_id(self, length: int) -> int:
-        """The token of a length in units. Raises ValueError outside 1..MAX_LENGTH."""
-        check_length(length)
-        return self.eos + length
-
     def length_of(self, i: int) -> int:
         """The length in units of a length token, or 0 for any other token."""
         return max(0, i - self.eos)
-
-    def units(self, text: str) -> int:
-        """The planned length of a text: the fewest units that hold it."""
-        return max(1, math.ceil(len(self.encode(text)) / self.unit))
-
-    def encode_span(self, span: Span) -> tuple[list[int], list[int]]:
-        """The tokens of a span's topic, and those of its slots: its text, then [PAD] up to the planned length.
-
-        Raises ValueError, naming the topic, if no plan can ask for this span: what passes can be trained and sampled.
-        """
-        topic, slots, planned = self.encode(span.topic), self.encode(span.text), span_slots(span.length, self.unit)
-        try:
-            check_length(span.length)
-            if not 1 <= len(topic) <= MAX_NAME:
-                raise ValueError(f"a topic's name must have 1 to {MAX_NAME} tokens, not {len(topic)}")
-            if len(slots) > planned:
-                raise ValueError(f"its span has {len(slots)} tokens, its plan only {planned} "
-                                 f"({span.length} x {self.unit})")  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"topic {span.topic[:60]!r}: {error}") from None
-        return topic, slots + [self.pad] * (planned - len(slots))
 
     def to_json(self) -> str:
         """The tokenizer as ASCII text; `from_json` reads it back exactly."""
@@ -165,6 +123,52 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is not a tokenizer ({error}): write it again with the data set's prepare.py"
             ) from None
+
+
+class Tokenizer(Vocabulary):
+    """A vocabulary that is learnt from texts, and the rule of how many slots a span has."""
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
+        """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
+
+        Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
+        Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
+        """
+        tokens = [bytes([b]) for b in range(256)]
+        smallest = cls(tokens, unit).vocab_size
+        if type(vocab_size) is not int or vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
+                             "the bytes, tags and lengths alone")  # fmt: skip
+        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
+        tokens += learn_pairs(counts, vocab_size - smallest)
+        return cls(dict.fromkeys(tokens), unit)
+
+    def length_id(self, length: int) -> int:
+        """The token of a length in units. Raises ValueError outside 1..MAX_LENGTH."""
+        check_length(length)
+        return self.eos + length
+
+    def units(self, text: str) -> int:
+        """The planned length of a text: the fewest units that hold it."""
+        return max(1, math.ceil(len(self.encode(text)) / self.unit))
+
+    def encode_span(self, span: Span) -> tuple[list[int], list[int]]:
+        """The tokens of a span's topic, and those of its slots: its text, then [PAD] up to the planned length.
+
+        Raises ValueError, naming the topic, if no plan can ask for this span: what passes can be trained and sampled.
+        """
+        topic, slots, planned = self.encode(span.topic), self.encode(span.text), span_slots(span.length, self.unit)
+        try:
+            check_length(span.length)
+            if not 1 <= len(topic) <= MAX_NAME:
+                raise ValueError(f"a topic's name must have 1 to {MAX_NAME} tokens, not {len(topic)}")
+            if len(slots) > planned:
+                raise ValueError(f"its span has {len(slots)} tokens, its plan only {planned} "
+                                 f"({span.length} x {self.unit})")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"topic {span.topic[:60]!r}: {error}") from None
+        return topic, slots + [self.pad] * (planned - len(slots))
 
 
 def _spaced(text: str) -> str:

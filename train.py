@@ -12,6 +12,7 @@ import argparse
 import hashlib
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ from config import MethodConfig, TrainConfig
 from data import read_split
 from drafting.training import ArrangeDrafts
 from kernels.backends import attend_by
-from loss import JointLoss, counts, validate, weights
+from loss import JointLoss, counts, term_weights, validate
 from model import ModelConfig, Transformer
 from noise import TERMS, Arrange
 from plumbing.device import fast_dtype
 from plumbing.settings import add_settings, command, locate, pick, refuse_idle
 from pretrained.llama import Pretrained, load, look
 from pretrained.lora import Adapters
+from tags import Example
 from tokenizer import Tokenizer
 from training.batches import TrainingData
 from training.bookkeeping import CtrlC, Processes, Progress, flops_of
@@ -34,35 +36,39 @@ from training.optim import Optimizer, only_new_tokens
 from training.run import Run, State, Weights
 
 
-class Trainer:
-    """Model, data and optimizer, and the update that brings them together.
+def read(folder: Path, init: str) -> tuple[Tokenizer, Pretrained | None, list[Example], list[Example]]:
+    """The tokenizer, the pretrained model that `init` may name, and the training and validation examples of a folder.
 
-    On a GPU an update asks the device for no result, unless several processes share it: while the device computes,
-    the host makes the next batch.
+    Raises ValueError if some are missing or do not fit the tokenizer.
     """
+    tokenizer, start = Tokenizer.load(folder / "tokenizer.json"), locate(init or ".")
+    pretrained = look(start, tokenizer.unit) if init and start.is_dir() else None
+    tokenizer = pretrained.tokenizer if pretrained else tokenizer
+    train, validation = (read_split(folder / f"{split}.jsonl", tokenizer) for split in ("train", "val"))
+    if not train or not validation:
+        raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
+                         "expected some of each")  # fmt: skip
+    return tokenizer, pretrained, train, validation
+
+
+class Trainer:
+    """Model, data and optimizer, and the update that brings them together."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, method_config: MethodConfig):
         """Read data and, from a pretrained folder, weights. Raises ValueError that says what is wrong with them."""
         refuse_idle(method_config, method_config)
         refuse_idle(config, method_config)
         self.config, self.processes, self.ctrl_c = config, Processes(config.device), CtrlC()
-        self.device, say = self.processes.device, self.processes.say
+        self.device, say, folder = self.processes.device, self.processes.say, locate(config.data)
         if config.accumulate % (count := self.processes.count):
             raise ValueError(f"--accumulate {config.accumulate}: expected a multiple of the {count} processes")
-        folder, init = locate(config.data), locate(config.init or ".")
         say(f"reading {folder}")
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        pretrained = look(init, self.tokenizer.unit) if config.init and init.is_dir() else None
-        self.tokenizer = pretrained.tokenizer if pretrained else self.tokenizer
-        train, validation = (read_split(folder / f"{split}.jsonl", self.tokenizer) for split in ("train", "val"))
-        if not train or not validation:
-            raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
-                             "expected some of each")  # fmt: skip
+        self.tokenizer, pretrained, *splits = read(folder, config.init)
         self.examples = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
         arrange = ArrangeDrafts(config.ahead) if config.ahead else Arrange()
-        self.data = TrainingData(config, method_config, self.tokenizer, train, validation, arrange, say)
-        dtype = fast_dtype(self.device)
+        self.data = TrainingData(config, method_config, self.tokenizer, *splits, arrange, say)
         torch.manual_seed(config.seed)
+        dtype = fast_dtype(self.device)
         self.weights = self.new_weights(model_config, pretrained, dtype)
         self.model = self.weights.model
         self.model.recompute = config.recompute
@@ -77,11 +83,11 @@ class Trainer:
     def new_weights(self, model_config: ModelConfig, pretrained: Pretrained | None, dtype: torch.dtype) -> Weights:
         """The model that the training begins with, on its device: random, or pretrained, with adapters if asked for."""
         c = self.config
+        if c.lora and not pretrained:
+            raise ValueError(f"--lora {c.lora}: expected --init FOLDER, of a pretrained model")
         if not pretrained:
-            if c.lora:
-                raise ValueError(f"--lora {c.lora}: expected --init FOLDER, of a pretrained model")
-            model = Transformer(replace(model_config, vocab_size=self.tokenizer.vocab_size)).to(self.device)
-            return Weights(model, self.tokenizer)
+            shape = replace(model_config, vocab_size=self.tokenizer.vocab_size)
+            return Weights(Transformer(shape).to(self.device), self.tokenizer)
         if model_config != ModelConfig():
             raise ValueError(f"--init {c.init}: its config.json decides the shape of the model, so leave out --n_layer, "
                              "--d_model and the like")  # fmt: skip
@@ -90,14 +96,16 @@ class Trainer:
         return Adapters(model, self.tokenizer, c) if c.lora else Weights(model, self.tokenizer)
 
     def update(self) -> torch.Tensor:
-        """One update. Returns the loss of the global batch by terms, in nats per token, and its share of padding."""
+        """One update. Returns the loss of the global batch by terms, in nats per token, and its share of padding.
+
+        On a GPU it asks for no result, unless processes share it: the host makes the next batch while the device works.
+        """
         c, processes, step = self.config, self.processes, self.progress.step
         batches = self.data.micro_batches(step, processes.rank, processes.count)
         targets = processes.sum(sum(counts(b, c.weight) for b in batches)).clamp(min=1).float()
-        tokens, positions, stopping = processes.totals(
-            sum(b.n_tokens for b in batches), sum(b.token.numel() for b in batches), self.ctrl_c.pressed()
-        )
-        weight = (weights(c.span_weight, c.draft_weight) / targets).to(self.device)
+        sizes = sum(b.n_tokens for b in batches), sum(b.token.numel() for b in batches)
+        tokens, positions, stopping = processes.totals(*sizes, self.ctrl_c.pressed())
+        weight = (term_weights(c.span_weight, c.draft_weight) / targets).to(self.device)
         losses = torch.zeros(len(TERMS), device=self.device)
         for i, batch in enumerate(batches):
             self.shared_loss.require_backward_grad_sync = i == len(batches) - 1  # exchange gradients once per update

@@ -70,7 +70,7 @@ def frame(answer: Answer) -> Frame:
     if not answer.phase:
         ending = "broken" if answer.broken else "cut" if answer.cut else "finished"
 
-    def texts(tokens):
+    def texts(tokens: Sequence[int]) -> tuple[str | None, ...]:
         unknown = {tokenizer.mask: None, tokenizer.pad: ""}
         return tuple(unknown[i] if i in unknown else tokenizer.name(i) for i in tokens)
 
