@@ -7,7 +7,7 @@ TITLE = "Noising, joint loss and ELBO"
 HOURS = "6 to 8"
 TESTS_TAKE = 0.5
 FUNCTIONS = {
-    "noise.py": ("Sequence.__init__", "Sequence.stop", "Sequence.targets_in", "make_batch", "pad"),
+    "noise.py": ("Sequence.__init__", "Sequence.stop", "Sequence.targets_in", "make_batch", "noise_levels", "pad"),
     "loss.py": ("JointLoss.forward", "counts", "validate.sums"),
 }
 HANDOUT = """
@@ -49,8 +49,8 @@ nothing, belongs to `Term.PLAN`, and sees the key 0 alone. All weights are 1 for
 (of arrays; `make_batch` makes tensors of them with `batch.map`), and the group of each slot, -1 where there is none,
 made different from row to row.
 
-**`make_batch`**: call `arrange` (without one, `Arrange()`) for each sequence and `pad` for all. Then noise all tokens
-whose term is `Term.SPAN`. Each group among them draws one t. Stratified means: of n groups, one has its t in (0, 1/n],
+**`make_batch`** and **`noise_levels`**: call `arrange` (without one, `Arrange()`) for each sequence and `pad` for all.
+Then noise all tokens whose term is `Term.SPAN`. Each group among them draws one t (`noise_levels`). Stratified means: of n groups, one has its t in (0, 1/n],
 one in (1/n, 2/n], and so on, in random order. With `t_min`, this is moved into (t_min, 1]. A [PAD] is a token like any
 other: to learn where a span ends, the model has to restore it. Masked slots predict their original token, the others
 nothing. Which of them draws its random numbers first is up to you.
@@ -291,15 +291,15 @@ WRONG = (
           "np.where(masked, batch.token[slots], IGNORE)", "np.where(masked, np.roll(batch.token[slots], -1), IGNORE)",
           loses="slots"),
     Wrong("PAD excluded from the loss", "noise.py",
-          "masked = rng.random(len(t)) < t",
-          "masked = (rng.random(len(t)) < t) & (batch.token[slots] != tokenizer.pad)",
+          "masked = rng.random(len(rate)) < rate",
+          "masked = (rng.random(len(rate)) < rate) & (batch.token[slots] != tokenizer.pad)",
           loses="slots"),
     Wrong("one noise level for the whole batch", "noise.py",
           "_, draw = np.unique(group[slots], return_inverse=True)", "draw = 0 * group[slots]", loses="levels"),
     Wrong("half of the slots are masked whatever t", "noise.py",
-          "masked = rng.random(len(t)) < t", "masked = rng.random(len(t)) < 0.5", loses="levels"),
+          "masked = rng.random(len(rate)) < rate", "masked = rng.random(len(rate)) < 0.5", loses="levels"),
     Wrong("1 over t missing", "noise.py",
-          'batch.weight[slots] = 1 / t if weight == "elbo" else 1', "batch.weight[slots] = 1",
+          "return t, 1 / t", "return t, np.ones(n)",
           loses=("levels", "elbo")),
     Wrong("1 over t on the plan loss", "loss.py",
           "loss = torch.cat([any_loss, slot_loss * batch.weight.flatten()[slot_token]])",
