@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,8 +107,9 @@ def test_every_entry_is_trained_once_after_the_warm_up_that_all_but_cold_ones_st
     assert run(entries={"of another group": ENTRIES["planned"]})[1] == []
 
 
-def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(run):
+def test_all_get_equal_numbers_of_updates_with_options_that_the_scripts_know(root, run):
     for preset, group in each(itertools.product(PRESETS, GROUPS)):
+        shutil.rmtree(root / "out", ignore_errors=True)
         rows, trained, measured = run(PRESETS[preset], GROUPS[group])
         of_none = sum(not e.checkpoint for e in GROUPS[group].values())
         assert len(trained) == 1 + of_none + bool(PRESETS[preset].judge), (
@@ -175,6 +177,7 @@ CHANGES = {  # what changes: trainings, measurements of quality and of latency t
 def test_what_depends_on_changed_data_code_or_options_is_made_again(root, run, monkeypatch):
     """And only that. What was made before is kept for when the change is undone."""
     for change in each(CHANGES):
+        shutil.rmtree(root / "out", ignore_errors=True)
         old, preset, file = run()[0], TOY, root / "data" / "toy" / change
         with monkeypatch.context() as patch:
             if file.exists():
@@ -325,30 +328,36 @@ def test_seeds_that_would_be_one_or_none_are_refused(scripts, monkeypatch, seeds
 # ---------------------------------------------------------------- what a result is made of
 
 
-@pytest.mark.parametrize("script", CODE)
-def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_sources(script):
+def test_the_hash_of_a_script_is_made_of_all_modules_that_it_loads_and_the_cuda_sources():
     """Python itself says what it has loaded. Settings, files and what shows answers change no result."""
-    loaded = subprocess.run(
-        [sys.executable, "-c", LOADED.format(script=script)], cwd=ROOT, capture_output=True, text=True
-    )
-    wanted = {ROOT / path for path in loaded.stdout.split()} - {
-        ROOT / "plumbing/settings.py",
-        ROOT / "plumbing/files.py",
-    }
-    found = sources(ROOT / script)
-    assert ROOT / script in found and ROOT / "model.py" in wanted and all(path.exists() for path in found)
-    assert {path for path in wanted if path.parent != ROOT / "show"} <= found
-    assert {path.name for path in found} >= {"attention.cu", "gpu.h", "tiles.h"}
-    assert not {ROOT / "plumbing/settings.py", ROOT / "show" / "terminal.py", ROOT / "tests" / "conftest.py"} & found
+    command = [sys.executable, "-c", LOADED, *CODE]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    for script, paths in each(zip(CODE, loaded, strict=True)):
+        wanted = {ROOT / path for path in paths.split()} - {
+            ROOT / "plumbing/settings.py",
+            ROOT / "plumbing/files.py",
+        }
+        found = sources(ROOT / script)
+        assert ROOT / script in found and ROOT / "model.py" in wanted and all(path.exists() for path in found)
+        assert {path for path in wanted if path.parent != ROOT / "show"} <= found
+        assert {path.name for path in found} >= {"attention.cu", "gpu.h", "tiles.h"}
+        assert (
+            not {ROOT / "plumbing/settings.py", ROOT / "show" / "terminal.py", ROOT / "tests" / "conftest.py"} & found
+        )
 
 
 LOADED = """
-import runpy, sys
+import os, runpy, sys, torch._dynamo
 from pathlib import Path
-runpy.run_path({script!r})
-paths = [Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
-print(*(path.relative_to(Path.cwd()) for path in paths
-        if Path.cwd() in path.parents and path.suffix == ".py" and path.exists() and not ".venv" in path.parts))
+for script in sys.argv[1:]:
+    if not os.fork():  # a process for each; torch, which takes seconds, is loaded once
+        runpy.run_path(script)
+        paths = [Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+        print(*(path.relative_to(Path.cwd()) for path in paths
+                if Path.cwd() in path.parents and path.suffix == ".py" and path.exists() and not ".venv" in path.parts),
+              flush=True)
+        os._exit(0)
+    os.wait()
 """
 PYTHON = 'def f(a, b):\n    """Says."""\n    x = "# no comment"  # why\n    return a + b, x\n'
 CUDA = 'int x = 1;  // why\n/* and\nhow */ const char *s = "// no comment";\n'

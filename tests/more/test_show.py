@@ -1,6 +1,5 @@
 """Recordings, the animated picture and the drawn mask: each shows the answer and nothing else."""
 
-import io
 import random
 import re
 import runpy
@@ -13,8 +12,7 @@ import pytest
 from conftest import SENTENCES, each, small_model
 
 from config import METHODS, MethodConfig, SampleConfig
-from demo import svg
-from demo.demo import PROMPTS
+from demo.demo import PROMPTS, svg
 from drafting import decoding
 from methods import DECODERS
 from sample import Sampler
@@ -93,7 +91,7 @@ def test_what_a_frame_knows_stays_so_drafts_are_in_none(monkeypatch, tokenizer):
     for method, config in each(WAYS):
         monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
         rejected = 0
-        for seed in range(12):
+        for seed in range(12 if "ahead" in config else 3):
             frames = []
             sampler = random_sampler(tokenizer, method, seed, **config)
             (answer,) = sampler.answer([SENTENCES[1]], watch=lambda answer: frames.append(frame(answer)))
@@ -341,13 +339,6 @@ def test_the_drawn_mask_has_a_row_per_query_and_tells_the_kinds_of_keys_apart(bl
             for i, (see, kind) in enumerate(zip(sees, layout.kind))
         ]
     assert blocks or "".join(rows).isascii()
-
-
-def test_a_terminal_without_blocks_gets_letters(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert run(monkeypatch, "show/mask.py") is None
-    sys.stdout.flush()
-    assert b"ss slot" in sys.stdout.buffer.getvalue() and b"?" not in sys.stdout.buffer.getvalue()
 
 
 def test_without_matplotlib_a_picture_of_the_mask_says_what_to_install(monkeypatch, tmp_path):
