@@ -13,7 +13,7 @@ from conftest import SENTENCES, each
 from naive_sampler import Token, hidden_states
 from test_show import WAYS, random_sampler, run
 
-from demo.demo import demo
+from demo import demo
 from drafting import decoding
 from masks import SLOT
 from show.page import Race, data, page

@@ -12,7 +12,8 @@ import pytest
 from conftest import SENTENCES, each, small_model
 
 from config import METHODS, MethodConfig, SampleConfig
-from demo.demo import PROMPTS, svg
+from demo import svg
+from demo.demo import PROMPTS
 from drafting import decoding
 from methods import DECODERS
 from sample import Sampler
