@@ -229,7 +229,7 @@ class WrittenPlan(Phase):
         if not answer.grammar.allowed()[token]:  # only without constraints
             answer.broken = True
             return None
-        answer.cut |= self.config.constrained and answer.grammar.forced() == tokenizer.eos  # no place for anything else
+        answer.cut |= self.config.constrained and answer.grammar.out_of_room()
         answer.grammar.advance(token)
         if token in (tokenizer.sync, tokenizer.eos):
             answer.last = token == tokenizer.eos

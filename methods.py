@@ -119,8 +119,8 @@ class GivenPlan:
         if answer.rounds and answer.tokenizer.pad in answer.contents(answer.rounds[-1].spans[0]):
             return None
         size = min(answer.method.block, answer.max_length - len(answer.layout) - 2)  # 2: <async> and </async>
-        answer.cut = size < 1
-        if answer.cut:
+        answer.cut = size < answer.method.block
+        if size < 1:
             return None
         answer.rounds.append(RoundTokens())
         answer.scaffold([([], size)])

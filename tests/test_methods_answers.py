@@ -168,7 +168,8 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
             blocks, result = [answer.contents(s) for d in answer.rounds for s in d.spans], answer.result()
             assert len(answer.layout) - answer.layout.kind.count(PROMPT) == sum(len(b) + 2 for b in blocks) <= room
             assert all(len(b) == method.block and tokenizer.pad not in b for b in blocks[:-1])
-            assert result["cut"] == (not blocks or tokenizer.pad not in blocks[-1])
+            shrunk = not blocks or len(blocks[-1]) < method.block  # of a size that training never has
+            assert result["cut"] == (shrunk or tokenizer.pad not in blocks[-1])
             assert not result["cut"] or sum(len(b) + 2 for b in blocks) > room - 3, "no room for one more slot"
             text = tokenizer.decode(sum(blocks, []))
             assert result["rounds"] == [{"text": text, "plan": [], "spans": []}] and result["text"] == text
