@@ -60,8 +60,8 @@ decides.
   a topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>`
   and `<eos>`, which end the round: then come its spans or, without topics, the next round (`next_round`). A model that
   is not constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. Set
-  `answer.cut` (never clear it) if it is constrained and `max_tokens` left only `<eos>`: ask the grammar before you tell
-  it.
+  `answer.cut` (never clear it) if it is constrained and `max_tokens` left it one token alone (`Grammar.out_of_room`):
+  ask the grammar before you tell it.
 - Where the grammar allows one token, `force` writes it without a pass, if the answer is constrained. `write` can change
   the phase, so look before you write on.
 - `critical_path` counts a token per pass, which `take` does, and each token that `force` writes.
