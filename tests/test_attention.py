@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import random_example, small_model
+from conftest import each, random_example, small_model
 
 from kernels import backends
 from kernels.backends import BACKENDS, choose
@@ -61,17 +61,17 @@ def test_auto_on_a_gpu_is_the_kernel_or_else_flex_in_16_bits(monkeypatch):
     assert choose("auto", "cuda", torch.float32, 64) == "dense"
 
 
-@pytest.mark.parametrize("name, device, dtype, head_size, said", [
+def test_a_backend_that_does_not_work_there_is_refused():
+    for name, device, dtype, head_size, said in each([
     ("flex", "cpu", torch.float32, 32, "--attention flex.*CUDA GPU.*not on cpu"),
     ("flex", "mps", torch.float32, 32, "--attention flex.*not on mps"),
     ("spans", "cuda", torch.float32, 32, "--attention spans.*CPU only, not on cuda"),
     ("kernel", "cpu", torch.bfloat16, 32, "--attention kernel.*CUDA GPU, not on cpu"),
     ("kernel", "cuda", torch.float32, 32, "--attention kernel.*not in torch.float32"),
     ("kernel", "cuda", torch.bfloat16, 48, "--attention kernel.*heads of 48"),
-])  # fmt: skip
-def test_a_backend_that_does_not_work_there_is_refused(name, device, dtype, head_size, said):
-    with pytest.raises(ValueError, match=said):
-        choose(name, device, dtype, head_size)
+]):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            choose(name, device, dtype, head_size)
 
 
 def test_what_is_named_and_works_is_taken():

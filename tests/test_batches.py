@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import in_span, random_example, small_model
+from conftest import each, in_span, random_example, small_model
 
 from config import METHODS, MethodConfig, TrainConfig
 from data import write_dataset
@@ -35,14 +35,14 @@ def stub(n, *targets):
     return SimpleNamespace(n_rounds=len(targets), targets_in=lambda r: targets[r], stop=lambda r: n)
 
 
-@pytest.mark.parametrize("n, size", [(12, 3), (13, 3), (32, 2), (5, 5)])
-def test_an_epoch_shows_each_example_once(n, size):
-    made = [stub(10 + i, 1) for i in range(n)]
-    batches, orders = Batches(made, size, seed=1), []
-    for epoch in range(3):
-        orders.append([made.index(s) for i in range(n // size) for s in batches[epoch * (n // size) + i][0]])
-        assert len(set(orders[-1])) == len(orders[-1]) == n // size * size
-    assert orders[0] != orders[1] or n == size
+def test_an_epoch_shows_each_example_once():
+    for n, size in each([(12, 3), (13, 3), (32, 2), (5, 5)]):
+        made = [stub(10 + i, 1) for i in range(n)]
+        batches, orders = Batches(made, size, seed=1), []
+        for epoch in range(3):
+            orders.append([made.index(s) for i in range(n // size) for s in batches[epoch * (n // size) + i][0]])
+            assert len(set(orders[-1])) == len(orders[-1]) == n // size * size
+        assert orders[0] != orders[1] or n == size
 
 
 def test_a_micro_batch_is_a_function_of_its_number(sequences):
@@ -179,7 +179,7 @@ def test_with_extra_pads_a_span_without_text_keeps_a_slot(tokenizer, method):
     make_batch([Sequence(layout)], [0], tokenizer, np.random.default_rng(0), causal=float(method == "parallel-ar"))
 
 
-@pytest.mark.parametrize("method, settings", [
+NO_EFFECT = [
     ("ar", dict(topics="numbers")), ("ar", dict(rounds="one")), ("ar", dict(repeat_topic=False)), ("ar", dict(t_min=0.5)),
     ("ar", dict(weight="elbo")), ("ar", dict(history="noised")), ("ar", dict(block=8)), ("planned", dict(block=8)),
     ("parallel-ar", dict(t_min=0.5)), ("parallel-ar", dict(weight="elbo")), ("parallel-ar", dict(history="noised")),
@@ -188,23 +188,27 @@ def test_with_extra_pads_a_span_without_text_keeps_a_slot(tokenizer, method):
     ("joint", dict(lora_alpha=64.0)), ("ar", dict(span_weight=2.0)), ("block", dict(span_weight=2.0)), ("planned", dict(lr=1.0, lora=8)),
     ("planned", dict(weight_decay=0.1, lora=8)), ("planned", dict(history="noised", rounds="one")),
     ("planned", dict(even_rounds=True, rounds="one")),
-])  # fmt: skip
-def test_a_setting_that_would_change_nothing_is_refused(folder, method, settings):
-    name = next(iter(settings))
-    config = TrainConfig(**{k: v for k, v in settings.items() if hasattr(TrainConfig, k)})
-    chosen = MethodConfig(method, **{k: v for k, v in settings.items() if hasattr(MethodConfig, k)})
-    with pytest.raises(ValueError, match=f"--(no-)?{name}.*: .*{method}|--(no-)?{name}.*(with|by|without) (--|AdamW)"):
-        refuse_idle(chosen, chosen)
-        refuse_idle(config, chosen)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_changes_something_is_not_refused(method):
+def test_a_setting_that_would_change_nothing_is_refused(folder):
+    for method, settings in each(NO_EFFECT):
+        name = next(iter(settings))
+        config = TrainConfig(**{k: v for k, v in settings.items() if hasattr(TrainConfig, k)})
+        chosen = MethodConfig(method, **{k: v for k, v in settings.items() if hasattr(MethodConfig, k)})
+        why = f"--(no-)?{name}.*: .*{method}|--(no-)?{name}.*(with|by|without) (--|AdamW)"
+        with pytest.raises(ValueError, match=why):
+            refuse_idle(chosen, chosen)
+            refuse_idle(config, chosen)
+
+
+def test_what_changes_something_is_not_refused():
     """Every setting that may be refused is taken by some method, and each method takes its defaults."""
-    refuse_idle(TrainConfig(), MethodConfig(method))
-    changes = [dict(extra_pads=3), dict(weight="elbo"), dict(t_min=0.5), dict(history="noised"), dict(ahead=2)]
-    taken = {"planned": 5, "dense": 5, "joint": 5, "parallel-ar": 2, "ar": 1, "block": 2, "diffusion": 2}
-    assert sum(not refused(TrainConfig(**changed), MethodConfig(method)) for changed in changes) == taken[method]
+    for method in each(METHODS):
+        refuse_idle(TrainConfig(), MethodConfig(method))
+        changes = [dict(extra_pads=3), dict(weight="elbo"), dict(t_min=0.5), dict(history="noised"), dict(ahead=2)]
+        taken = {"planned": 5, "dense": 5, "joint": 5, "parallel-ar": 2, "ar": 1, "block": 2, "diffusion": 2}
+        assert sum(not refused(TrainConfig(**changed), MethodConfig(method)) for changed in changes) == taken[method]
 
 
 def refused(*configs):
@@ -214,10 +218,10 @@ def refused(*configs):
         return True
 
 
-@pytest.mark.parametrize("method", ["ar", "block", "diffusion"])
-def test_extra_pads_without_a_plan_of_the_models_own_are_refused(folder, method):
-    with pytest.raises(ValueError, match=f"--extra_pads 3: no plan is written with {method}"):
-        training_data(folder, method, extra_pads=3)
+def test_extra_pads_without_a_plan_of_the_models_own_are_refused(folder):
+    for method in each(["ar", "block", "diffusion"]):
+        with pytest.raises(ValueError, match=f"--extra_pads 3: no plan is written with {method}"):
+            training_data(folder, method, extra_pads=3)
 
 
 def test_reading_and_encoding_say_how_far_they_are(folder, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, exact, and nothing in them is executed."""
 
+import itertools
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import OTTER, small_model
+from conftest import OTTER, each, small_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -134,19 +135,21 @@ def rewritten(path, out, tensors=None, **text):
     return out
 
 
-@pytest.mark.parametrize("name", ["config", "tokenizer", "info"])
-@pytest.mark.parametrize("text", [None, "", "not JSON"])
-def test_a_checkpoint_without_one_of_its_texts_is_refused(saved, tmp_path, name, text):
-    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+def test_a_checkpoint_without_one_of_its_texts_is_refused(saved, tmp_path):
+    for name, text in each(itertools.product(["config", "tokenizer", "info"], [None, "", "not JSON"])):
+        refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
 
 
-@pytest.mark.parametrize("name, text", [
+FORMATS = [
     ("config", "[1, 2]"), ("config", '{"width": 3}'), ("config", '{"d_model": "wide"}'), ("config", '{"d_model": 30}'),
     ("tokenizer", "[]"), ("tokenizer", '{"unit": 10}'), ("tokenizer", '{"unit": 10, "tokens": []}'),
     ("tokenizer", '{"unit": 10, "tokens": [1]}'), ("tokenizer", '{"unit": 10, "tokens": ["?"]}'),
-])  # fmt: skip
-def test_a_checkpoint_with_another_config_or_tokenizer_format_is_refused(saved, tmp_path, name, text):
-    refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+]  # fmt: skip
+
+
+def test_a_checkpoint_with_another_config_or_tokenizer_format_is_refused(saved, tmp_path):
+    for name, text in each(FORMATS):
+        refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
 
 
 def test_wrong_missing_and_surplus_tensors_are_refused_by_name(saved, tmp_path):
@@ -159,48 +162,54 @@ def test_wrong_missing_and_surplus_tensors_are_refused_by_name(saved, tmp_path):
     assert "embedding.weight" in refused(rewritten(path, tmp_path / "bad", config=wider))
 
 
-@pytest.mark.parametrize("size", [{"n_layer": 10**9}, {"n_layer": 900}, {"n_layer": 10**400}, {"d_model": 2**40},
-                                  {"vocab_size": 2**50}, {"d_ff": 2**62}])  # fmt: skip
-def test_a_config_of_another_size_is_refused_before_anything_of_that_size_is_made(saved, tmp_path, monkeypatch, size):
+def test_a_config_of_another_size_is_refused_before_anything_of_that_size_is_made(saved, tmp_path, monkeypatch):
     """Neither a billion layers nor a billion numbers."""
-    layers, real = [], checkpoint.Transformer
+    for size in each([{"n_layer": 10**9}, {"n_layer": 900}, {"n_layer": 10**400}, {"d_model": 2**40},
+                                  {"vocab_size": 2**50}, {"d_ff": 2**62}]):  # fmt: skip
+        with monkeypatch.context() as patch:
+            layers, real = [], checkpoint.Transformer
 
-    def noting(config):
-        layers.append(config.n_layer)
-        assert torch.empty(0).is_meta, "made without memory for its weights"
-        return real(config)
+            def noting(config):
+                layers.append(config.n_layer)
+                assert torch.empty(0).is_meta, "made without memory for its weights"
+                return real(config)
 
-    monkeypatch.setattr(checkpoint, "Transformer", noting)
-    refused(rewritten(saved[0], tmp_path / "bad", config=json.dumps({**asdict(saved[1].config), **size})))
-    assert set(layers) <= {saved[1].config.n_layer}
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 200_000, '{"n_layer": %s}' % ("9" * 5000), '{"a":' * 100_000, '{"unit": 1e999}']
-)
-@pytest.mark.parametrize("name", ["config", "tokenizer", "info"])
-def test_texts_that_break_a_json_parser_are_refused(saved, tmp_path, name, text):
-    if (name, text) != ("info", '{"unit": 1e999}'):  # which is an odd but possible object
-        refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+            patch.setattr(checkpoint, "Transformer", noting)
+            refused(rewritten(saved[0], tmp_path / "bad", config=json.dumps({**asdict(saved[1].config), **size})))
+            assert set(layers) <= {saved[1].config.n_layer}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["model.blocks.1.down.weight", "state.0.1.momentum"])
-def test_what_is_not_finite_is_neither_saved_nor_loaded(saved, tokenizer, tmp_path, name, value):
+def test_texts_that_break_a_json_parser_are_refused(saved, tmp_path):
+    for text, name in each(
+        itertools.product(
+            ["[" * 200_000, '{"n_layer": %s}' % ("9" * 5000), '{"a":' * 100_000, '{"unit": 1e999}'],
+            ["config", "tokenizer", "info"],
+        )
+    ):
+        if (name, text) != ("info", '{"unit": 1e999}'):  # which is an odd but possible object
+            refused(rewritten(saved[0], tmp_path / "bad", **{name: text}))
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(saved, tokenizer, tmp_path):
     path, model = saved
-    before = path.read_bytes()
+    before, clean = path.read_bytes(), {name: p.clone() for name, p in weights(model).items()}
+    names = ["model.blocks.1.down.weight", "state.0.1.momentum"]
+    for value, name in each(itertools.product([float("nan"), float("inf"), -float("inf")], names)):
 
-    def spoilt(tensors):
-        tensors[name].view(-1)[1] = value
-        return tensors
+        def spoilt(tensors):
+            tensors[name].view(-1)[1] = value
+            return tensors
 
-    assert name.partition(".")[2] in (said := refused(rewritten(path, tmp_path / "bad", spoilt))) and "diverged" in said
-    tensors = spoilt({f"model.{n}": p for n, p in weights(model).items()} | {"state.0.1.momentum": torch.ones(2, 3)})
-    model.load_state_dict({n[6:]: p for n, p in tensors.items() if n.startswith("model.")})
-    with pytest.raises(ValueError, match=f"{name} is no longer finite.*diverged"):
-        save_checkpoint(path, model, tokenizer, {}, {"0.1.momentum": tensors["state.0.1.momentum"]})
-    assert path.read_bytes() == before
-    assert sorted(os.listdir(path.parent)) == ["bad", path.name]
+        assert (
+            name.partition(".")[2] in (said := refused(rewritten(path, tmp_path / "bad", spoilt)))
+            and "diverged" in said
+        )
+        tensors = spoilt({f"model.{n}": p.clone() for n, p in clean.items()} | {"state.0.1.momentum": torch.ones(2, 3)})
+        model.load_state_dict({n[6:]: p for n, p in tensors.items() if n.startswith("model.")})
+        with pytest.raises(ValueError, match=f"{name} is no longer finite.*diverged"):
+            save_checkpoint(path, model, tokenizer, {}, {"0.1.momentum": tensors["state.0.1.momentum"]})
+        assert path.read_bytes() == before
+        assert sorted(os.listdir(path.parent)) == ["bad", path.name]
 
 
 def test_a_disk_that_is_full_is_named_and_leaves_the_old_file(saved, tokenizer, monkeypatch):

@@ -15,7 +15,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import regex
-from conftest import CORPUS, OVERHEAD, hostile
+from conftest import CORPUS, OVERHEAD, each, hostile
 
 from grammar import MAX_NAME, WHITE_SPACE, Grammar
 from tags import Round, Span, format_answer, parse_answer
@@ -142,37 +142,36 @@ def rounds_of(tok, tokens, rng):
     return rounds
 
 
-@pytest.mark.parametrize("choose", [any_token, any_kind])
-@pytest.mark.parametrize("least, most", [(1, 60), (61, 300)])
-def test_every_walk_ends_fits_and_parses(planner, choose, least, most):
-    rng = random.Random(7)
-    with_plan = 0
-    for _ in range(440 if most == 60 else 60):
-        positions, scale = rng.randint(least, most), rng.choice(SCALES)
-        tokens = walk(Grammar(planner, positions, scale), choose(rng, planner), positions)
-        check_whole_answer(planner, tokens, positions, scale)
-        rounds = rounds_of(planner, tokens, rng)
-        assert parse_answer(format_answer(rounds)) == rounds
-        with_plan += any(r.spans for r in rounds)
-    assert with_plan > 10 or choose == any_token
+def test_every_walk_ends_fits_and_parses(planner):
+    for choose, (least, most) in each(itertools.product([any_token, any_kind], [(1, 60), (61, 300)])):
+        rng = random.Random(7)
+        with_plan = 0
+        for _ in range(440 if most == 60 else 60):
+            positions, scale = rng.randint(least, most), rng.choice(SCALES)
+            tokens = walk(Grammar(planner, positions, scale), choose(rng, planner), positions)
+            check_whole_answer(planner, tokens, positions, scale)
+            rounds = rounds_of(planner, tokens, rng)
+            assert parse_answer(format_answer(rounds)) == rounds
+            with_plan += any(r.spans for r in rounds)
+        assert with_plan > 10 or choose == any_token
 
 
-@pytest.mark.parametrize("extreme", [min, max])
-def test_no_preference_leads_a_walk_out_of_its_positions(planner, extreme):
+def test_no_preference_leads_a_walk_out_of_its_positions(planner):
     """Every order of preference: always text, always another topic, the longest names, the longest lengths, ..."""
-    rng = random.Random(8)
-    free = [kind for kind in KINDS if kind not in ("topic_end", "eos")]  # those two are taken when they must be
-    for order in itertools.permutations([*free, "eos"]):
-        if order[0] == "eos":
-            continue
-        rank = {kind: i for i, kind in enumerate([*order, "topic_end"])}
+    for extreme in each([min, max]):
+        rng = random.Random(8)
+        free = [kind for kind in KINDS if kind not in ("topic_end", "eos")]  # those two are taken when they must be
+        for order in itertools.permutations([*free, "eos"]):
+            if order[0] == "eos":
+                continue
+            rank = {kind: i for i, kind in enumerate([*order, "topic_end"])}
 
-        def choose(allowed):
-            best = min(rank[kind_of(planner, token)] for token in allowed)
-            return extreme(token for token in allowed if rank[kind_of(planner, token)] == best)
+            def choose(allowed):
+                best = min(rank[kind_of(planner, token)] for token in allowed)
+                return extreme(token for token in allowed if rank[kind_of(planner, token)] == best)
 
-        positions, scale = rng.choice([rng.randint(1, 60), rng.randint(30, 120)]), rng.choice(SCALES)
-        check_whole_answer(planner, walk(Grammar(planner, positions, scale), choose, positions), positions, scale)
+            positions, scale = rng.choice([rng.randint(1, 60), rng.randint(30, 120)]), rng.choice(SCALES)
+            check_whole_answer(planner, walk(Grammar(planner, positions, scale), choose, positions), positions, scale)
 
 
 def test_always_the_token_that_costs_the_most_positions_still_fits(planner):
@@ -187,11 +186,11 @@ def test_always_the_token_that_costs_the_most_positions_still_fits(planner):
         check_whole_answer(planner, tokens, positions, scale)
 
 
-@pytest.mark.parametrize("positions", [-3, 0, 1])
-def test_without_positions_an_answer_is_its_end_alone(tok, positions):
-    grammar = Grammar(tok, positions)
-    assert grammar.forced() == tok.eos
-    assert walk(grammar, any_token(random.Random(0), tok), 1) == [tok.eos]
+def test_without_positions_an_answer_is_its_end_alone(tok):
+    for positions in each([-3, 0, 1]):
+        grammar = Grammar(tok, positions)
+        assert grammar.forced() == tok.eos
+        assert walk(grammar, any_token(random.Random(0), tok), 1) == [tok.eos]
 
 
 def check_every_choice(tok, rng, choosers, candidates, walks, longest):
@@ -289,9 +288,9 @@ def takes(tok, name):
     return all(grammar.allowed()[token] and (grammar.advance(token) or True) for token in tokens)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_topic_may_begin_with_anything_but_white_space(tok, name):
-    assert takes(tok, name)
+def test_a_topic_may_begin_with_anything_but_white_space(tok):
+    for name in each(NAMES):
+        assert takes(tok, name)
 
 
 def test_the_grammar_takes_exactly_the_topics_that_training_accepts(tok, spacy):

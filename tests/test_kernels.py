@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import each
 
 import kernels
 from kernels import bench
@@ -125,11 +126,11 @@ RANGES["two rounds, ragged"] = torch.cat([layout_ranges("sparse")[:, :149], layo
 RANGES["random"] = random_ranges(1, 2, 70, 100)
 
 
-@pytest.mark.parametrize("name", RANGES)
-def test_masks(name):
-    ranges = RANGES[name]
-    p = problem(ranges, max(int(ranges.max()), 100), torch.bfloat16, 32)
-    check(run(p), dense(p), BOUND[p.q.dtype])
+def test_masks():
+    for name in each(RANGES):
+        ranges = RANGES[name]
+        p = problem(ranges, max(int(ranges.max()), 100), torch.bfloat16, 32)
+        check(run(p), dense(p), BOUND[p.q.dtype])
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -139,13 +140,13 @@ def test_head_sizes_and_types(head_size, dtype):
     check(run(p), dense(p), BOUND[dtype])
 
 
-@pytest.mark.parametrize("T,S,heads", [
+def test_odd_sizes_and_grouped_queries():
+    for T, S, heads in each([
     (1, 1, (1, 1)), (1, 257, (2, 2)), (64, 64, (2, 1)), (63, 65, (6, 2)), (65, 63, (3, 1)), (128, 200, (2, 2)),
     (150, 40, (4, 1)),
-])  # fmt: skip
-def test_odd_sizes_and_grouped_queries(T, S, heads):
-    p = problem(random_ranges(S, 1, T, S), S, torch.float16, 32, heads)
-    check(run(p), dense(p), BOUND[p.q.dtype])
+]):  # fmt: skip
+        p = problem(random_ranges(S, 1, T, S), S, torch.float16, 32, heads)
+        check(run(p), dense(p), BOUND[p.q.dtype])
 
 
 def hard_problem():
@@ -169,12 +170,12 @@ def test_unseen_keys_may_be_nan_in_visited_tiles():
     check(kernels.forward(p.q, p.k, p.v, p.ranges, p.scale, 1), want, BOUND[p.q.dtype])
 
 
-@pytest.mark.parametrize("splits", [2, 3, 7])
-def test_splitting_the_keys_changes_nothing(splits):
-    p = problem(random_ranges(3, 2, 20, 300), 300, torch.float16, 32)
-    want, got = run(p), run(p, splits)
-    check(got, [x.double() for x in want], 1e-3)
-    check(got, dense(p), BOUND[p.q.dtype])
+def test_splitting_the_keys_changes_nothing():
+    for splits in each([2, 3, 7]):
+        p = problem(random_ranges(3, 2, 20, 300), 300, torch.float16, 32)
+        want, got = run(p), run(p, splits)
+        check(got, [x.double() for x in want], 1e-3)
+        check(got, dense(p), BOUND[p.q.dtype])
 
 
 def test_splits_fill_the_processors():
@@ -315,16 +316,16 @@ def test_compiled_without_graph_breaks():
     assert torch.equal(compiled, *torch.autograd.grad(loss(q), q))
 
 
-@pytest.mark.parametrize("change", [
+def test_what_does_not_fit_is_refused():
+    for change in each([
     {"q": torch.zeros(1, 2, 4, 32)}, {"k": torch.zeros(1, 1, 4, 32)}, {"v": torch.zeros(1, 1, 5, 32).half()},
     {"ranges": torch.zeros(1, 3, 3)}, {"q": torch.zeros(1, 2, 4, 48).half()}, {"scale": 0.0},
     {"q": torch.zeros(1, 0, 4, 32).half()},
-])  # fmt: skip
-def test_what_does_not_fit_is_refused(change):
-    kv = torch.zeros(1, 1, 4, 32).half()
-    call = {"q": torch.zeros(1, 2, 4, 32).half(), "k": kv, "v": kv, "ranges": torch.zeros(1, 4, 3), "scale": 1.0}
-    with pytest.raises(ValueError):
-        kernels.attention(**(call | change))
+]):  # fmt: skip
+        kv = torch.zeros(1, 1, 4, 32).half()
+        call = {"q": torch.zeros(1, 2, 4, 32).half(), "k": kv, "v": kv, "ranges": torch.zeros(1, 4, 3), "scale": 1.0}
+        with pytest.raises(ValueError):
+            kernels.attention(**(call | change))
 
 
 def test_available_says_why_not(monkeypatch, capsys):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, TOPICS, random_example, small_model
+from conftest import SENTENCES, TOPICS, each, random_example, small_model
 from naive_sampler import NaiveSampler
 from test_methods import ALL, BLOCKS, CAUSAL, GIVEN_PLANS, examples
 from test_sample import costs, ids, steered
@@ -179,19 +179,20 @@ def test_blocks_end_with_the_first_pad_or_are_cut_and_read_as_one_text(writer, t
     assert cuts == {(False, True), (True, True), (True, False)} or method.block == 1
 
 
-@pytest.mark.parametrize("threshold, passes", [(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})])
-def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer, threshold, passes):
-    class Counting(Sampler):
-        def step(self, live, rows, probe=None):
-            masked[len(live[0].rounds)].append(live[0].layout.token.count(tokenizer.mask))
-            super().step(live, rows, probe)
+def test_a_threshold_fills_at_least_one_slot_of_a_block_a_pass(writer, tokenizer):
+    for threshold, passes in each([(1e-9, {1}), (0.4, {2, 3, 4, 5}), (1.0, {6})]):
 
-    masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
-    config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots
-    Counting(writer, tokenizer, config, BLOCKS).answer(PROMPTS[:1])
-    assert len(masked) > 1 and {len(seen) for seen in masked.values()} <= passes
-    for seen in masked.values():
-        assert seen[0] == 6 and all(after < before for before, after in zip(seen, seen[1:]))
+        class Counting(Sampler):
+            def step(self, live, rows, probe=None):
+                masked[len(live[0].rounds)].append(live[0].layout.token.count(tokenizer.mask))
+                super().step(live, rows, probe)
+
+        masked = defaultdict(list)  # number of the block -> how many [MASK] each of its passes sees
+        config = SampleConfig(max_tokens=40, threshold=threshold)  # room for 5 blocks of 6 slots
+        Counting(writer, tokenizer, config, BLOCKS).answer(PROMPTS[:1])
+        assert len(masked) > 1 and {len(seen) for seen in masked.values()} <= passes
+        for seen in masked.values():
+            assert seen[0] == 6 and all(after < before for before, after in zip(seen, seen[1:]))
 
 
 @pytest.mark.parametrize("method, settings", [*SETTINGS[:4], (GIVEN_PLANS[2], dict(temperature=1.0))])
@@ -205,14 +206,14 @@ def test_a_batch_answers_each_prompt_as_if_alone(planner, writer, tokenizer, met
         assert (batched.layout, batched.cut, costs(batched)) == (alone.layout, alone.cut, costs(alone))
 
 
-@pytest.mark.parametrize("tag", ["topic_end", "async_", "mask", "user", "sync"])
-def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer, tag):
-    method = MethodConfig("ar") if tag == "sync" else MethodConfig()
-    sampler = Sampler(steered(tokenizer, **{tag: 99.0}), tokenizer, SampleConfig(constrained=False), method)
-    for answer in sampler.answer(PROMPTS):
-        result = answer.result()
-        assert answer.phase is None and result["broken"] and not result["cut"]
-        assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
+def test_an_answer_that_leaves_the_grammar_is_broken_and_finished(tokenizer):
+    for tag in each(["topic_end", "async_", "mask", "user", "sync"]):
+        method = MethodConfig("ar") if tag == "sync" else MethodConfig()
+        sampler = Sampler(steered(tokenizer, **{tag: 99.0}), tokenizer, SampleConfig(constrained=False), method)
+        for answer in sampler.answer(PROMPTS):
+            result = answer.result()
+            assert answer.phase is None and result["broken"] and not result["cut"]
+            assert (result["plan_passes"], result["text"], result["tagged"]) == (1, "", "<eos>")
 
 
 @pytest.mark.parametrize("method", ["planned", "dense", "parallel-ar", "ar"])
@@ -235,19 +236,22 @@ def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, me
     assert seen == set(itertools.product((True, False), (False,) if method.plan == "none" else (True, False)))
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_untrained_models_answer_within_any_limit(tokenizer, method):
-    assert {m.method for m in ALL} == {name for name, m in METHODS.items() if not m.decodes} == set(DECODERS)
-    sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
-    fresh, wild = Transformer(ModelConfig(tokenizer.vocab_size, **sizes)), small_model(tokenizer.vocab_size, n_layer=1)
-    models = (fresh, dict(temperature=1.5, threshold=0.5)), (wild, {})
-    for (model, settings), limit, constrained in itertools.product(models, (1, 2, 3, 25), (True, False)):
-        config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
-        for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
-            ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
-            assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
-            assert answer.phase is None and tokenizer.mask not in answer.layout.token
-            assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)
+def test_untrained_models_answer_within_any_limit(tokenizer):
+    for method in each(ALL):
+        assert {m.method for m in ALL} == {name for name, m in METHODS.items() if not m.decodes} == set(DECODERS)
+        sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
+        fresh, wild = (
+            Transformer(ModelConfig(tokenizer.vocab_size, **sizes)),
+            small_model(tokenizer.vocab_size, n_layer=1),
+        )
+        models = (fresh, dict(temperature=1.5, threshold=0.5)), (wild, {})
+        for (model, settings), limit, constrained in itertools.product(models, (1, 2, 3, 25), (True, False)):
+            config = SampleConfig(max_tokens=limit, constrained=constrained, **settings)
+            for answer in Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]):
+                ends = method.plan != "given" and not answer.broken  # <eos> is written, not kept
+                assert len(answer.layout) - answer.layout.kind.count(PROMPT) + ends <= limit
+                assert answer.phase is None and tokenizer.mask not in answer.layout.token
+                assert parse_answer(answer.result()["tagged"]) and not (constrained and answer.broken)
 
 
 def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokenizer, tmp_path):
@@ -267,20 +271,20 @@ CHANGES = [dict(steps_ratio=0.1), dict(threshold=0.1), dict(order="random"), dic
            dict(top_p=0.5), dict(threshold=0.9, apart=False), dict(threshold=0.9, pads_last=False)]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_a_setting_that_would_change_no_answer_is_refused(planner, writer, tokenizer, method):
+def test_a_setting_that_would_change_no_answer_is_refused(planner, writer, tokenizer):
     """What is refused changes nothing, checked by sampling without the check; what acts somewhere is taken there."""
-    model, taken = writer if method.plan == "given" else planner, []
-    for change in CHANGES:
-        try:
-            refuse_idle(SampleConfig(**change), method)
-            taken.append(change)
-        except ValueError as error:
-            name = str(error).removeprefix("--").removeprefix("no-").split(":")[0].split()[0]
-            without = {setting: value for setting, value in change.items() if setting != name}
-            configs = (SampleConfig(max_tokens=40, **settings) for settings in (without, change))
-            before, after = (Sampler(model, tokenizer, config, method).answer(PROMPTS) for config in configs)
-            assert [(a.layout, costs(a)) for a in before] == [(a.layout, costs(a)) for a in after]
-    noised = 7 if method.plan != "none" and method.attention != "causal" else 0
-    assert len(taken) == noised + 1 + (method.plan == "written") + 2 * (method.plan != "given")
-    refuse_idle(SampleConfig(), method)
+    for method in each(ALL):
+        model, taken = writer if method.plan == "given" else planner, []
+        for change in CHANGES:
+            try:
+                refuse_idle(SampleConfig(**change), method)
+                taken.append(change)
+            except ValueError as error:
+                name = str(error).removeprefix("--").removeprefix("no-").split(":")[0].split()[0]
+                without = {setting: value for setting, value in change.items() if setting != name}
+                configs = (SampleConfig(max_tokens=40, **settings) for settings in (without, change))
+                before, after = (Sampler(model, tokenizer, config, method).answer(PROMPTS) for config in configs)
+                assert [(a.layout, costs(a)) for a in before] == [(a.layout, costs(a)) for a in after]
+        noised = 7 if method.plan != "none" and method.attention != "causal" else 0
+        assert len(taken) == noised + 1 + (method.plan == "written") + 2 * (method.plan != "given")
+        refuse_idle(SampleConfig(), method)

@@ -1,9 +1,11 @@
 """The transformer against a naive one, and its cache against a fresh forward."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from conftest import OTTER, in_span, random_example, small_model
+from conftest import OTTER, each, in_span, random_example, small_model
 from naive_model import naive_forward, naive_scaling
 
 from kernels.backends import BACKENDS
@@ -38,20 +40,20 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("config", [
+def test_forward_is_the_naive_softmax_over_the_visible_keys(tokenizer, attention):
+    for config in each([
     {}, {"qk_norm": False}, {"n_kv_head": 4}, {"n_kv_head": 1, "rope_theta": 100.0}, {"head_dim": 16, "norm_eps": 0.1},
     {"qkv_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     {"rope_scaling": LLAMA3, "rope_theta": 100.0},
-])  # fmt: skip
-def test_forward_is_the_naive_softmax_over_the_visible_keys(tokenizer, attention, config):
-    model = small_model(tokenizer.vocab_size, **config)
-    example = Example("", (Round("", (Span("food", "fish", 1), Span("play", "", 1))), Round("In")))
-    token, position, ranges = inputs(encode_example(example, tokenizer, attention))
-    with torch.no_grad():
-        fast = model(token, position, ranges)[0]
-        naive = naive_forward(model.double(), token[0], position[0], ranges[0])
-    assert fast.std() > 0.5
-    torch.testing.assert_close(fast, naive.float(), atol=1e-5, rtol=1e-5)
+]):  # fmt: skip
+        model = small_model(tokenizer.vocab_size, **config)
+        example = Example("", (Round("", (Span("food", "fish", 1), Span("play", "", 1))), Round("In")))
+        token, position, ranges = inputs(encode_example(example, tokenizer, attention))
+        with torch.no_grad():
+            fast = model(token, position, ranges)[0]
+            naive = naive_forward(model.double(), token[0], position[0], ranges[0])
+        assert fast.std() > 0.5
+        torch.testing.assert_close(fast, naive.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_only_relative_positions_matter(model, tokenizer):
@@ -114,23 +116,26 @@ def test_the_plan_loss_is_over_the_whole_vocabulary_and_the_span_loss_over_text_
 # ---------------------------------------------------------------- size and work
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_the_number_of_parameters_is_that_of_the_formula(qk_norm):
-    model = small_model(300, qk_norm=qk_norm)
-    V, D, L, H, H_kv, FF, hd = 300, 32, 2, 4, 2, 48, 8
-    attention = D * (H + 2 * H_kv) * hd + H * hd * D + (2 * hd if qk_norm else 0)
-    assert model.n_params() == V * D + L * (attention + 3 * D * FF + 2 * D) + D
+def test_the_number_of_parameters_is_that_of_the_formula():
+    for qk_norm in each([True, False]):
+        model = small_model(300, qk_norm=qk_norm)
+        V, D, L, H, H_kv, FF, hd = 300, 32, 2, 4, 2, 48, 8
+        attention = D * (H + 2 * H_kv) * hd + H * hd * D + (2 * hd if qk_norm else 0)
+        assert model.n_params() == V * D + L * (attention + 3 * D * FF + 2 * D) + D
 
 
-@pytest.mark.parametrize("said, config", [
+NO_MODELS = [
     ("--d_model 30: expected an even multiple of --n_head 4", dict(d_model=30)),
     ("--d_model 12: expected an even multiple", dict(d_model=12)), ("--n_head 4: expected a multiple", dict(n_kv_head=3)),
     ("--n_head 0", dict(n_head=0)), ("--n_kv_head 0", dict(n_kv_head=0)), ("--n_layer 0", dict(n_layer=0)),
     ("--d_ff -1", dict(d_ff=-1)), ("--rope_theta 0", dict(rope_theta=0)), ("--rope_theta nan", dict(rope_theta=float("nan"))),
-])  # fmt: skip
-def test_a_config_that_is_no_model_is_refused_by_the_name_of_the_setting(said, config):
-    with pytest.raises(ValueError, match=said):
-        ModelConfig(**{"d_model": 32, **config})
+]  # fmt: skip
+
+
+def test_a_config_that_is_no_model_is_refused_by_the_name_of_the_setting():
+    for said, config in each(NO_MODELS):
+        with pytest.raises(ValueError, match=said):
+            ModelConfig(**{"d_model": 32, **config})
 
 
 def test_weights_start_small_and_those_of_residual_branches_smaller(tokenizer):
@@ -343,18 +348,17 @@ def test_junk_and_unwritten_entries_are_never_seen(model, tokenizer):
 # ---------------------------------------------------------------- what makes sampling on a CPU fast
 
 
-@pytest.mark.parametrize("sizes", [[40, 40], [40, 25, 33], [60]])
-@pytest.mark.parametrize("heads", [4, 2])
-def test_attention_by_span_is_attention_under_the_dense_mask(sizes, heads):
+def test_attention_by_span_is_attention_under_the_dense_mask():
     """In a batch of two rows, whose spans have other sizes and see prefixes of other lengths."""
-    torch.manual_seed(0)
-    rows = []
-    for prefix, row in ((30, sizes), (17, sizes[::-1])):
-        starts = [prefix + sum(row[:n]) for n in range(len(row))]
-        rows.append([[prefix, start, start + size] for start, size in zip(starts, row) for _ in range(size)])
-    ranges, n_keys = torch.tensor(rows), 30 + sum(sizes)
-    q, k, v = (torch.randn(2, n, length, 8) for n, length in ((4, sum(sizes)), (heads, n_keys), (heads, n_keys)))
-    prepared = BACKENDS["spans"][0](ranges, n_keys)
-    assert not torch.is_tensor(prepared), "long enough for a run each"
-    expected = BACKENDS["dense"][1](q, k, v, BACKENDS["dense"][0](ranges, n_keys))
-    torch.testing.assert_close(BACKENDS["spans"][1](q, k, v, prepared), expected, rtol=1e-4, atol=1e-5)
+    for sizes, heads in each(itertools.product([[40, 40], [40, 25, 33], [60]], [4, 2])):
+        torch.manual_seed(0)
+        rows = []
+        for prefix, row in ((30, sizes), (17, sizes[::-1])):
+            starts = [prefix + sum(row[:n]) for n in range(len(row))]
+            rows.append([[prefix, start, start + size] for start, size in zip(starts, row) for _ in range(size)])
+        ranges, n_keys = torch.tensor(rows), 30 + sum(sizes)
+        q, k, v = (torch.randn(2, n, length, 8) for n, length in ((4, sum(sizes)), (heads, n_keys), (heads, n_keys)))
+        prepared = BACKENDS["spans"][0](ranges, n_keys)
+        assert not torch.is_tensor(prepared), "long enough for a run each"
+        expected = BACKENDS["dense"][1](q, k, v, BACKENDS["dense"][0](ranges, n_keys))
+        torch.testing.assert_close(BACKENDS["spans"][1](q, k, v, prepared), expected, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import each
 from runs import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
 
 import train
@@ -52,20 +53,20 @@ def test_a_run_speaks_at_its_first_update_and_then_as_often_as_it_logs(folder, t
     assert [int(row["step"]) for row in losses(tmp_path)] == [5, 7], "a row has the mean of all updates since the last"
 
 
-@pytest.mark.parametrize("log_every, rows", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [2, 3, 4, 6, 7]), (50, [2, 4, 6, 7])])
-def test_validations_and_checkpoints_come_when_they_are_due_whatever_the_log_does(
-    folder, tmp_path, monkeypatch, log_every, rows
-):
-    saved, save = [], run_module.save_checkpoint
-    noting = lambda path, model, tokenizer, info, *a, **k: (
-        saved.append(info["step"]),
-        save(path, model, tokenizer, info, *a, **k),
-    )
-    monkeypatch.setattr(run_module, "save_checkpoint", noting)
-    run(folder, tmp_path, steps=7, validate_every=2, log_every=log_every)
-    assert [int(row["step"]) for row in losses(tmp_path)] == rows
-    assert [int(row["step"]) for row in losses(tmp_path) if row["val_plan"]] == [2, 4, 6, 7]
-    assert sorted(set(saved)) == [2, 4, 6, 7]
+def test_validations_and_checkpoints_come_when_they_are_due_whatever_the_log_does(folder, fresh, monkeypatch):
+    for log_every, rows in each([(1, [1, 2, 3, 4, 5, 6, 7]), (3, [2, 3, 4, 6, 7]), (50, [2, 4, 6, 7])]):
+        tmp_path = fresh()
+        with monkeypatch.context() as patch:
+            saved, save = [], run_module.save_checkpoint
+            noting = lambda path, model, tokenizer, info, *a, **k: (
+                saved.append(info["step"]),
+                save(path, model, tokenizer, info, *a, **k),
+            )
+            patch.setattr(run_module, "save_checkpoint", noting)
+            run(folder, tmp_path, steps=7, validate_every=2, log_every=log_every)
+            assert [int(row["step"]) for row in losses(tmp_path)] == rows
+            assert [int(row["step"]) for row in losses(tmp_path) if row["val_plan"]] == [2, 4, 6, 7]
+            assert sorted(set(saved)) == [2, 4, 6, 7]
 
 
 def test_a_finished_run_does_nothing_more(whole, folder, tmp_path):
@@ -124,13 +125,14 @@ def test_a_finished_model_without_its_checkpoint_is_not_overwritten(folder, tmp_
 # ---------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("step", [0, 3, 5, 8])
-def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(whole, folder, tmp_path, step):
-    method, expected = whole
-    interrupt(make(folder, tmp_path, method=method), step, lambda: signal.raise_signal(signal.SIGINT))
-    assert len(losses(tmp_path)) == step + 1, "the update in progress is finished and saved"
-    run(folder, tmp_path, method=method)
-    assert_same(losses(tmp_path), expected)
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not_been(whole, folder, fresh):
+    for step in each([0, 3, 5, 8]):
+        tmp_path = fresh()
+        method, expected = whole
+        interrupt(make(folder, tmp_path, method=method), step, lambda: signal.raise_signal(signal.SIGINT))
+        assert len(losses(tmp_path)) == step + 1, "the update in progress is finished and saved"
+        run(folder, tmp_path, method=method)
+        assert_same(losses(tmp_path), expected)
 
 
 def test_the_log_is_the_same_when_a_run_stops_between_two_of_its_lines(folder, tmp_path):
@@ -172,14 +174,15 @@ def test_where_signals_cannot_be_blocked_ctrl_c_still_waits_for_the_end_of_an_up
 # ---------------------------------------------------------------- crashes and power cuts
 
 
-@pytest.mark.parametrize("steps", [(2,), (4,), (7,), (11,), (5, 9), (6, 5, 4)])
-def test_a_run_that_crashes_between_checkpoints_goes_on_as_if_it_had_not(whole, folder, tmp_path, steps):
-    method, expected = whole
-    for step in steps:
-        with pytest.raises(Crash):
-            interrupt(make(folder, tmp_path, method=method), step, crash)
-    run(folder, tmp_path, method=method)
-    assert_same(losses(tmp_path), expected)
+def test_a_run_that_crashes_between_checkpoints_goes_on_as_if_it_had_not(whole, folder, fresh):
+    for steps in each([(2,), (4,), (7,), (11,), (5, 9), (6, 5, 4)]):
+        tmp_path = fresh()
+        method, expected = whole
+        for step in steps:
+            with pytest.raises(Crash):
+                interrupt(make(folder, tmp_path, method=method), step, crash)
+        run(folder, tmp_path, method=method)
+        assert_same(losses(tmp_path), expected)
 
 
 SLOW = """
@@ -259,7 +262,7 @@ REST = "," * 8  # the columns after plan and span, empty
 ROW = "1,100,0.5,1.00000,2.00000" + REST
 
 
-@pytest.mark.parametrize("junk, kept", [
+JUNK = [
     ("", 0),
     (ROW, 0),
     (ROW + "\n", 1),
@@ -269,31 +272,37 @@ ROW = "1,100,0.5,1.00000,2.00000" + REST
     (f"step,tokens,seconds,plan,span\n{ROW}\n2,200,1.0,1.0,2.0,0.1,0.2{REST[2:]}\n3,1,1,1,1{REST}\n", 2),
     (f"\x00\x01\n\n,,,,,,\n{ROW}\nfive,1,1,1,1{REST}\n2,1,1,nan,1{REST}\n-1,1,1,1,1{REST}\n2,1,1,1,1\n", 1),
     ("9" * 5000 + f",1,1,1,1{REST}\n", 0),
-])  # fmt: skip
-def test_only_whole_rows_up_to_the_checkpoint_survive_in_the_log(tmp_path, junk, kept):
-    path = tmp_path / "log.csv"
-    path.write_bytes(junk.encode("latin-1"))
-    log = Log(path, 2)
-    assert [row["step"] for row in losses(tmp_path)] == ["1", "2"][:kept] and log.last == kept
-    log.write(dict(step=3, plan=1.0, span=2.0))
-    assert path.read_text().splitlines()[kept + 1] == "3,,,1.00000,2.00000" + REST
-    log.close()
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern, damage, lost", [
+def test_only_whole_rows_up_to_the_checkpoint_survive_in_the_log(fresh):
+    for junk, kept in each(JUNK):
+        tmp_path = fresh()
+        path = tmp_path / "log.csv"
+        path.write_bytes(junk.encode("latin-1"))
+        log = Log(path, 2)
+        assert [row["step"] for row in losses(tmp_path)] == ["1", "2"][:kept] and log.last == kept
+        log.write(dict(step=3, plan=1.0, span=2.0))
+        assert path.read_text().splitlines()[kept + 1] == "3,,,1.00000,2.00000" + REST
+        log.close()
+
+
+DAMAGES = [
     (r"(?s)\n4,.*", "\n", []), (r"(?s)\n4,.*", "\n4,1", []), (r"(?s)\n4,.*", "\n\0", []), (r"\n2,.*", "\n2,x,\0", [2]),
     (r"(?s).*", "junk", [1, 2, 3]),
-])  # fmt: skip
-def test_a_damaged_log_blocks_no_run_and_the_row_of_its_checkpoint_is_made_again(
-    whole, folder, tmp_path, pattern, damage, lost
-):
-    method, expected = whole
-    with pytest.raises(Crash):
-        interrupt(make(folder, tmp_path, method=method), 6, crash)
-    log = tmp_path / "log.csv"
-    log.write_text(re.sub(pattern, damage, log.read_text(), count=1))
-    run(folder, tmp_path, method=method)
-    assert_same(losses(tmp_path), [row for row in expected if int(row["step"]) not in lost])
+]  # fmt: skip
+
+
+def test_a_damaged_log_blocks_no_run_and_the_row_of_its_checkpoint_is_made_again(whole, folder, fresh):
+    for pattern, damage, lost in each(DAMAGES):
+        tmp_path = fresh()
+        method, expected = whole
+        with pytest.raises(Crash):
+            interrupt(make(folder, tmp_path, method=method), 6, crash)
+        log = tmp_path / "log.csv"
+        log.write_text(re.sub(pattern, damage, log.read_text(), count=1))
+        run(folder, tmp_path, method=method)
+        assert_same(losses(tmp_path), [row for row in expected if int(row["step"]) not in lost])
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -314,15 +323,16 @@ def spoil(trainer, step, value=float("nan")):
     return trainer
 
 
-@pytest.mark.parametrize("step", [5, 7, 8])
-def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(folder, tmp_path, step):
+def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(folder, fresh):
     """Update 8 is saved: its losses are finite, its weights no longer."""
-    with pytest.raises(ValueError, match="diverged"):
-        spoil(make(folder, tmp_path), step).train()
-    model, _, info, _ = load_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert info["step"] == 4 and all(p.isfinite().all() for p in model.parameters())
-    assert [int(row["step"]) for row in losses(tmp_path)] == list(range(1, min(step, 7) + 1))
-    assert not (tmp_path / "model.safetensors").exists()
+    for step in each([5, 7, 8]):
+        tmp_path = fresh()
+        with pytest.raises(ValueError, match="diverged"):
+            spoil(make(folder, tmp_path), step).train()
+        model, _, info, _ = load_checkpoint(tmp_path / "checkpoint.safetensors")
+        assert info["step"] == 4 and all(p.isfinite().all() for p in model.parameters())
+        assert [int(row["step"]) for row in losses(tmp_path)] == list(range(1, min(step, 7) + 1))
+        assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_learning_rate_that_is_much_too_high_is_said_to_diverge(folder, tmp_path):

@@ -1,10 +1,11 @@
 """The sampler against a naive one without cache (naive_sampler.py), and against the sentences of its schedule."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import SENTENCES, small_model
+from conftest import SENTENCES, each, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
 from config import MethodConfig, SampleConfig
@@ -197,16 +198,18 @@ def test_an_autoregressive_model_never_plans(planner, tokenizer):
 # ---------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 1.0])
-def test_after_step_s_of_S_a_span_of_n_slots_has_at_least_ns_over_S_filled(planner, tokenizer, ratio):
-    sampler = Sampler(planner, tokenizer, SampleConfig(max_tokens=90, steps_ratio=ratio, apart=False, pads_last=False))
-    for prompt in PROMPTS[:3]:
-        for passes in denoising(sampler, prompt)[1]:
-            steps = math.ceil(ratio * max(map(len, passes[0])))
-            assert len(passes) == steps
-            for step, spans in enumerate(passes, 1):
-                for slots in spans:
-                    assert len(slots) - slots.count(tokenizer.mask) >= math.ceil(len(slots) * step / steps)
+def test_after_step_s_of_S_a_span_of_n_slots_has_at_least_ns_over_S_filled(planner, tokenizer):
+    for ratio in each([0.05, 0.3, 0.5, 1.0]):
+        sampler = Sampler(
+            planner, tokenizer, SampleConfig(max_tokens=90, steps_ratio=ratio, apart=False, pads_last=False)
+        )
+        for prompt in PROMPTS[:3]:
+            for passes in denoising(sampler, prompt)[1]:
+                steps = math.ceil(ratio * max(map(len, passes[0])))
+                assert len(passes) == steps
+                for step, spans in enumerate(passes, 1):
+                    for slots in spans:
+                        assert len(slots) - slots.count(tokenizer.mask) >= math.ceil(len(slots) * step / steps)
 
 
 def test_what_is_filled_stays(planner, tokenizer):
@@ -239,21 +242,25 @@ def test_a_threshold_below_all_confidences_fills_a_round_in_one_pass(planner, to
     assert answer.denoise_passes == len(rounds) >= 1
 
 
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
-def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_span, tokenizer, threshold):
+def test_a_threshold_fills_every_slot_at_least_that_confident_and_no_other(one_span, tokenizer):
     """A span fills alone, so its first pass shows the rule: all that are sure enough, or else the surest."""
-    config = SampleConfig(max_tokens=30, threshold=threshold)
-    answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
-    y = answer.layout
-    tokens = [
-        Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s) for i, k, s in zip(y.token, y.kind, y.span)
-    ]
-    slots = [n for n in range(*answer.rounds[0].spans[0]) if y.kind[n] == SLOT]
-    best = (
-        one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1).softmax(-1).max(-1).values
-    )
-    filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
-    assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()
+    for threshold in each([0.2, 0.5, 0.8]):
+        config = SampleConfig(max_tokens=30, threshold=threshold)
+        answer, (passes,) = denoising(Sampler(one_span, tokenizer, config), "the otter")
+        y = answer.layout
+        tokens = [
+            Token(tokenizer.mask if k == SLOT else i, 0, None if s < 0 else s)
+            for i, k, s in zip(y.token, y.kind, y.span)
+        ]
+        slots = [n for n in range(*answer.rounds[0].spans[0]) if y.kind[n] == SLOT]
+        best = (
+            one_span.logits(hidden_states(one_span, tokens, "sparse")[slots], tokenizer.pad + 1)
+            .softmax(-1)
+            .max(-1)
+            .values
+        )
+        filled = torch.tensor([i != tokenizer.mask for i in passes[0][0]])
+        assert filled.tolist() == ((best >= threshold) if best.max() >= threshold else best == best.max()).tolist()
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
@@ -311,11 +318,11 @@ def test_the_critical_path_is_plan_tokens_and_the_steps_of_the_longest_spans(pla
     assert answer.critical_path == answer.layout.kind.count(PLAN) + 1 + steps  # <eos> is written, not kept
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.5])
-def test_length_scale_scales_slots_but_no_plan(planner, tokenizer, scale):
-    answer = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, length_scale=scale)).answer([PROMPTS[0]])[0]
-    lengths = [(t.length, len(answer.contents(s))) for d in answer.rounds for t, s in zip(d.topics, d.spans)]
-    assert lengths and all(slots == max(1, math.ceil(length * 4 * scale)) for length, slots in lengths)
+def test_length_scale_scales_slots_but_no_plan(planner, tokenizer):
+    for scale in each([0.1, 0.5, 1.0, 2.5]):
+        answer = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, length_scale=scale)).answer([PROMPTS[0]])[0]
+        lengths = [(t.length, len(answer.contents(s))) for d in answer.rounds for t, s in zip(d.topics, d.spans)]
+        assert lengths and all(slots == max(1, math.ceil(length * 4 * scale)) for length, slots in lengths)
 
 
 # ---------------------------------------------------------------- limits
@@ -329,12 +336,12 @@ def test_every_limit_ends_in_an_answer_that_fits_and_says_if_it_was_cut(planner,
             assert answer.cut >= (written == limit)  # full: nothing but <eos> could come
 
 
-@pytest.mark.parametrize(
-    "prompt", ["", " ", "".join(TAGS) * 3, f"\\{EOS} x\\", "\x00\x1b[2J\r\t", "é水🦦\u2028\u200d", "otter " * 300]
-)
-def test_any_prompt_is_answered(planner, tokenizer, prompt):
-    result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
-    assert result["prompt"] == prompt and parse_answer(result["tagged"])
+def test_any_prompt_is_answered(planner, tokenizer):
+    for prompt in each(
+        ["", " ", "".join(TAGS) * 3, f"\\{EOS} x\\", "\x00\x1b[2J\r\t", "é水🦦\u2028\u200d", "otter " * 300]
+    ):
+        result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
+        assert result["prompt"] == prompt and parse_answer(result["tagged"])
 
 
 def test_tags_typed_in_a_prompt_are_text(planner, tokenizer):
@@ -356,13 +363,14 @@ def test_a_pass_that_fills_nothing_ends_the_answer_with_an_error(planner, tokeni
         Sampler(planner, tokenizer, SampleConfig(max_tokens=60)).answer([PROMPTS[1]])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.0), dict(temperature=1.0, ahead=4)])
-def test_predictions_that_are_not_finite_are_refused(planner, tokenizer, value, settings):
-    broken = steered(tokenizer)
-    broken.logits = lambda hidden, n=None: planner.logits(hidden, n) + value
-    with pytest.raises(ValueError, match="not finite"):
-        Sampler(broken, tokenizer, SampleConfig(max_tokens=60, **settings)).answer([PROMPTS[1]])
+def test_predictions_that_are_not_finite_are_refused(planner, tokenizer):
+    for value, settings in each(
+        itertools.product([math.nan, math.inf], [dict(), dict(temperature=1.0), dict(temperature=1.0, ahead=4)])
+    ):
+        broken = steered(tokenizer)
+        broken.logits = lambda hidden, n=None: planner.logits(hidden, n) + value
+        with pytest.raises(ValueError, match="not finite"):
+            Sampler(broken, tokenizer, SampleConfig(max_tokens=60, **settings)).answer([PROMPTS[1]])
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_computed(planner, tokenizer):
@@ -395,7 +403,7 @@ BAD = [("steps_ratio", 0), ("steps_ratio", 1.1), ("threshold", -0.1), ("threshol
        ("max_tokens", 5000), ("ahead", -1), ("max_tokens", 0), ("order", "surest"), ("steps_ratio", math.nan)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", BAD)
-def test_a_bad_setting_is_refused_by_name_and_value(name, value):
-    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-        SampleConfig(**{name: value})
+def test_a_bad_setting_is_refused_by_name_and_value():
+    for name, value in each(BAD):
+        with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+            SampleConfig(**{name: value})

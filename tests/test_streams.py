@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import OTTER, random_example
+from conftest import OTTER, each, random_example
 from naive_masks import oracle_target, read_tags, sees
 
 from config import METHODS, MethodConfig, TrainConfig
@@ -289,10 +289,10 @@ def test_each_span_of_the_joint_method_trains_in_one_of_the_two_ways(tokenizer):
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.plan == "given"])
-def test_what_writes_nothing_left_to_right_cannot_draft(method):
-    with pytest.raises(ValueError, match=f"--ahead 2: nothing is written left to right with {method}"):
-        refuse_idle(TrainConfig(ahead=2), MethodConfig(method))
+def test_what_writes_nothing_left_to_right_cannot_draft():
+    for method in each([name for name, method in METHODS.items() if method.plan == "given"]):
+        with pytest.raises(ValueError, match=f"--ahead 2: nothing is written left to right with {method}"):
+            refuse_idle(TrainConfig(ahead=2), MethodConfig(method))
 
 
 def test_validation_reports_the_terms_that_training_has(tokenizer, model):

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import NASTY, ODD_SPACE, hostile
+from conftest import NASTY, ODD_SPACE, each, hostile
 
 from tags import (
     ASYNC,
@@ -50,24 +50,24 @@ def test_the_example_of_the_specification_is_written_and_read():
     assert parse_answer(OTTER_TAGGED) == list(OTTER)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_any_answer_reads_back_exactly(seed):
-    rng = random.Random(seed)
-    for _ in range(250):
-        rounds = hostile_rounds(rng)
-        assert parse_answer(format_answer(rounds)) == rounds
+def test_any_answer_reads_back_exactly():
+    for seed in each(range(8)):
+        rng = random.Random(seed)
+        for _ in range(250):
+            rounds = hostile_rounds(rng)
+            assert parse_answer(format_answer(rounds)) == rounds
 
 
-@pytest.mark.parametrize("text", ["\\", "a\\", "\\\\", "\\<eos>", "\\<eos>\\", "a:\\", "<eos>", "a <sync/>\\"])
-def test_backslashes_and_typed_tags_survive_in_every_place(text):
-    for rounds in [
-        [Round(text)],
-        [Round(text), Round(text)],
-        [Round(text, (Span("food", "fish", 1),))],
-        [Round("", (Span("food", text, 1), Span("habitat", text, 1)))],
-        [Round("", (Span(text, "fish", 1), Span(text, "frogs", 2)))],
-    ]:
-        assert parse_answer(format_answer(rounds)) == rounds
+def test_backslashes_and_typed_tags_survive_in_every_place():
+    for text in each(["\\", "a\\", "\\\\", "\\<eos>", "\\<eos>\\", "a:\\", "<eos>", "a <sync/>\\"]):
+        for rounds in [
+            [Round(text)],
+            [Round(text), Round(text)],
+            [Round(text, (Span("food", "fish", 1),))],
+            [Round("", (Span("food", text, 1), Span("habitat", text, 1)))],
+            [Round("", (Span(text, "fish", 1), Span(text, "frogs", 2)))],
+        ]:
+            assert parse_answer(format_answer(rounds)) == rounds
 
 
 def test_empty_spans_and_rounds_read_back():
@@ -86,22 +86,21 @@ def test_a_typed_tag_stays_text_until_it_is_parsed():
     assert parse_answer(tagged) == [Round("no <eos> here")]
 
 
-@pytest.mark.parametrize(
-    "plan, name, length",
-    [
-        ("top 5 tips 3", "top 5 tips", 3),
-        ("top 5 3", "top 5", 3),
-        ("5 3", "5", 3),
-        ("food 64", "food", 64),
-        ("food 120", "food", 120),  # more than two digits
-        ("food 007", "food", 7),
-        ("food ٣ 3", "food ٣", 3),
-        ("3: food 2", "3: food", 2),
-    ],
-)
-def test_the_last_integer_of_a_topic_is_its_length(plan, name, length):
-    tagged = f"<topic> {plan}</topic><async> {name}: text</async><eos>"
-    assert parse_answer(tagged) == [Round("", (Span(name, "text", length),))]
+def test_the_last_integer_of_a_topic_is_its_length():
+    for plan, name, length in each(
+        [
+            ("top 5 tips 3", "top 5 tips", 3),
+            ("top 5 3", "top 5", 3),
+            ("5 3", "5", 3),
+            ("food 64", "food", 64),
+            ("food 120", "food", 120),  # more than two digits
+            ("food 007", "food", 7),
+            ("food ٣ 3", "food ٣", 3),
+            ("3: food 2", "3: food", 2),
+        ]
+    ):
+        tagged = f"<topic> {plan}</topic><async> {name}: text</async><eos>"
+        assert parse_answer(tagged) == [Round("", (Span(name, "text", length),))]
 
 
 def test_a_span_begins_with_its_topic_and_a_colon():
@@ -146,17 +145,15 @@ def test_plain_text_is_the_texts_and_spans_in_reading_order_without_plan_or_tags
 LONG = 300_000
 
 
-@pytest.mark.parametrize(
-    "part", ["\\", "\\" + EOS, "\\\\\\" + EOS, "<", "<topic", "[PAD", " ", "\n", "a ", "1 ", EOS, "a:", ": "]
-)
-def test_time_grows_with_the_length_alone(part):
+def test_time_grows_with_the_length_alone():
     """With quadratic time one of these would take an hour."""
-    text = part * (LONG // len(part))
-    rounds = [Round(text, (Span("x" + text, text, 1), Span("y", text, 1)))]
-    tagged = format_answer(rounds)
-    assert format_answer(parse_answer(tagged)) == tagged
-    for broken in [text, TOPIC + text, TOPIC + text + TOPIC_END + EOS, PLAN + ASYNC + text + EOS]:
-        parses_or_says_why(broken)
+    for part in each(["\\", "\\" + EOS, "\\\\\\" + EOS, "<", "<topic", "[PAD", " ", "\n", "a ", "1 ", EOS, "a:", ": "]):
+        text = part * (LONG // len(part))
+        rounds = [Round(text, (Span("x" + text, text, 1), Span("y", text, 1)))]
+        tagged = format_answer(rounds)
+        assert format_answer(parse_answer(tagged)) == tagged
+        for broken in [text, TOPIC + text, TOPIC + text + TOPIC_END + EOS, PLAN + ASYNC + text + EOS]:
+            parses_or_says_why(broken)
 
 
 PLAN = "<topic> food 2</topic>"
@@ -204,15 +201,15 @@ MALFORMED = {  # what is wrong: (tagged text, line, column, parts of the message
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_text_is_an_error_that_says_where_and_what_was_expected(kind):
-    tagged, line, column, parts = MALFORMED[kind]
-    with pytest.raises(TagError) as error:
-        parse_answer(tagged)
-    message = str(error.value)
-    assert message.startswith(f"line {line}, column {column}: ")
-    assert all(part in message for part in parts), message
-    assert len(message) < 250
+def test_malformed_text_is_an_error_that_says_where_and_what_was_expected():
+    for kind in each(MALFORMED):
+        tagged, line, column, parts = MALFORMED[kind]
+        with pytest.raises(TagError) as error:
+            parse_answer(tagged)
+        message = str(error.value)
+        assert message.startswith(f"line {line}, column {column}: ")
+        assert all(part in message for part in parts), message
+        assert len(message) < 250
 
 
 def test_a_tag_error_is_a_value_error():

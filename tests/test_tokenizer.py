@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import regex
-from conftest import BYTES, CORPUS, NASTY, OVERHEAD, hostile
+from conftest import BYTES, CORPUS, NASTY, OVERHEAD, each, hostile
 
 from tags import ASSISTANT, ASYNC, ASYNC_END, EOS, MASK, PAD, SYNC, TAGS, TOPIC, TOPIC_END, USER, Span
 from tokenizer import MAX_LENGTH, MAX_UNIT, Tokenizer
@@ -55,21 +55,21 @@ def random_text(rng, length=40):
     return "".join(rng.choice([c, c, c, " ", "\n", rng.choice(NASTY)]) for c in characters)
 
 
-@pytest.mark.parametrize("merges", [0, 1, 20, 60])
-def test_training_agrees_with_a_trainer_that_recounts_everything(merges):
-    trained = Tokenizer.train(CORPUS, OVERHEAD + merges)
-    learned = naive_byte_pairs(CORPUS, merges)
-    assert len(learned) == merges
-    assert trained.tokens == list(dict.fromkeys(BYTES + learned))
+def test_training_agrees_with_a_trainer_that_recounts_everything():
+    for merges in each([0, 1, 20, 60]):
+        trained = Tokenizer.train(CORPUS, OVERHEAD + merges)
+        learned = naive_byte_pairs(CORPUS, merges)
+        assert len(learned) == merges
+        assert trained.tokens == list(dict.fromkeys(BYTES + learned))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_training_agrees_on_texts_full_of_ties_and_overlaps(seed):
-    rng = random.Random(seed)
-    texts = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(40)) for _ in range(5)]
-    learned = naive_byte_pairs(texts, 150)
-    assert len(learned) > 60
-    assert Tokenizer.train(texts, OVERHEAD + 150).tokens == list(dict.fromkeys(BYTES + learned))
+def test_training_agrees_on_texts_full_of_ties_and_overlaps():
+    for seed in each(range(4)):
+        rng = random.Random(seed)
+        texts = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(40)) for _ in range(5)]
+        learned = naive_byte_pairs(texts, 150)
+        assert len(learned) > 60
+        assert Tokenizer.train(texts, OVERHEAD + 150).tokens == list(dict.fromkeys(BYTES + learned))
 
 
 def test_training_stops_when_no_pair_occurs_twice():
@@ -98,9 +98,9 @@ def test_any_text_is_decoded_as_it_was_encoded(tok):
         assert tok.decode(tok.encode(text)) == text.strip()
 
 
-@pytest.mark.parametrize("text", ["a\nb", "a\n\nb", "a\n b", "a \n b", "a\n  b\n\n  c", "a\r\nb", "a\n\tb"])
-def test_lines_and_their_indentation_survive(tok, text):
-    assert tok.decode(tok.encode(text)) == text
+def test_lines_and_their_indentation_survive(tok):
+    for text in each(["a\nb", "a\n\nb", "a\n b", "a \n b", "a\n  b\n\n  c", "a\r\nb", "a\n\tb"]):
+        assert tok.decode(tok.encode(text)) == text
 
 
 def test_a_word_is_the_same_tokens_wherever_it_stands(tok):
@@ -145,10 +145,10 @@ def test_every_length_is_one_token(tok):
     assert not any(tok.length_of(i) for i in range(tok.eos + 1))
 
 
-@pytest.mark.parametrize("length", [-1, 0, MAX_LENGTH + 1, 1000])
-def test_a_length_that_no_plan_can_ask_for_is_an_error(tok, length):
-    with pytest.raises(ValueError, match=f"1 to {MAX_LENGTH} units, not {length}.*larger unit"):
-        tok.length_id(length)
+def test_a_length_that_no_plan_can_ask_for_is_an_error(tok):
+    for length in each([-1, 0, MAX_LENGTH + 1, 1000]):
+        with pytest.raises(ValueError, match=f"1 to {MAX_LENGTH} units, not {length}.*larger unit"):
+            tok.length_id(length)
 
 
 def test_decoding_drops_pads_and_refuses_every_other_tag(tok):
@@ -190,11 +190,11 @@ def test_a_vocabulary_too_small_for_bytes_tags_and_lengths_is_an_error():
             Tokenizer.train(CORPUS, odd)
 
 
-@pytest.mark.parametrize("unit", [0, -1, 1.5, "4", None, True, MAX_UNIT + 1, float("nan")])
-def test_an_impossible_unit_is_an_error(unit):
-    for make in (lambda: Tokenizer(BYTES, unit), lambda: Tokenizer.train(CORPUS, OVERHEAD, unit)):
-        with pytest.raises(ValueError, match=f"unit .*: expected a whole number of tokens, 1 to {MAX_UNIT}"):
-            make()
+def test_an_impossible_unit_is_an_error():
+    for unit in each([0, -1, 1.5, "4", None, True, MAX_UNIT + 1, float("nan")]):
+        for make in (lambda: Tokenizer(BYTES, unit), lambda: Tokenizer.train(CORPUS, OVERHEAD, unit)):
+            with pytest.raises(ValueError, match=f"unit .*: expected a whole number of tokens, 1 to {MAX_UNIT}"):
+                make()
 
 
 def test_training_learns_the_words_that_encoding_meets():
@@ -217,58 +217,58 @@ def test_a_span_is_its_topic_and_its_slots_up_to_the_planned_length(tok):
     assert tok.encode_span(Span("food", "", 1))[1] == [tok.pad] * tok.unit
 
 
-@pytest.mark.parametrize(
-    "span, said",
-    [
-        (Span("", "fish", 9), "must have 1 to 64 tokens, not 0"),
-        (Span(" \u3000\n", "fish", 9), "must have 1 to 64 tokens, not 0"),
-        (Span("🍎" * 22, "fish", 9), r"must have 1 to 64 tokens, not \d\d"),
-        (Span("food", "fish", 0), "must be 1 to 64 units, not 0"),
-        (Span("food", "fish", 65), "must be 1 to 64 units, not 65: .*larger unit"),
-        (Span("food", "fish " * 20, 2), r"has 20 tokens, its plan only 8 \(2 x 4\)"),
-    ],
-)
-def test_a_span_that_no_plan_can_ask_for_is_an_error_that_names_its_topic(tok, span, said):
-    with pytest.raises(ValueError, match=said) as error:
-        tok.encode_span(span)
-    assert str(error.value).startswith(f"topic {span.topic[:60]!r}: ")
+def test_a_span_that_no_plan_can_ask_for_is_an_error_that_names_its_topic(tok):
+    for span, said in each(
+        [
+            (Span("", "fish", 9), "must have 1 to 64 tokens, not 0"),
+            (Span(" \u3000\n", "fish", 9), "must have 1 to 64 tokens, not 0"),
+            (Span("🍎" * 22, "fish", 9), r"must have 1 to 64 tokens, not \d\d"),
+            (Span("food", "fish", 0), "must be 1 to 64 units, not 0"),
+            (Span("food", "fish", 65), "must be 1 to 64 units, not 65: .*larger unit"),
+            (Span("food", "fish " * 20, 2), r"has 20 tokens, its plan only 8 \(2 x 4\)"),
+        ]
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            tok.encode_span(span)
+        assert str(error.value).startswith(f"topic {span.topic[:60]!r}: ")
 
 
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
+BROKEN = [
         "", "{", "null", "5", "[]", "{}", '{"unit": 4}', '{"tokens": ["Og=="]}', '{"unit": 4, "tokens": 5}',
         '{"unit": 4, "tokens": []}', '{"unit": 4, "tokens": [1, 2]}', '{"unit": 4, "tokens": ["O"]}',
         '{"unit": 4, "tokens": ["Og=="]}',  # a colon and no other byte
         "[" * 200_000, '{"unit": ' + "9" * 5000 + "}", '{"unit": NaN, "tokens": []}', '\ufeff{"unit": 4}', "\x00",
-    ],
-)  # fmt: skip
-def test_a_broken_tokenizer_file_is_an_error_that_names_the_file(tmp_path, broken):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(broken, encoding="utf-8")
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer.*prepare.py") as error:
-        Tokenizer.load(path)
-    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tokens: [*tokens, ""],  # no bytes
-        lambda tokens: [*tokens, tokens[65]],  # one twice
-        lambda tokens: tokens[1:],
-        lambda tokens: [*tokens, "YWJjZGVm!"],  # not base64, though a lenient reader takes it
-        lambda tokens: [*tokens, None],
-    ],
-)
-def test_a_tokenizer_file_with_impossible_tokens_is_an_error(tok, tmp_path, change):
-    path, saved = tmp_path / "tokenizer.json", json.loads(tok.to_json())
-    path.write_text(json.dumps({**saved, "tokens": change(saved["tokens"])}))
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        Tokenizer.load(path)
+def test_a_broken_tokenizer_file_is_an_error_that_names_the_file(fresh):
+    for broken in each(BROKEN):
+        tmp_path = fresh()
+        path = tmp_path / "tokenizer.json"
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer.*prepare.py") as error:
+            Tokenizer.load(path)
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+
+
+def test_a_tokenizer_file_with_impossible_tokens_is_an_error(tok, fresh):
+    for change in each(
+        [
+            lambda tokens: [*tokens, ""],  # no bytes
+            lambda tokens: [*tokens, tokens[65]],  # one twice
+            lambda tokens: tokens[1:],
+            lambda tokens: [*tokens, "YWJjZGVm!"],  # not base64, though a lenient reader takes it
+            lambda tokens: [*tokens, None],
+        ]
+    ):
+        tmp_path = fresh()
+        path, saved = tmp_path / "tokenizer.json", json.loads(tok.to_json())
+        path.write_text(json.dumps({**saved, "tokens": change(saved["tokens"])}))
+        with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+            Tokenizer.load(path)
 
 
 def test_a_damaged_tokenizer_file_loads_or_says_why(tok, tmp_path):
@@ -285,9 +285,10 @@ def test_a_damaged_tokenizer_file_loads_or_says_why(tok, tmp_path):
             assert str(error).startswith(f"{path} is not a tokenizer (")
 
 
-@pytest.mark.parametrize("unit", [0, -1, 2.5, "4", None])
-def test_a_tokenizer_file_with_an_impossible_unit_is_an_error(tok, tmp_path, unit):
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({**json.loads(tok.to_json()), "unit": unit}))
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        Tokenizer.load(path)
+def test_a_tokenizer_file_with_an_impossible_unit_is_an_error(tok, fresh):
+    for unit in each([0, -1, 2.5, "4", None]):
+        tmp_path = fresh()
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(tok.to_json()), "unit": unit}))
+        with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+            Tokenizer.load(path)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, in_span
+from conftest import WORDS, each, in_span
 from runs import (
     assert_same,
     data_set,
@@ -272,39 +272,44 @@ def test_training_and_validation_multiply_in_the_type_of_the_device(folder, tmp_
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("name, value", [
+NONSENSE = [
     ("lr", "nan"), ("lr", -1), ("adam_lr", "inf"), ("clip", 0), ("clip", "nan"), ("span_weight", -1), ("warmup", -1),
     ("seed", -1), ("seed", 2**63), ("seed", 2**70), ("seed", "9" * 400), ("batch", 0), ("batch", -1), ("steps", 0),
     ("accumulate", 0), ("t_min", 1), ("weight_decay", -1), ("validate_on", 0), ("validate_every", 0), ("log_every", 0),
     ("block", 10**8), ("block", -1), ("rope_theta", 0), ("n_layer", 10**9), ("weight", "heavy"), ("history", "none"),
     ("extra_pads", -1), ("device", "abacus"), ("decay", 0), ("decay", 1.5), ("train_on", -1),
-])  # fmt: skip
-def test_a_setting_that_makes_no_sense_is_refused_by_name_before_anything_is_read(monkeypatch, capsys, name, value):
-    assert re.match(rf"train.py: --{name} {value}(\.0)?: expected", said(monkeypatch, f"--{name}", value))
-    assert capsys.readouterr().out == ""
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("options, words", [
+def test_a_setting_that_makes_no_sense_is_refused_by_name_before_anything_is_read(monkeypatch, capsys):
+    for name, value in each(NONSENSE):
+        assert re.match(rf"train.py: --{name} {value}(\.0)?: expected", said(monkeypatch, f"--{name}", value))
+        assert capsys.readouterr().out == ""
+
+
+def test_what_does_not_fit_machine_or_data_is_said_in_a_line(monkeypatch, folder, fresh):
+    for options, words in each([
     (("--attention", "flex"), "--attention flex"), (("--attention", "kernel"), "--attention kernel"),
     (("--batch", 17), "--batch 17: there are only 16 training examples"),
     (("--init", "none"), "none does not exist"),
     (("--method", "ar", "--extra_pads", 3), "--extra_pads 3: no plan is written with ar"),
-])  # fmt: skip
-def test_what_does_not_fit_machine_or_data_is_said_in_a_line(monkeypatch, folder, tmp_path, options, words):
-    assert words in said(monkeypatch, "--device", "cpu", "--data", folder, "--out", tmp_path / "run", *options)
-    assert not (tmp_path / "run").exists()
+]):  # fmt: skip
+        tmp_path = fresh()
+        assert words in said(monkeypatch, "--device", "cpu", "--data", folder, "--out", tmp_path / "run", *options)
+        assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("device, accumulate, words", [
+def test_what_several_processes_cannot_do_is_said(monkeypatch, folder, fresh):
+    for device, accumulate, words in each([
     ("mps", 2, "several processes cannot share an mps device"),
     ("cpu", 3, "--accumulate 3: expected a multiple of the 2 processes"),
-])  # fmt: skip
-def test_what_several_processes_cannot_do_is_said(monkeypatch, folder, tmp_path, device, accumulate, words):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(bookkeeping.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(bookkeeping, "find", torch.device)
-    with pytest.raises(ValueError, match=words):
-        make(folder, tmp_path, device=device, accumulate=accumulate)
+]):  # fmt: skip
+        tmp_path = fresh()
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(bookkeeping.dist, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(bookkeeping, "find", torch.device)
+        with pytest.raises(ValueError, match=words):
+            make(folder, tmp_path, device=device, accumulate=accumulate)
 
 
 # ---------------------------------------------------------------- learning

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import each
 from naive_sampler import Token, certainty, hidden_states
 from test_sample import PROMPTS, ids, steered
 
@@ -25,37 +26,39 @@ def planner(tokenizer):
 GROUPS = [[5, 1, 3], [4], [2, 2, 6, 0, 7]]  # sizes of groups: a batch has several, of one answer or of more
 
 
-@pytest.mark.parametrize("sizes", GROUPS)
-@pytest.mark.parametrize("threshold", [0.0, 0.4])
-@pytest.mark.parametrize("order", [order for order in ORDERS if order != "random"])
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("pads_last", [False, True])
-def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold(sizes, threshold, order, apart, pads_last):
-    torch.manual_seed(sum(sizes))
-    n, pad = sum(sizes), 2
-    config = SampleConfig(order=order, threshold=threshold, apart=apart, pads_last=pads_last)
-    probs, entry = (torch.randn(n, 4) * 2).softmax(-1), torch.arange(n) + (torch.rand(n) < 0.3).cumsum(0)
-    group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
-    kind, guess = "confidence" if threshold else order, probs.argmax(-1).tolist()
-    sure = [certainty(p, token, kind) for p, token in zip(probs, guess)]
+def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold():
+    for sizes, threshold, order, apart, pads_last in each(
+        itertools.product(
+            GROUPS, [0.0, 0.4], [order for order in ORDERS if order != "random"], [False, True], [False, True]
+        )
+    ):
+        torch.manual_seed(sum(sizes))
+        n, pad = sum(sizes), 2
+        config = SampleConfig(order=order, threshold=threshold, apart=apart, pads_last=pads_last)
+        probs, entry = (torch.randn(n, 4) * 2).softmax(-1), torch.arange(n) + (torch.rand(n) < 0.3).cumsum(0)
+        group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
+        kind, guess = "confidence" if threshold else order, probs.argmax(-1).tolist()
+        sure = [certainty(p, token, kind) for p, token in zip(probs, guess)]
 
-    def waits(i):
-        """By the definitions: a neighbour would get the same text token and is more certain (of equals the left one is);
-        or it would get [PAD] and one before it, in the same row of neighbours, text."""
-        near = [j for j in range(n) if abs(entry[j] - entry[i]) == 1 and group[j] == group[i] and guess[j] == guess[i]]
-        if apart and guess[i] != pad and any((sure[j], -j) > (sure[i], -i) for j in near):
-            return True
-        row = [j for j in range(i) if group[j] == group[i] and entry[i] - entry[j] == i - j]  # all masked up to i
-        return pads_last and guess[i] == pad and any(guess[j] != pad for j in row)
+        def waits(i):
+            """By the definitions: a neighbour would get the same text token and is more certain (of equals the left one is);
+            or it would get [PAD] and one before it, in the same row of neighbours, text."""
+            near = [
+                j for j in range(n) if abs(entry[j] - entry[i]) == 1 and group[j] == group[i] and guess[j] == guess[i]
+            ]
+            if apart and guess[i] != pad and any((sure[j], -j) > (sure[i], -i) for j in near):
+                return True
+            row = [j for j in range(i) if group[j] == group[i] and entry[i] - entry[j] == i - j]  # all masked up to i
+            return pads_last and guess[i] == pad and any(guess[j] != pad for j in row)
 
-    for share in range(4):
-        token, kept = fill(probs.log(), group, entry, torch.full_like(group, share), pad, config, [])
-        assert token.tolist() == guess
-        expected = set()
-        for mine in ([i for i in range(n) if group[i] == g and not waits(i)] for g in range(len(sizes))):
-            expected |= {*sorted(mine, key=lambda i: -sure[i])[:share]}
-        expected |= {i for i in range(n) if threshold and probs[i].max() >= threshold}
-        assert {*kept.nonzero()[:, 0].tolist()} == expected
+        for share in range(4):
+            token, kept = fill(probs.log(), group, entry, torch.full_like(group, share), pad, config, [])
+            assert token.tolist() == guess
+            expected = set()
+            for mine in ([i for i in range(n) if group[i] == g and not waits(i)] for g in range(len(sizes))):
+                expected |= {*sorted(mine, key=lambda i: -sure[i])[:share]}
+            expected |= {i for i in range(n) if threshold and probs[i].max() >= threshold}
+            assert {*kept.nonzero()[:, 0].tolist()} == expected
 
 
 def kept(tokens, sure, apart=True, quota=9, **settings):
@@ -195,18 +198,17 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
     assert min(chi_square([order]) for order in orders) > 110, "and this tells all orders from any single one"
 
 
-@pytest.mark.parametrize("order", [order for order in ORDERS if order != "random"])
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
-def test_certainty_does_not_depend_on_how_tokens_are_drawn(order, threshold):
+def test_certainty_does_not_depend_on_how_tokens_are_drawn():
     """It is the model's at temperature 1: a low temperature or a small nucleus would make every token certain."""
-    torch.manual_seed(0)
-    logits, group, quota = torch.randn(12, 9), torch.arange(12) // 6, torch.full((12,), 2)
-    entry = torch.arange(12)
-    greedy = fill(logits, group, entry, quota, 0, SampleConfig(order=order, threshold=threshold), [])
-    for given in (dict(temperature=0.01), dict(temperature=1.0, top_p=1e-6), dict(temperature=0.0, top_p=0.1)):
-        config = SampleConfig(order=order, threshold=threshold, **given)
-        token, kept = fill(logits, group, entry, quota, 0, config, [(torch.Generator().manual_seed(0), 12)])
-        assert torch.equal(token, greedy[0]) and torch.equal(kept, greedy[1])
+    for order, threshold in each(itertools.product([order for order in ORDERS if order != "random"], [0.0, 0.3, 0.6])):
+        torch.manual_seed(0)
+        logits, group, quota = torch.randn(12, 9), torch.arange(12) // 6, torch.full((12,), 2)
+        entry = torch.arange(12)
+        greedy = fill(logits, group, entry, quota, 0, SampleConfig(order=order, threshold=threshold), [])
+        for given in (dict(temperature=0.01), dict(temperature=1.0, top_p=1e-6), dict(temperature=0.0, top_p=0.1)):
+            config = SampleConfig(order=order, threshold=threshold, **given)
+            token, kept = fill(logits, group, entry, quota, 0, config, [(torch.Generator().manual_seed(0), 12)])
+            assert torch.equal(token, greedy[0]) and torch.equal(kept, greedy[1])
 
 
 def test_a_low_temperature_takes_the_passes_of_temperature_0(planner, tokenizer):
@@ -216,10 +218,10 @@ def test_a_low_temperature_takes_the_passes_of_temperature_0(planner, tokenizer)
     assert passes[0] == passes[1] and max(passes[0]) > 2
 
 
-@pytest.mark.parametrize("ratio, slots, steps", [(0.56, 50, 28), (0.28, 50, 14), (0.07, 100, 7), (0.5, 7, 4)])
-def test_the_steps_are_those_of_the_decimal_ratio(tokenizer, ratio, slots, steps):
+def test_the_steps_are_those_of_the_decimal_ratio(tokenizer):
     """In binary 0.56 * 50 is more than 28."""
-    answer = Answer("x", tokenizer, SampleConfig(steps_ratio=ratio), MethodConfig(), DECODERS["planned"])
-    answer.rounds.append(RoundTokens())
-    answer.scaffold([([], slots)])
-    assert Denoise(answer).steps == steps
+    for ratio, slots, steps in each([(0.56, 50, 28), (0.28, 50, 14), (0.07, 100, 7), (0.5, 7, 4)]):
+        answer = Answer("x", tokenizer, SampleConfig(steps_ratio=ratio), MethodConfig(), DECODERS["planned"])
+        answer.rounds.append(RoundTokens())
+        answer.scaffold([([], slots)])
+        assert Denoise(answer).steps == steps
