@@ -203,9 +203,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(saved, tokenizer, tmp_pa
             name.partition(".")[2] in (said := refused(rewritten(path, tmp_path / "bad", spoilt)))
             and "diverged" in said
         )
-        tensors = spoilt(
-            {f"model.{n}": p.clone() for n, p in clean.items()} | {"state.0.1.momentum": torch.ones(2, 3)}
-        )
+        tensors = spoilt({f"model.{n}": p.clone() for n, p in clean.items()} | {"state.0.1.momentum": torch.ones(2, 3)})
         model.load_state_dict({n[6:]: p for n, p in tensors.items() if n.startswith("model.")})
         with pytest.raises(ValueError, match=f"{name} is no longer finite.*diverged"):
             save_checkpoint(path, model, tokenizer, {}, {"0.1.momentum": tensors["state.0.1.momentum"]})
