@@ -138,11 +138,10 @@ def test_a_draft_that_was_not_drawn_is_checked_as_one_that_was_certain():
     assert accepted.float().mean() == pytest.approx(1 / 8, abs=0.012)
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("ahead, residual", [(0, True), (1, True), (3, True), (3, False)])
 def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch, ahead, residual):
     """By enumeration of all texts of up to four tokens. Without the residual draw the same test must fail."""
-    tokens, n = [*range(65, 67)], 3000
+    tokens, n = [*range(65, 67)], 2000
     model = bigrams(np.random.default_rng(3), tokenizer, [*tokens, tokenizer.eos])
     if not residual:
         monkeypatch.setattr(decoding, "residual", lambda p, q: p)
@@ -156,13 +155,13 @@ def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch,
         assert chi_square < 60, "30 degrees of freedom exceed 60 once in 1000 cases"
         assert not ahead or sum(a.accepted for a in answers) > n / 4
     else:
-        assert chi_square > 200
+        assert chi_square > 150
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("ahead", [0, 3])
 def test_without_constraints_drafted_answers_break_as_often_as_undrafted_ones(tokenizer, ahead):
     """The grammar decides which drafts are checked, so what they were drawn from is what it allows."""
-    tokens, n = [65, tokenizer.topic_end], 3000  # after text no topic can end
+    tokens, n = [65, tokenizer.topic_end], 2000  # after text no topic can end
     model = bigrams(np.random.default_rng(3), tokenizer, [*tokens, tokenizer.eos])
     config = SampleConfig(temperature=1.0, max_tokens=5, ahead=ahead, constrained=False)
     answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)

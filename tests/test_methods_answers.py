@@ -18,7 +18,6 @@ from masks import PLAN, PROMPT, SLOT, Layout
 from methods import DECODERS, decoded_as, encode
 from model import ModelConfig, Transformer
 from noise import IGNORE, Sequence
-from plumbing.settings import refuse_idle
 from sample import Sampler
 from tags import parse_answer
 from tokenizer import Tokenizer
@@ -263,28 +262,3 @@ def test_a_joint_model_is_sampled_by_each_method_that_it_was_trained_for(tokeniz
         ValueError, match="--decode ar: a model trained with --method joint decodes as planned, parallel-ar"
     ):
         Sampler.load(path, SampleConfig(decode="ar"))
-
-
-CHANGES = [dict(steps_ratio=0.1), dict(threshold=0.1), dict(order="random"), dict(apart=False),
-           dict(pads_last=False), dict(length_scale=2.0), dict(ahead=2), dict(constrained=False),
-           dict(temperature=1.0, top_p=0.5), dict(threshold=0.1, order="margin"), dict(threshold=0.1, steps_ratio=0.1),
-           dict(top_p=0.5), dict(threshold=0.9, apart=False), dict(threshold=0.9, pads_last=False)]  # fmt: skip
-
-
-def test_a_setting_that_would_change_no_answer_is_refused(planner, writer, tokenizer):
-    """What is refused changes nothing, checked by sampling without the check; what acts somewhere is taken there."""
-    for method in each(ALL):
-        model, taken = writer if method.plan == "given" else planner, []
-        for change in CHANGES:
-            try:
-                refuse_idle(SampleConfig(**change), method)
-                taken.append(change)
-            except ValueError as error:
-                name = str(error).removeprefix("--").removeprefix("no-").split(":")[0].split()[0]
-                without = {setting: value for setting, value in change.items() if setting != name}
-                configs = (SampleConfig(max_tokens=40, **settings) for settings in (without, change))
-                before, after = (Sampler(model, tokenizer, config, method).answer(PROMPTS) for config in configs)
-                assert [(a.layout, costs(a)) for a in before] == [(a.layout, costs(a)) for a in after]
-        noised = 7 if method.plan != "none" and method.attention != "causal" else 0
-        assert len(taken) == noised + 1 + (method.plan == "written") + 2 * (method.plan != "given")
-        refuse_idle(SampleConfig(), method)

@@ -142,7 +142,7 @@ def test_plain_text_is_the_texts_and_spans_in_reading_order_without_plan_or_tags
     assert plain_text([Round()]) == "" and pieces([]) == []
 
 
-LONG = 300_000
+LONG = 150_000
 
 
 def test_time_grows_with_the_length_alone():
