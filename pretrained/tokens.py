@@ -15,6 +15,8 @@ from tokenizer import MAX_LENGTH, Tokenizer
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same where digits were cut off first: white space before them is one word, too
 DIGITS_GPT2 = r"\p{N}%s|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")  # fmt: skip
 
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are written as the character they number
 _HIDDEN = [b for b in range(256) if b not in _PRINTED]  # the others: as the characters from 256 on
@@ -169,3 +171,9 @@ def written(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [[*map(text, pair)] for pair in pairs if pair],
         },
     }
+
+
+def cuts_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """Whether transformers' Qwen2Tokenizer, which reads of a tokenizer.json only tokens and merges, cuts texts alike."""
+    by_merging = 256 + len(written(tokenizer)["model"]["merges"])
+    return (tokenizer.pattern, tokenizer.normal) == (QWEN2, "NFC") and len(tokenizer.tokens) == by_merging

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import each, small_model
 from naive_model import naive_forward
-from published import KINDS, SIZES, library, published, published_tensors
+from published import AWKWARD, KINDS, SIZES, library, published, published_tensors
 from safetensors.torch import load_file, save_file
 
 from model import ModelConfig
@@ -127,7 +127,9 @@ def test_transformers_loads_what_is_exported_with_the_same_logits_and_tokens(tmp
     token = torch.tensor([[tokenizer.user, *tokenizer.encode("it's 12 rivers"), tokenizer.assistant, tokenizer.topic]])
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("<user>it's 12 rivers<assistant><topic>").input_ids == token[0].tolist()
-    assert (again.eos_token, again.pad_token_id) == ("<eos>", tokenizer.pad)
+    assert (again.eos_token, again.pad_token_id, len(again)) == ("<eos>", tokenizer.pad, tokenizer.vocab_size)
+    for text in {text.strip() for text in AWKWARD} - {"<eos>", "[PAD]"}:  # special tokens of the published model, too
+        assert again(text).input_ids == tokenizer.encode(text), repr(text)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(token).logits
     torch.testing.assert_close(our_logits(model, token), theirs, atol=1e-4, rtol=1e-4)
@@ -146,6 +148,26 @@ def test_a_model_of_this_project_is_exported_by_the_command_and_loaded_by_transf
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(token).logits
     torch.testing.assert_close(our_logits(model, token), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_transformers_would_do_otherwise_is_told(tmp_path, monkeypatch, capsys):
+    """It gives a Qwen2 folder an unknown token, unless it is null, and cuts texts as Qwen2 does."""
+    for cut in each(("qwen", "smollm")):
+        folder = published(tmp_path / cut, "qwen2", cut)
+        monkeypatch.setattr(sys, "argv", ["export.py", "--model", str(folder), "--out", str(tmp_path / "out")])
+        export.main()
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["unk_token"] is None
+        assert ("PreTrainedTokenizerFast" in capsys.readouterr().out) == (cut == "smollm")
+
+
+def test_a_weight_that_the_type_cannot_hold_is_not_exported(tmp_path, tok):
+    model = small_model(tok.vocab_size)
+    model.blocks[1].down.weight.data[3, 2] = 1e5
+    with pytest.raises(ValueError, match="model.layers.1.mlp.down_proj.weight is not finite in float16"):
+        export.export(model, tok, tmp_path, "float16")
+    assert not list(tmp_path.iterdir())
+    for dtype in each(("bfloat16", "float32")):
+        export.export(model, tok, tmp_path, dtype)
 
 
 def test_what_is_exported_is_read_again_exactly_tags_included(fresh):
