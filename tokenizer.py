@@ -3,10 +3,12 @@
 import base64
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import regex
@@ -16,6 +18,7 @@ from tags import TAGS, Span
 
 MAX_LENGTH = 64  # longest span a plan can ask for, in units
 MAX_NAME = 64  # longest name of a topic, in tokens
+LONGEST_RUN = 100_000  # characters of white space
 MAX_UNIT = 1024  # more would make a sequence of every span that no model can read
 
 
@@ -66,7 +69,8 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a tag typed in it is text. White space at its ends is dropped."""
         text = _spaced(text) if self.pattern is None else text.strip()
-        return self.encoding.encode_ordinary(unicodedata.normalize(self.normal, text) if self.normal else text)
+        text = unicodedata.normalize(self.normal, text) if self.normal else text
+        return [i for part in _parts(text) for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of text tokens; `[PAD]` is dropped, any other tag is a ValueError.
@@ -132,7 +136,7 @@ class Tokenizer(Vocabulary):
     def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
         """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
 
-        Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
+        Merges are counted over the distinct words (Sennrich et al. 2016), in time linear in the text.
         Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
         """
         tokens = [bytes([b]) for b in range(256)]
@@ -171,42 +175,69 @@ class Tokenizer(Vocabulary):
         return topic, slots + [self.pad] * (planned - len(slots))
 
 
+def _parts(text: str) -> Iterator[str]:
+    """The text, cut where LONGEST_RUN characters of white space end: at a million tiktoken would panic."""
+    begin = 0
+    for run in re.finditer(rf"\s{{1,{LONGEST_RUN}}}", text) if len(text) > LONGEST_RUN else ():
+        if run.end() - run.start() == LONGEST_RUN:
+            yield text[begin : run.end()]
+            begin = run.end()
+    yield text[begin:]
+
+
 def _spaced(text: str) -> str:
     """Text as it is cut into words: the first word of each line gets the space that it has inside a sentence."""
     text = text.strip()
     return " " + text.replace("\n", "\n ") if text else ""
 
 
+class _Most(tuple):
+    """(count, pair) in a heap that gives the largest first."""
+
+    __lt__ = tuple.__gt__
+
+
 def learn_pairs(counts: dict[str, int], n_tokens: int) -> list[bytes]:
-    """The first `n_tokens` byte pairs of these words, the most frequent first, or fewer where none occurs twice."""
-    tokens = []
-    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
-    pair_count, pair_words = Counter(), {}
-    for i, (word, count) in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += count
-            pair_words.setdefault(pair, set()).add(i)
-    while len(tokens) < n_tokens and pair_count:
-        best = max(pair_count, key=lambda pair: (pair_count[pair], pair))
-        if pair_count[best] < 2:
-            break
-        tokens.append(best[0] + best[1])
-        for i in pair_words.pop(best):
-            word, count = words[i]
-            pair_count.subtract({p: n * count for p, n in Counter(zip(word, word[1:])).items()})
-            word[:] = _merge(word, best)
-            for pair in zip(word, word[1:]):
-                pair_count[pair] += count
-                pair_words.setdefault(pair, set()).add(i)
-        del pair_count[best]
+    """The first `n_tokens` byte pairs of these words, the most frequent first, or fewer where none occurs twice.
+
+    All words lie in one row of parts. A merge changes the two pairs beside it alone, so the time is linear in the text.
+    """
+    parts, weight = [None], [0]  # None: a border between words, or merged into the part before
+    for word, count in counts.items():
+        parts += [*(bytes([b]) for b in word.encode()), None]
+        weight += [count] * (len(parts) - len(weight))
+    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    pair_count, places, tokens = Counter(), {}, []
+
+    def add(i: int, sign: int = 1) -> tuple | None:
+        """Count the pair that begins at part `i`, if there is one, or take it back."""
+        pair = parts[i], parts[after[i]]
+        if None in pair:
+            return None
+        pair_count[pair] += sign * weight[i]
+        if sign > 0:
+            places.setdefault(pair, []).append(i)
+        return pair
+
+    for i in range(len(parts) - 1):
+        add(i)
+    heap = [_Most((count, pair)) for pair, count in pair_count.items()]
+    heapify(heap)
+    while len(tokens) < n_tokens and heap and heap[0][0] > 1:
+        count, pair = heappop(heap)
+        if pair_count[pair] < count:  # since it was put there
+            heappush(heap, _Most((pair_count[pair], pair)))
+            continue
+        tokens.append(pair[0] + pair[1])
+        grown = set()
+        for i in sorted(places.pop(pair)):
+            j = after[i]
+            if (parts[i], parts[j]) == pair:
+                add(before[i], -1), add(j, -1)
+                parts[i], parts[j], after[i] = tokens[-1], None, after[j]
+                before[after[i]] = i
+                grown |= {add(before[i]), add(i)}
+        del pair_count[pair]
+        for new in grown - {None}:
+            heappush(heap, _Most((pair_count[new], new)))
     return tokens
-
-
-def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """The parts of a word with each occurrence of the pair, from the left, made one part."""
-    merged, i = [], 0
-    while i < len(word):
-        step = 2 if tuple(word[i : i + 2]) == pair else 1
-        merged.append(b"".join(word[i : i + step]))
-        i += step
-    return merged
