@@ -29,7 +29,9 @@ slots, `<sync/>`, two words. Rows are queries, columns are keys.
 [begin, end). `visible` makes the dense mask of a whole batch of them.
 
 **Writing** (`Layout.write`). Prompt, plan and text see all that is before them, and themselves. Finished spans of
-earlier rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1.
+earlier rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1. Positions are
+counted through: whatever is written continues `position` where the entry before it ended, spans included, so siblings
+follow each other and the next round follows the last span.
 
 **The scaffold** (`Layout.scaffold`). All spans of a round, each `<async>`, topic, colon, slots, `</async>`. Tags,
 topic and colon are GIVEN, the rest are SLOT. The prefix of every span of the round ends where the first `<async>` is.

@@ -1,6 +1,6 @@
 """The course: each assignment is made from the sources, and its tests tell the solution from plausible wrong ones."""
 
-import itertools
+import functools
 import json
 import os
 import shutil
@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "course"))
 
 import checks
+import child
 import grade
 import make
+
+from show import record
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an assignment is made from what git tracks")
 
@@ -36,7 +39,7 @@ class Made:
 
     def public(self, submission, only=(), **more):
         """The results of the public tests alone, by name."""
-        return by_name(grade.grade(grade.Kit(self.kit.root, None), submission, only=only, **more))
+        return by_name(grade.grade(grade.Kit(self.kit.root), submission, only=only, **more))
 
 
 def by_name(results):
@@ -251,33 +254,153 @@ def test_a_folder_in_the_folder_and_new_files_are_found_and_links_are_not_follow
     assert "ModuleNotFoundError" in tags.public(tmp_path / "one", ["plain"])["plain"].output
 
 
-def test_who_opens_a_file_of_the_grader_is_noticed(tags, fresh):
-    for how, place in each(
-        itertools.product(
-            ["open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"],
-            ["hidden", "public", "results"],
+REACHES = [
+    "open({kit!r}, 'rb').read(1)",
+    "os.link({kit!r}, 'mine') or open('mine', 'rb').read(1)",
+    "os.symlink({kit!r}, 'other') or open('other', 'rb').read(1)",
+    "not subprocess.run(['cat', {kit!r}]).returncode",
+    "os.listdir(os.path.dirname({kit!r}))",
+    "open({earlier!r}, 'a')",
+    "os.replace('masks.py', {earlier!r}) or 1",
+    "not subprocess.run(['sh', '-c', 'echo 100 > {earlier}']).returncode",
+    "os.unlink({earlier!r}) or 1",
+    "open({solution!r}).read()",
+    "open('/proc/%d/cmdline' % os.getppid()).read()",
+    "open('/proc/%d/mem' % os.getppid(), 'rb')",
+    "open(os.path.expanduser('~root/.bashrc')).read()",
+    "os.environ.get('SECRET')",
+    "[1 for o in gc.get_objects() if isinstance(o, dict) and {{'cases', 'values'}} <= o.keys()]",
+    "[1 for o in gc.get_objects() if type(o).__name__ in ('Kit', 'Result')]",
+]  # fmt: skip
+UNTRUSTED = """
+    import gc
+    reached = []
+    for how in {}:
+        try:
+            reached += [how] if eval(how) else []
+        except Exception:
+            pass
+    raise RuntimeError(f"reached {{reached}}")"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Landlock")
+def test_no_way_leads_to_values_results_other_submissions_or_the_grader(tags, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "a token")
+    monkeypatch.setattr(child, "_server", functools.cache(child._server.__wrapped__))  # begun after that
+    (earlier := tmp_path / "results.json").write_text("{}")
+    paths = dict(kit=str(tags.out / "autograder.zip"), earlier=str(earlier), solution=str(ROOT / "tags.py"))
+    ways = [way.format(**paths) for way in REACHES]
+    folder = submission(tags, tmp_path / "curious", plain_text(UNTRUSTED.format(ways)))
+    found = by_name(grade.grade(tags.kit, folder, only=["plain"]))
+    assert "reached []" in found["plain"].output and found["plain"].score == 0
+    assert earlier.read_text() == "{}"
+    trusted = by_name(grade.grade(tags.kit, folder, only=["plain"], trust=True))
+    assert "autograder.zip" in trusted["plain"].output, "the ways do lead there"
+
+
+def test_nothing_hidden_is_graded_where_a_submission_could_read_it(tags, tmp_path, monkeypatch):
+    kit = tags.out / "autograder.zip"
+    assert child.reachable([kit, Path(os.__file__)]) == [os.__file__]
+    monkeypatch.setattr(child, "reachable", lambda paths: [str(path) for path in paths])
+    with pytest.raises(ValueError, match=f"submissions could read {kit}.*or grade people whom you trust, with --trust"):
+        command(monkeypatch, tags.out / "solution", "--kit", kit)
+    command(monkeypatch, tags.out / "solution", "--kit", kit, "--only", "plain", "--trust")
+
+
+def test_processes_that_a_submission_leaves_behind_are_ended(tags, tmp_path):
+    body = "subprocess.Popen(['sleep', '4321.5'], start_new_session=True); return ''"
+    tags.public(submission(tags, tmp_path / "many", plain_text(body)), ["plain"])
+    assert "4321.5" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+VALUES = ["10**400", "-10**4000", "10**5000", "float('nan')", "float('inf')", "{1: 2}", "[[]]", "None", "True", "b''",
+          "'\\x1b[2J\\ud800'", "[0] * 10**6", "deep(900)", "deep(10**5)", "cyclic()"]  # fmt: skip
+MAKERS = """
+def deep(n):
+    x = []
+    for _ in range(n):
+        x = [x]
+    return x
+def cyclic():
+    x = []
+    x.append(x)
+    return x
+"""
+
+
+def test_a_value_of_any_kind_costs_points_of_that_submission_alone(tags, tmp_path):
+    expected = [1, 1.5, "a", None, True, [1, 2.5], {"a": [1.0], "names": ["x"]}, float("nan"), 10**400]
+    for value in [10**400, -(10**400), float("nan"), float("inf"), "a\x1b", [], {}, [[[]]] * 9, None, False]:
+        for one in each(expected):
+            check = checks.Check(1, "idea", checks.draw_rows, 1, 1e-3)
+            passes, said = grade.judge(check, child.Outcome([value]), [(0, 1)], [one])
+            assert passes == (value == one or value != value and one != one) and (passes or "idea" in said)
+    bodies = "".join(f"    if n == {n}: return {value}\n" for n, value in enumerate(VALUES))
+    for n, value in each(enumerate(VALUES)):
+        folder = submission(tags, tmp_path / str(n), f"{MAKERS}\ndef plain_text(rounds, n={n}):\n{bodies}")
+        result = tags.public(folder, ["plain"])["plain"]
+        assert result.score == 0 and result.output == grade.printable(result.output)
+
+
+def test_what_comes_from_outside_is_printed_without_control_codes(tags, tmp_path, monkeypatch, capsys):
+    for text in ("a\nb", "\x1b[2J\x07", "\ud800", "\x9b1A", "e\u0301", "\u202eabc"):
+        assert grade.printable(text) == record.printable(text)
+    folder = submission(tags, tmp_path / "red\x1b[31m", plain_text("raise ValueError('\\x1b[2J')"))
+    command(monkeypatch, folder, folder, "--kit", tags.out / "autograder.zip", "--only", "plain")
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "ValueError: ?[2J" in said
+
+
+def test_an_import_that_does_not_end_is_waited_for_once(tags, tmp_path):
+    results = tags.public(submission(tags, tmp_path / "loop", "\nwhile True: pass\n"), seconds=1)
+    outputs = [result.output for name, result in results.items() if name != "files"]
+    assert "no end after 1 seconds: is there an endless loop?\n  tags.py, line" in outputs[0]
+    assert len(outputs) > 2 and all("not run after an import that does not end" in output for output in outputs[1:])
+    in_function = tags.public(submission(tags, tmp_path / "other", plain_text("while True: pass")), ["plain", "forced"],
+                              seconds=1)  # fmt: skip
+    assert "in plain_text: while True: pass" in in_function["plain"].output and in_function["forced"].score > 0
+
+
+def test_what_cannot_be_graded_fails_alone(tags, tmp_path):
+    folder = submission(tags, tmp_path / "folders")
+    (folder / "masks.py").mkdir()
+    (folder / "masks.py" / "x.py").write_text("")  # masks.py is a file in the tree
+    results = by_name(grade.grade(tags.kit, folder))
+    assert sum(result.max_score for result in results.values()) == 100
+    assert not any(result.score for result in results.values())
+    assert "could not be graded: FileExistsError" in results["files"].output
+
+
+def test_the_only_folder_that_has_the_files_is_found(tags, tmp_path):
+    for home in each(["", "student", "hw1/student"]):
+        tmp = tmp_path / f"of-{home.replace('/', '-')}"
+        shutil.copytree(tags.out / "solution", tmp / home)
+        for beside in ("venv/lib/tags.py", "notes/a.txt", "__pycache__/tags.py"):
+            (tmp / beside).parent.mkdir(parents=True, exist_ok=True)
+            (tmp / beside).write_text("")
+        (tmp / "venv/pyvenv.cfg").write_text("")
+        results = tags.public(tmp, ["plain"])
+        assert results["plain"].score > 0 and (not home or f"taken from {home}/" in results["files"].output)
+    shutil.copytree(tags.out / "solution", tmp / "copy")
+    two = tags.public(tmp, ["plain"])
+    assert "found in copy/ and in hw1/student/, and none was taken" in two["files"].output
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x").symlink_to(tags.out / "solution")
+    (tmp_path / "link").symlink_to(tags.out / "solution")
+    for name in each(["empty", "link"]):
+        results = tags.public(tmp_path / name, ["plain"])
+        assert (
+            results["plain"].score == 0
+            and "looked in all folders for tags.py and grammar.py" in results["files"].output
         )
-    ):
-        tmp_path = fresh()
-        results = tmp_path / "results" / "results.json"
-        results.parent.mkdir()
-        path = {"hidden": tags.kit.hidden / "values.json", "public": "course/public/values.json", "results": results}[
-            place
-        ]
-        body = f"try: {how.format(str(path))}\n    except OSError: pass\n    return ''"
-        folder = submission(tags, tmp_path / "curious", plain_text(body))
-        found = by_name(grade.grade(tags.kit, folder, results, ["plain"]))
-        assert found["files"].score == found["plain"].score == 0
-        assert "which belongs to the grader" in found["plain"].output
-        assert "tried to open" in found["files"].output and not results.exists()
 
 
-def test_who_writes_the_results_by_another_program_is_noticed(tags, tmp_path):
-    results = tmp_path / "results.json"
-    body = f"subprocess.run(['sh', '-c', 'echo 100 > {results}']); return ''"
-    found = by_name(grade.grade(tags.kit, submission(tags, tmp_path / "sly", plain_text(body)), results, ["plain"]))
-    assert found["files"].score == 0 or os.geteuid() == 0  # as another user it could not
-    assert not results.exists()
+def test_a_large_file_is_not_read_where_its_size_says_enough(tags, tmp_path, monkeypatch):
+    folder = submission(tags, tmp_path / "large")
+    with (folder / "README.md").open("wb") as file:
+        file.truncate(3 << 30)
+    monkeypatch.setattr(grade, "digest", lambda path: pytest.fail(f"{path} is read"))
+    assert "README.md differs" in tags.public(folder, ["plain"])["files"].output
 
 
 # ---------------------------------------------------------------- the zip, and the command
@@ -311,6 +434,7 @@ def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_pat
     kit, report = tags.out / "autograder.zip", tmp_path / "report.xml"
     command(monkeypatch, *submissions, "--kit", kit, "--only", "plain", "--junit", report)
     said = capsys.readouterr().out
+    assert "100 points are not tested here" not in said  # of --only
     assert "plain_text is not written yet" in said and all(f"== {path}" in said for path in submissions)
     blank, solution = ElementTree.parse(report).getroot()
     assert blank.get("tests") == solution.get("tests") == "3"
@@ -324,12 +448,41 @@ def test_an_assignment_is_made_in_a_folder_named_from_where_one_is(tmp_path, mon
     assert (tmp_path / "hw" / "autograder.zip").exists()
 
 
+def test_an_assignment_that_fails_can_be_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "pack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make.make(1, tmp_path / "deep" / "hw", hidden_seeds=[101])
+    assert not [*(tmp_path / "deep").iterdir()]
+
+
+def test_pictures_and_tables_fit_a_terminal_and_say_what_is_left_out():
+    rows = [[i <= j for i in range(170)] for j in range(170)]
+    came = [[i <= j and (i, j) != (100, 120) for i in range(170)] for j in range(170)]
+    lines = checks.draw_mask(rows, came).splitlines()
+    assert max(map(len, lines)) <= 80 and "keys 63 to 125 of 170" in lines[2]
+    assert [line.split()[0] for line in lines if line.endswith("<-")] == ["120"] and "O" in lines[3 + 120][13:]
+    table = {key * 9: [*range(100)] for key in "abcdefgh"}
+    wrong = table | {"h" * 9: [*range(90), 7]}
+    lines = checks.draw_rows(table, wrong).splitlines()
+    assert max(map(len, lines)) <= 80 and "hhhhhhhhh" in lines[0] and "90 came 7 X" in "\n".join(lines)
+    longer = checks.draw_rows({"a": [1]}, {"a": [1] * 10**6})
+    assert len(longer.splitlines()) == 3 and "- came 1 X" in longer
+
+
 def test_what_cannot_be_graded_is_an_error_of_one_line(tags, tmp_path, monkeypatch):
     for options, said in (
         (["nowhere", "--kit", tags.out / "autograder.zip"], "nowhere is not a folder: expected a submission"),
         ([tmp_path, "--kit", ROOT / "README.md"], "expected the autograder.zip of an assignment"),
         ([tmp_path, "--kit", tags.out / "autograder.zip", "--only", "no"], "--only no: expected one of written"),
         ([tmp_path], "run this in an assignment's student folder"),
+        (
+            [tmp_path, "--kit", tags.out / "autograder.zip", "--junit", "no/j.xml"],
+            "--junit no/j.xml: expected a file in",
+        ),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--results", tmp_path], "--results .*: expected a file in"),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--junit", tags.out / "autograder.zip"], "which is read"),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--junit", "a", "--results", "a"], "name another place"),
     ):
         with pytest.raises(ValueError, match=said):
             command(monkeypatch, *options)
