@@ -58,6 +58,11 @@ def _read(saved: dict[str, Any], unit: int) -> tuple[Tokenizer, list[int | None]
         raise ValueError(f"a SentencePiece tokenizer, expected byte-level BPE: {ADVICE}")
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError(f"a tokenizer of type {model.get('type')}, expected byte-level BPE: {ADVICE}")
+    for text, i in (*model["vocab"].items(), *added.items()):
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise ValueError(
+                f"the token {text[:20]!r} has the id {json.dumps(i)[:60]}, expected a whole number: copy it again"
+            )
     pattern, normal = pattern_of(saved.get("pre_tokenizer")), normal_form(saved.get("normalizer"))
     merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     priority = {pair: n for n, pair in reversed([*enumerate(merges)])}  # of a pair that comes twice its first place

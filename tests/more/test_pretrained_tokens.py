@@ -204,6 +204,16 @@ def test_another_kind_of_tokenizer_is_refused_by_name(fresh):
         assert words in message and ("Qwen3" in message or "expected" in message)
 
 
+def test_an_id_that_is_no_whole_number_is_refused_with_its_token(tmp_path):
+    for value in each(["97", 97.5, -1, True, None, 2**63, 10**400]):
+        saved = tokenizer_json()
+        saved["model"]["vocab"]["a"] = value
+        assert "the token 'a' has the id" in refused(saved_in(tmp_path, saved))
+        saved = tokenizer_json()
+        saved["added_tokens"][1]["id"] = value
+        assert "the token '<|im_start|>' has the id" in refused(saved_in(tmp_path, saved))
+
+
 def test_merges_that_ranks_cannot_express_are_refused(tmp_path):
     """Of "abc" the merges first make bc, and then no pair applies; ranks would go on to abc."""
     saved = tokenizer_json()
