@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import confine
 
+COURSE = Path(__file__).resolve().parent
 MEMORY = 6 << 30  # bytes that a probe may allocate
 ANSWER = 64 << 20  # bytes that it may return
 PRINTED = 2000  # characters of what it printed that are kept
@@ -292,7 +293,7 @@ def _enter(tree: Path) -> None:
     os.makedirs(home, exist_ok=True)
     os.environ |= {"HOME": home, "XDG_CACHE_HOME": home, "TMPDIR": home, "USER": "student"}
     tempfile.tempdir = None
-    others = [path for path in sys.path if Path(path).resolve() not in (confine.ROOT, confine.ROOT / "course")]
+    others = [path for path in sys.path if Path(path).resolve() not in (COURSE, COURSE.parent)]
     sys.path[:] = [str(tree), str(tree / "course"), *others]
 
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/opt", "/nix", "/etc/ld.so.cache", "/etc/passwd",
           "/etc/localtime", "/sys/devices/system", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat",
           "/dev/zero", "/dev/random", "/dev/urandom")  # fmt: skip
@@ -96,7 +95,10 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path, rights: int) -> None:
 
 
 def _of_python() -> set[Path]:
-    """Folders that Python and its packages are in, without the grader's own project."""
-    named = [sys.prefix, sys.base_prefix, *sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
-    paths = {Path(path).resolve() for path in named if path}
-    return {path for path in paths if not ROOT.is_relative_to(path) and path != ROOT / "course"}
+    """Folders of Python and its packages. Others on its path may hold anything, the grader's project among them."""
+    named = [sys.prefix, sys.base_prefix, *os.environ.get("LD_LIBRARY_PATH", "").split(":")]
+    named += [path for path in sys.path if path.endswith("-packages")]
+    named += [
+        path for name, module in sys.modules.items() if "." not in name for path in getattr(module, "__path__", ())
+    ]
+    return {Path(path).resolve() for path in named if path}
