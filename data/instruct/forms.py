@@ -85,7 +85,7 @@ def read(path: str | Path, form: str = "") -> Iterator[Record | Bad]:
 
 def one_line(text: str) -> str:
     """Text that came from outside as a report can show it: in one line, without control codes or half characters."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def tagged(answer: str) -> bool:
