@@ -33,8 +33,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 TURN = ("role", "from", "content", "value")
 SYSTEM, FAMILY = ("system", "system_prompt"), ("category", "family")
 TRAINED = ("weight", "train", "loss")  # 0 or false beside a reply: it is context alone
-UNREADABLE = ("tools", "functions", "tool_calls", "function_call", "documents",
-              *(name + s for name in ("image", "audio", "video", "file") for s in ("", "s")))  # fmt: skip
+UNREADABLE = ("tools", "functions", "tool_calls", "function_call", "documents", "image", "images", "audio", "audios",
+              "video", "videos")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def records(fields: Any, form: str = "") -> Iterator[Record]:
     said, read = turns(fields, TURNS[form]) if form in TURNS else single(fields, *FIELDS[form])
     ignored = [name for name in fields if name not in (*read, *SYSTEM, *FAMILY, "history")]
     if form in TURNS:
-        ignored += {f"{read[0]}: {name}" for turn in fields[read[0]] for name in turn if name not in (*TURN, *TRAINED)}
+        own = [name for turn in fields[read[0]] for name in readable(turn) if name not in (*TURN, *TRAINED)]
+        ignored += [f"{read[0]}: {name}" for name in dict.fromkeys(own)]
     family = next((fields[name] for name in FAMILY if isinstance(fields.get(name), str)), "")
     family = one_line(family).replace("|", "/")  # it is a cell of eval.py's table, whose last row is called "all"
     for record in replies([*before, *said]):
-        yield replace(record, family="all of it" if family == "all" else family, ignored=tuple(ignored))
+        yield replace(record, family="(all)" if family == "all" else family, ignored=tuple(ignored))
 
 
 def readable(fields: dict) -> dict:
