@@ -65,8 +65,8 @@ def _read(saved: dict[str, Any], unit: int) -> tuple[Tokenizer, list[int | None]
             )
     pattern, normal = pattern_of(saved.get("pre_tokenizer")), normal_form(saved.get("normalizer"))
     merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    priority = {pair: n for n, pair in reversed([*enumerate(merges)])}  # of a pair that comes twice its first place
-    order = {left + right: n for n, (left, right) in reversed([*enumerate(merges)])}
+    priority = {pair: n for n, pair in enumerate(merges)}  # in the library too, a pair that comes twice is the later
+    order = {left + right: n for n, (left, right) in reversed([*enumerate(merges)]) if priority[left, right] == n}
     ids = {to_bytes(text): i for text, i in model["vocab"].items() if text not in added or to_bytes(text, "") in order}
     longer = sorted((t for t in ids if len(t) > 1), key=lambda t: (order.get(t, len(merges)), ids[t]))
     kept = consistent(longer, priority, keep_all=bool(model.get("ignore_merges")))
@@ -132,7 +132,7 @@ def consistent(tokens: list[bytes], priority: dict[tuple[bytes, bytes], int], ke
 
     Raises ValueError if ranks would cut some text in another way than the merges do.
     """
-    ranks, kept, latest = {token: n for n, token in enumerate(tokens)}, [], -1
+    ranks, kept, latest = {token: n for n, token in enumerate(tokens)}, [], 0
     for token in tokens:
         pair = last_pair(token, ranks)
         place = priority.get(pair, -1) if pair else latest
