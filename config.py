@@ -19,6 +19,7 @@ LONGEST = 4096  # positions of prompt and answer together: the dense mask of a p
 
 @dataclass(frozen=True)
 class Method:
+    title: str  # for readers
     plan: str  # written by the model, none (plain text), or given (spans of a fixed size)
     attention: str = "sparse"  # how span tokens see spans (masks.ATTENTION)
     block: int = 0  # slots of a given span; 0: as many as the longest answer needs
@@ -27,13 +28,13 @@ class Method:
 
 
 METHODS = {  # methods.py says what they are
-    "planned": Method("written"),
-    "dense": Method("written", "dense"),
-    "parallel-ar": Method("written", "causal"),
-    "joint": Method("written", causal=0.5, decodes=("planned", "parallel-ar")),
-    "ar": Method("none"),
-    "block": Method("given", block=32),
-    "diffusion": Method("given"),
+    "planned": Method("Planned diffusion", "written"),
+    "dense": Method("Planned diffusion, dense", "written", "dense"),
+    "parallel-ar": Method("Parallel autoregressive", "written", "causal"),
+    "joint": Method("Joint", "written", causal=0.5, decodes=("planned", "parallel-ar")),
+    "ar": Method("Autoregressive", "none"),
+    "block": Method("Block diffusion", "given", block=32),
+    "diffusion": Method("Diffusion of the whole answer", "given"),
 }
 
 

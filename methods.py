@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from config import METHODS, MethodConfig
+from config import METHODS, Method, MethodConfig
 from decode import (
     Answer,
     Decoder,
@@ -33,7 +33,7 @@ from decode import (
     WrittenPlan,
     next_round,
 )
-from masks import Layout, encode_blocks, encode_example
+from masks import LINKED, Layout, encode_blocks, encode_example
 from tags import Example, Round, Span, plain_text
 from tokenizer import Tokenizer
 
@@ -193,11 +193,12 @@ class Extend(Phase):
 # ---------------------------------------------------------------- the table
 
 
-DECODERS = {
-    "planned": Decoder(WrittenPlan, Denoise),
-    "dense": Decoder(WrittenPlan, DenoiseTogether),
-    "parallel-ar": Decoder(WrittenPlan, Extend),
-    "ar": Decoder(WrittenPlan),
-    "block": Decoder(GivenPlan, Denoise),
-    "diffusion": Decoder(GivenPlan, Denoise),
-}
+def decoder_of(method: Method) -> Decoder:
+    """The phases of a method by its plan and its attention; another way to decode is a line of its own in DECODERS."""
+    if method.plan == "none":
+        return Decoder(WrittenPlan)
+    spans = DenoiseTogether if method.attention in LINKED else Extend if method.attention == "causal" else Denoise
+    return Decoder(GivenPlan if method.plan == "given" else WrittenPlan, spans)
+
+
+DECODERS = {name: decoder_of(method) for name, method in METHODS.items() if not method.decodes}

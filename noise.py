@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from masks import PLAN, PROMPT, SLOT, Layout
+from masks import LINKED, PLAN, PROMPT, SLOT, Layout
 from tokenizer import Tokenizer
 
 IGNORE = -100  # target of tokens that predict nothing
@@ -164,7 +164,7 @@ class Arrange:
         noised = (s.round[:stop] == round_) | ((history == "noised") & (s.attention != "causal"))
         whole = Piece(s.token[:stop], s.position[:stop], s.ranges[:stop], s.next[:stop],
                       term=np.where((s.kind[:stop] == SLOT) & noised, Term.SPAN, Term.PLAN),
-                      group=(s.round if s.attention == "dense" else s.span)[:stop])  # fmt: skip
+                      group=(s.round if s.attention in LINKED else s.span)[:stop])  # fmt: skip
         spans = np.unique(s.span[(s.span >= 0) & (s.round == round_)])
         if s.attention != "causal":
             spans = spans[rng.random(len(spans)) < causal] if causal else spans[:0]

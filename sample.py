@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import LONGEST, MethodConfig, SampleConfig
+from config import LONGEST, METHODS, MethodConfig, SampleConfig
 from decode import Answer, Decoder, Phase, Reading, Reply, next_round
 from drafting.decoding import DECODERS_AHEAD
 from kernels.backends import attend_by
@@ -28,7 +28,7 @@ from model import KVCache, Transformer
 from plumbing import device as devices
 from plumbing.settings import add_settings, command, locate, pick, refuse_idle
 from show.page import Race, write_page
-from show.record import TITLES, record
+from show.record import record
 from show.terminal import Screen
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
@@ -252,7 +252,7 @@ def main() -> None:
     for n, prompt in enumerate(args.prompt):
         sampler.config = replace(config, seed=config.seed + n)
         frames = record(sampler.answer, prompt, watch=Screen())
-        races.append(Race(prompt, [(TITLES[sampler.method.method], sampler.method.method, frames)]))
+        races.append(Race(prompt, [(METHODS[sampler.method.method].title, sampler.method.method, frames)]))
     if args.html:
         print(write_page(args.html, races))
 

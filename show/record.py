@@ -10,15 +10,6 @@ from torch import Tensor
 from decode import Answer, Denoise, Phase, Reply
 from masks import PLAN
 
-TITLES = {
-    "planned": "Planned diffusion",
-    "dense": "Planned diffusion, dense",
-    "parallel-ar": "Parallel autoregressive",
-    "ar": "Autoregressive",
-    "block": "Block diffusion",
-    "diffusion": "Diffusion of the whole answer",
-}
-
 
 @dataclass(frozen=True)
 class FrameTopic:
