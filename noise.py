@@ -98,7 +98,6 @@ def make_batch(sequences: Iterable[Sequence], rounds: Iterable[int], tokenizer: 
                weight: str = "elbo", t_min: float = 0.0, history: str = "clean", causal: float = 0.0,
                arrange: Arrange | None = None) -> Batch:  # fmt: skip
     """Noise one round of each sequence: what is before it is clean, as in sampling, and what follows is cut off.
-
     `history` "noised" noises the rounds before it too, as the authors' code does.
 
     Each span (each round, if dense) draws t ~ U(0, 1], stratified over the batch; each of its slots becomes [MASK]

@@ -61,7 +61,8 @@ def certainty(p, token, order):
     if order == "margin":
         first, second = p.sort(descending=True).values[:2]
         return float(first - second)
-    return float((p[p > 0] * p[p > 0].log()).sum())  # negative entropy
+    assert order == "entropy", f"the oracle knows no order {order!r}"
+    return float((p[p > 0] * p[p > 0].log()).sum())  # of negative sign
 
 
 class NaiveSampler:
