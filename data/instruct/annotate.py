@@ -165,6 +165,7 @@ SUMS_UP = re.compile(
     r"key takeaways?|takeaways?|bottom line|the (?:above|former|latter)|as (?:mentioned|noted|shown|stated)",
     re.IGNORECASE,
 )
+REPLIES = {"answer", "reply", "response", "solution"}  # labels of what another part asks for
 POINTS_BACK = re.compile(
     r"\b(?:the (?:first|previous|other|last) (?:two|three|step|point|one|option|item)s?|(?:step|point|part)s? \d+|"
     r"(?:mentioned|described|listed|shown|given) (?:above|earlier|before)|(?:all|any|each) of the above)\b",
@@ -190,7 +191,7 @@ INTRODUCES = re.compile(
 def refers_back(text: str, before: list[str], last: bool) -> bool:
     """Whether a part cannot be written before others are known, so belongs in a later round.
 
-    It sums up, points back, or, as the last part of prose, begins with numbers of one of the others.
+    It sums up, points back, replies, or, as the last part of prose, begins with numbers of one of the others.
 
     >>> refers_back("Overall, a playful animal.", ["..."], last=True)
     True
@@ -204,7 +205,11 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
     False
     """
     label, _ = lead(text)
-    if SUMS_UP.fullmatch(label) or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE):
+    if (
+        label in REPLIES
+        or SUMS_UP.fullmatch(label)
+        or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE)
+    ):
         return True
     if POINTS_BACK.search(words(text)):
         return True

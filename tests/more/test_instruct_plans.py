@@ -189,6 +189,7 @@ TALES = [
     (TALK.format("Alice", "Bob") + "\nThey laugh.\n\n") * 2,
     TALK.format("**Q**", "**A**") * 2,
     f"## Question\n{A}\n## Answer\n{B}\n## Question\n{C}\n## Answer\n{A}",
+    f"**Question:** {A}\n\n**Answer:** {B}",
     f"- Alice: {A}\n- Bob: {B}\n- Alice: {C}",
     f"Alice: {A}\n\nBob: {B}\n\nAlice: {C}",
 ]
