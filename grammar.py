@@ -55,7 +55,7 @@ class Grammar:
 
     def out_of_room(self) -> bool:
         """Whether one token may come next, where more could if the answer could be of any length."""
-        return self.forced() is not None and self.endless().sum() > 1
+        return self.forced() is not None and bool(self.endless().sum() > 1)
 
     def endless(self) -> np.ndarray:
         """What `allowed` would be, (vocab_size,), if the answer could be of any length."""

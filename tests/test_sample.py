@@ -1,6 +1,7 @@
 """The sampler against a naive one without cache (naive_sampler.py), and against the sentences of its schedule."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -328,6 +329,7 @@ def test_any_prompt_is_answered(planner, tokenizer):
     ):
         result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
         assert result["prompt"] == prompt and parse_answer(result["tagged"])
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_tags_typed_in_a_prompt_are_text(planner, tokenizer):
