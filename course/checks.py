@@ -25,6 +25,7 @@ from typing import Any
 
 FILES = 5  # points for leaving the tests as they were handed out
 PUBLIC, HIDDEN = 1, 3  # sizes of a probe's inputs: in the student tree, and in the autograder alone
+LONGEST = 20_000  # characters of a picture that are kept
 CASES = {PUBLIC: 2, HIDDEN: 2}  # how many cases of each size a probe has
 
 Draw = Callable[[Any, Any], str]
@@ -101,7 +102,7 @@ def message(check_: Check, expected: Any, came: Any, found: tuple[str, Any, Any]
         lines[-1] += f" (a list of {len(e)}, and one of {len(c)})"
     if check_.draw:
         try:
-            lines.append(check_.draw(expected, came))
+            lines.append(str(check_.draw(expected, came))[:LONGEST])
         except Exception as error:  # what came may have any shape, and a picture is not worth the run
             lines.append(f"(what came cannot be drawn: {error!r:.200})")
     return "\n".join(lines)

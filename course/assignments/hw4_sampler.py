@@ -1,5 +1,7 @@
 """Assignment 4: the two-stage sampler with its exact cache."""
 
+import re
+
 import by_hand
 import small
 from checks import Wrong, check
@@ -209,9 +211,10 @@ def plan_by_hand(rng, size):
 
 
 def draw_layout(expected, came):
-    """The scaffold's tokens."""
+    """The scaffold's tokens, masks in a row as one."""
     name = next(key for key in expected if expected[key] != came[key])
-    row = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
+    text = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
+    row = lambda table: re.sub(r"\[MASK\]( \[MASK\])+", lambda run: f"[MASK] x {run[0].count('[')}", text(table))
     return f"{name}\nexpected {row(expected)}\n    came {row(came)}"
 
 
@@ -301,27 +304,11 @@ def recorded(model, tokenizer, settings, prompt):
     return sampler.answer([prompt])[0], passes
 
 
-def draw_passes(expected, came):
-    """What the passes around the first wrong one compute."""
-    entries = lambda text: {
-        i for run in text.split() for i in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)
-    }
-    rows = [*zip(expected["passes"], came["passes"])]
-    first = next(n for n, (e, c) in enumerate(rows) if e["computes"] != c["computes"] or c["error"] > 1e-4)
-    width = min(110, 1 + max(max(entries(e["computes"]) | entries(c["computes"])) for e, c in rows[: first + 3]))
-    lines = ["a line per pass, a column per layout entry: # computed, . not; wrong: X need not be, O should be"]
-    for n, (e, c) in enumerate(rows[max(0, first - 4) : first + 3], max(0, first - 4)):
-        right, was = entries(e["computes"]), entries(c["computes"])
-        ink = "".join(".XO#"[(i in was) + 2 * (i in right)] for i in range(width))
-        lines.append(f"{n:3} {e['stage']:5} {ink}" + f"  error {c['error']:.1g}" * (c["error"] > 1e-4))
-    return "\n".join(lines)
-
-
 @check(
     points=15,
     idea="the cache holds what a fresh pass would compute: the pass that reads <sync/> computes the finished spans "
     "once more, and nothing else is computed twice",
-    draw=draw_passes,
+    draw=by_hand.draw_passes,
     seconds=40,
 )
 def exact_cache(rng, size):

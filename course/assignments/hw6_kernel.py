@@ -234,14 +234,15 @@ def rows(good, nan):
         for first in range(0, len(right), 64):
             ink = ["." if r else "N" if n else "X" for r, n in zip(right[first : first + 64], none[first : first + 64])]
             warps = " ".join("".join(ink[i : i + 16]) for i in range(0, len(ink), 16))
-            lines.append(f"head {head}, queries from {first:4}: {warps}")
+            lines.append(f"head {head} {first:4} {warps}")
     return {"right": False, "picture": "\n".join(lines)}
 
 
 def draw_wrong(expected, came):
     """The first picture of wrong rows."""
     name = next(name for name in came if not came[name]["right"])
-    return f"{name}, a column per query, 16 of a warp together: . right, X wrong, N NaN\n{came[name]['picture']}"
+    said = "head, first query, queries (16 of a warp together): . right, X wrong, N NaN"
+    return f"{name}\n{said}\n{came[name]['picture']}"
 
 
 def all_seen(queries, keys):
