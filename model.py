@@ -68,6 +68,8 @@ def dense_mask(ranges: Tensor, n_keys: int) -> Tensor:
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of q (B, H, T, hd) to k, v (B, Hkv, S, hd) where the mask (B, 1, T, S) is True."""
     dtype = v.dtype if v.is_cuda else torch.float32  # on a CPU bfloat16 takes three times as long
+    if not (v.is_cpu or v.is_cuda):  # up to torch 2.7, shared heads abort on a Mac's GPU
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, enable_gqa=True)
     return y.type_as(v)

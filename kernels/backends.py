@@ -118,7 +118,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size:
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
     if name == "flex" and not on_gpu:
         raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
-    if name == "spans" and on_gpu:
+    if name == "spans" and torch.device(device).type != "cpu":
         raise ValueError(f"--attention spans: computes on a CPU only, not on {device}: take auto or dense")
     if name == "kernel" and not on_gpu:
         raise ValueError(f"--attention kernel: computes on a CUDA GPU, not on {device} (tests emulate it there, thousands "
