@@ -56,7 +56,11 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: str) -
     special["unk_token"] = None  # left out, transformers 5 gives a Qwen2 folder one more token, without an embedding
     texts = {
         "tokenizer.json": tokens.written(tokenizer),
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **special},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # all that `generate` takes
+            **special,
+        },
         "config.json": config,
     }
     for name, value in texts.items():
