@@ -87,8 +87,8 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device | None = None,
                  dtype: torch.dtype | None = None):  # fmt: skip
         shape = (batch, length + 1, config.n_kv_head, config.head_dim)
-        zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # zeros: masked NaN would still spread
-        self.k, self.v = ([zeros() for _ in range(config.n_layer)] for _ in "kv")
+        zeros = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layer)]  # NaN would spread
+        self.k, self.v = zeros[::2], zeros[1::2]
         self.batch, self.junk = batch, length
         self.select(torch.arange(batch, device=device), first=True)
 

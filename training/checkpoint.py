@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import ModelConfig, Transformer
@@ -34,10 +34,7 @@ def save_checkpoint(path: str | Path, model: Transformer, tokenizer: Tokenizer, 
         raise ValueError(f"{path} is not written: {name} is no longer finite, the training has diverged")
     text = {"config": json.dumps(asdict(model.config)), "tokenizer": tokenizer.to_json(), "info": json.dumps(info)}
     with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, text)
-        except SafetensorError as error:  # a full disk, say; it carries no error number
-            raise OSError(f"{path} cannot be written ({error}): free some space, or write elsewhere") from None
+        save_file(tensors, temporary, text)
 
 
 def load_checkpoint(
