@@ -32,7 +32,7 @@ import child
 from checks import FILES, Check, difference, message, probes_of
 
 from plumbing.files import refuse_overwriting
-from plumbing.settings import command
+from plumbing.settings import command, printable
 
 LARGEST = 1 << 20  # bytes of a file that a submission may add or build
 MOST = 50  # files that it may add
@@ -89,11 +89,6 @@ class Kit:
     def digests(self) -> dict[str, str]:
         """Of each file that was handed out."""
         return json.loads((self.root / "course" / "public" / "files.json").read_text())
-
-
-def printable(text: str) -> str:
-    """Text without control codes, as in show/record.py, which imports what students have yet to write."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def digest(path: Path) -> str:

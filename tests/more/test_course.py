@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "course"))
 
 import by_hand
 import checks
+import child
 import grade
 import make
 from courses import command, made, plain_text, submission
@@ -149,6 +150,8 @@ def test_a_wrong_solution_whose_text_has_gone_cannot_be_made(tags):
 
 
 def test_the_zip_runs_as_gradescope_runs_it(tags, tmp_path):
+    if child.reachable([tags.out / "autograder.zip"]):
+        pytest.skip("needs Landlock, or a root whose Python others can read")
     source = tmp_path / "source"
     with zipfile.ZipFile(tags.out / "autograder.zip") as archive:
         archive.extractall(source)
@@ -169,7 +172,7 @@ def test_the_zip_runs_as_gradescope_runs_it(tags, tmp_path):
 def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_path, monkeypatch, capsys):
     submissions = [tags.out / "student", tags.out / "solution"]
     kit, report = tags.out / "autograder.zip", tmp_path / "report.xml"
-    command(monkeypatch, *submissions, "--kit", kit, "--only", "plain", "--junit", report)
+    command(monkeypatch, *submissions, "--kit", kit, "--only", "plain", "--junit", report, "--trust")
     said = capsys.readouterr().out
     assert "plain_text is not written yet" in said and all(f"== {path}" in said for path in submissions)
     blank, solution = ElementTree.parse(report).getroot()
