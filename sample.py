@@ -26,6 +26,7 @@ from masks import Layout
 from methods import DECODERS, decoded_as, trained_by
 from model import KVCache, Transformer
 from plumbing import device as devices
+from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, command, locate, pick, refuse_idle
 from show.page import Race, write_page
 from show.record import record
@@ -234,8 +235,7 @@ class Sampler:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", required=True, help="a question; may be given several times")
-    parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors",
-                        help="trained model (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} (default: %(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per prompt")
@@ -243,16 +243,16 @@ def main() -> None:
     add_settings(parser, SampleConfig)
     args = parser.parse_args()
     config = pick(SampleConfig, args)
+    refuse_overwriting([locate(args.checkpoint)], html=args.html or "")
     sampler = Sampler.load(args.checkpoint, config, devices.find(args.device))
     if args.json:
         for answer in sampler.answer(args.prompt):
             print(json.dumps(answer.result(), ensure_ascii=False))
         return
-    races = []
+    races, method = [], sampler.method.method
     for n, prompt in enumerate(args.prompt):
         sampler.config = replace(config, seed=config.seed + n)
-        frames = record(sampler.answer, prompt, watch=Screen())
-        races.append(Race(prompt, [(METHODS[sampler.method.method].title, sampler.method.method, frames)]))
+        races.append(Race(prompt, [(METHODS[method].title, method, record(sampler.answer, prompt, watch=Screen()))]))
     if args.html:
         print(write_page(args.html, races))
 

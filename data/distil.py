@@ -44,15 +44,18 @@ def answered(path: Path, examples: list[Example]) -> Iterator[Example]:
     """
     if not path.is_file():
         raise ValueError(f"--answers {path}: expected a file that measure/eval.py --answers has written")
-    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):  # the first holds settings
+    left = dict(enumerate(examples))
+    for number, row in enumerate(path.read_bytes().splitlines()[1:], 2):  # the first holds settings
         try:
-            i, result = json.loads(row)
-            example, tagged = examples[i], result["tagged"]
+            i, result = json.loads(row.decode())
+            if type(i) is not int or i not in left:
+                raise ValueError(f"{i!r:.20} is not the number of a prompt, or one that has its answer")
+            example, tagged = left.pop(i), result["tagged"]
             if result["prompt"] != example.prompt:
                 raise ValueError("an answer to another prompt: of another split?")
             if not result["cut"] and not result["broken"]:
                 yield Example(example.prompt, tuple(parse_answer(tagged)), example.family)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"--answers {path}, line {number}: expected an answer of measure/eval.py --split train: "
                              f"{error}") from None  # fmt: skip
 

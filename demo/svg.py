@@ -22,9 +22,9 @@ from config import METHODS, SampleConfig
 from demo.demo import PROMPTS
 from plumbing import device as devices
 from plumbing.files import write_whole
-from plumbing.settings import command
+from plumbing.settings import command, printable
 from sample import Sampler
-from show.record import Frame, FrameTopic, action, counted, denoises, printable, record, since
+from show.record import Frame, FrameTopic, action, counted, denoises, record, since
 
 START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
 WIDTH, MARGIN, GAP = 900, 20, 32  # pixels: of the picture, around it, and between the panels

@@ -11,11 +11,13 @@ wrong, and in the time. Likelihoods are in nats per token, those of denoised spa
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
@@ -25,13 +27,13 @@ from config import SampleConfig
 from data import read_split
 from loss import JointLoss, validate
 from measure import readers
-from measure.quality import COSTS, checker, distinct, score, spans_per_answer, wrong_lines
+from measure.quality import COSTS, cell, checker, distinct, score, spans_per_answer, wrong_lines
 from measure.speculate import Drafter, drafted_by
 from methods import encode, rewrite
 from noise import Sequence
 from plumbing.device import CHOICES, find, peak_memory
 from plumbing.files import write_whole
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, pick, printable, setting
 from sample import Sampler
 from tags import Example
 
@@ -59,6 +61,22 @@ class EvalConfig:
 
 
 # ---------------------------------------------------------------- answers
+
+
+RESULT = {  # what is read of a result
+    "prompt": str, "text": str, "seconds": float, "slots": int, "pads": int, "cut": bool, "broken": bool,
+    "rounds": [{"text": str, "plan": [{"topic": str, "length": int}], "spans": [str]}],
+    **dict.fromkeys(COSTS, int),
+}  # fmt: skip
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value of JSON has a shape: a type, a list of one shape, or a dict of shapes by name; numbers count."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), part) for name, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
+    return type(value) is shape and (shape in (str, bool) or 0 <= value < math.inf)
 
 
 class Answers:
@@ -92,9 +110,9 @@ class Answers:
         """Prompt number and result of a line of the file."""
         try:
             i, result = json.loads(row)
-            if i not in range(size) or i in self.results or not {"text", "rounds", "seconds"} <= result.keys():
+            if i not in range(size) or i in self.results or not fits(result, RESULT):
                 raise ValueError("not the number and result of a prompt")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"--answers {self.path}, line {number}: expected an answer of eval.py ({error}): "
                              "remove the file, or name another") from None  # fmt: skip
         return i, result
@@ -157,7 +175,8 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     answers = Answers(config.answers, settings | {"device": str(place)} | asdict(sample_config), len(examples))
     check_answer = checker(folder)  # before the answers take their time: it may be broken
     counts = [] if check_answer else readers.counts_of(folder)
-    counts += [("perplexity", readers.judged_by(config.judge, place))] if config.judge else []
+    if config.judge:
+        counts.append(("perplexity", readers.judged_by(config.judge, place, folder, sampler.tokenizer)))
     results = answer_all(sampler, examples, config.batch, answers)
     memory = peak_memory(place)  # before the likelihoods, which take memory of their own
     return {
@@ -211,7 +230,7 @@ def table(scores: dict[str, dict]) -> Iterator[str]:
     yield "|---" * (len(columns) + 1) + "|"
     for name, row in scores.items():
         cells = [f"{row[c]:.1%}" if c in shares else f"{row[c]:.1f}" for c in columns[1:]]
-        yield f"| {name} | {row['n']} | " + " | ".join(cells) + " |"
+        yield f"| {cell(name)} | {row['n']} | " + " | ".join(cells) + " |"
 
 
 def wrong(families: dict[str, dict]) -> Iterator[str]:
@@ -221,7 +240,7 @@ def wrong(families: dict[str, dict]) -> Iterator[str]:
         if topics or found["text"][0]:
             spans = f"{sum(topics.values())} of {sum(n for _, n in found['spans'].values())} spans"
             which = f" ({', '.join(f'{topic}: {n}' for topic, n in topics.items())})" if topics else ""
-            yield f"wrong lines of {family}: {spans}{which}, {found['text'][0]} of {found['text'][1]} texts"
+            yield f"wrong lines of {cell(family)}: {spans}{which}, {found['text'][0]} of {found['text'][1]} texts"
 
 
 def lines(report: dict) -> Iterator[str]:
@@ -264,7 +283,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args()
     report = evaluate(pick(EvalConfig, args), pick(SampleConfig, args))
-    print(json.dumps(report) if args.json else "\n".join(lines(report)))
+    print(json.dumps(report) if args.json else printable("\n".join(lines(report))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import numpy as np
 
 from measure.pictures import Label, marker, save, tidy, write_labels
+from plumbing.files import refuse_overwriting
 from plumbing.settings import command
 
 LOSSES = {
@@ -29,6 +30,7 @@ LOSSES = {
     "span_draft": "drafts of spans",
 }
 VALIDATION = "val_"
+LARGEST = 1e18  # of steps or tokens; more is no log, and nothing that an axis can hold
 X = {"updates": ("step", 1, "updates"), "tokens": ("tokens", 1e6, "million tokens")}
 Curve = tuple[np.ndarray, np.ndarray]  # x (n,), and values (seeds, n)
 
@@ -46,8 +48,10 @@ def read(path: str, column: str = "step", unit: float = 1) -> dict[str, dict[flo
             raise ValueError(f"it has no column {column}")
         for name in (start + loss for loss in LOSSES for start in ("", VALIDATION)):
             values = {float(row[column]) / unit: float(row[name]) for row in rows if row.get(name)}
+            if not all(0 <= x < LARGEST for x in values):
+                raise ValueError(f"{column} of {name}: expected numbers from 0 to below {LARGEST:.0e}")
             found |= {name: values} if any(values.values()) else {}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: expected the log.csv of a training run, but: {error!r}") from None
     if not found:
         raise ValueError(f"{path}: no losses yet: it has its first after --log_every updates")
@@ -138,7 +142,9 @@ def main() -> None:
     if args.x == "epochs" and not args.updates_per_epoch > 0:
         raise ValueError(f"--updates_per_epoch {args.updates_per_epoch}: expected more than 0 for --x epochs")
     column, unit, x_label = X.get(args.x, ("step", args.updates_per_epoch, "epochs"))
-    curves = gather([(label, read(path, column, unit)) for label, path in map(named, args.logs)])
+    logs = [*map(named, args.logs)]
+    refuse_overwriting([path for _, path in logs], png=args.png)
+    curves = gather([(label, read(path, column, unit)) for label, path in logs])
     names = {name.removeprefix(VALIDATION) for found in curves.values() for name in found}
     losses = [loss for loss in LOSSES if loss in names and loss in (args.losses or LOSSES)]
     if not losses:

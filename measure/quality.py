@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from plumbing.settings import one_line
 from tags import Example, Round
 
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.
@@ -55,6 +56,16 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
     return row
 
 
+def cell(text: str) -> str:
+    """A text that came from outside as a cell of a table."""
+    return one_line(text).replace("|", "/")
+
+
+def family_of(example: Example) -> str:
+    """The name of its family in figures, where "all" are those of every example."""
+    return "(all)" if example.family == "all" else example.family
+
+
 def score(examples: list[Example], results: list[dict], check: Callable | None, rounds: list) -> dict[str, dict]:
     """Means of `row_of` over each family and, last, over all; of the error of lengths, over the topics that are right.
 
@@ -62,7 +73,7 @@ def score(examples: list[Example], results: list[dict], check: Callable | None, 
     """
     groups = defaultdict(list)
     for example, result, written in zip(examples, results, rounds):
-        for name in dict.fromkeys((example.family, "all")):
+        for name in (family_of(example), "all"):
             groups[name].append(row_of(example, result, check, written))
     scores = {name: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"n": len(rows)}
               for name, rows in sorted(groups.items(), key=lambda item: item[0] == "all")}  # fmt: skip
@@ -74,9 +85,9 @@ def score(examples: list[Example], results: list[dict], check: Callable | None, 
 
 def wrong_lines(examples: list[Example], results: list[dict], check: Callable) -> dict[str, dict]:
     """Family -> {"text": [wrong, all], "spans": {topic: [wrong, all]}}: which lines of the references are wrong."""
-    families = {e.family: {"text": [0, 0], "spans": defaultdict(lambda: [0, 0])} for e in examples}
+    families = {family_of(e): {"text": [0, 0], "spans": defaultdict(lambda: [0, 0])} for e in examples}
     for example, result in zip(examples, results):
-        family = families[example.family]
+        family = families[family_of(example)]
         parts = [part for r in example.rounds for part in [(None, r.text), *((s.topic, s.text) for s in r.spans)]]
         topics = [topic for topic, text in parts if text for _ in text.split("\n")]  # a verdict per line
         for topic, right in zip(topics, check(example, result["text"]).spans):

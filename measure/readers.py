@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from loss import JointLoss, validate
-from measure.quality import own_function
+from measure.quality import cell, own_function
 from methods import encode, trained_by
 from noise import Sequence
 from plumbing.settings import command, locate
 from tags import Example, Round, plain_text
+from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
 
 DRAWS, LEVEL = 2000, 95  # draws of the bootstrap; per cent of them that an interval holds
@@ -70,12 +71,20 @@ def doubled(example: Example, text: str) -> dict[str, list[int]]:
     return {name: [count, kinds["word"]] for name, count in counts.items()}
 
 
-def judged_by(path: str, device: torch.device | str) -> Count:
-    """Nats and tokens of an answer under an autoregressive checkpoint. Raises ValueError if it is another."""
+def judged_by(path: str, device: torch.device | str, folder: Path, own: Tokenizer) -> Count:
+    """Nats and tokens of an answer under an autoregressive checkpoint of the same data.
+
+    `own`: the tokenizer of the model that answers. Raises ValueError for another checkpoint.
+    """
     model, tokenizer, info, _ = load_checkpoint(locate(path), device)
     method = trained_by(info, path)
     if method.plan != "none":
         raise ValueError(f"--judge {path}: expected an autoregressive model: train one with --method ar")
+    file = folder / "tokenizer.json"
+    known = {own.to_json(), file.read_text(encoding="utf-8") if file.exists() else ""}
+    trained_on = locate(info.get("train", {}).get("data", ""))  # a pretrained model's tokenizer is of no data set
+    if tokenizer.to_json() not in known and trained_on.resolve() != folder.resolve():
+        raise ValueError(f"--judge {path}: of another data set than {folder}: train one with --data {folder}")
     loss = JointLoss(model, tokenizer.pad + 1)
 
     def judge(example: Example, text: str) -> dict[str, list[float]]:
@@ -159,7 +168,7 @@ def table(found: dict[str, dict]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, row in found.items():
         own = "" if row["references"] is None else f"{row['references']:.2f}"
-        yield f"| {title(name, row)} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {own} |"
+        yield f"| {cell(title(name, row))} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {own} |"
 
 
 def title(name: str, row: dict) -> str:
@@ -174,16 +183,27 @@ def compare(a: dict[str, dict], b: dict[str, dict]) -> Iterator[tuple[str, float
     for name in a:
         if name in b:
             kind, (ours, theirs) = a[name]["kind"], (np.array(x[name]["numbers"]) for x in (a, b))
+            if b[name]["kind"] != kind or ours.shape != theirs.shape:
+                raise ValueError(f"{name}: counted otherwise in one report than in the other: make both anew")
             low, high = interval(draws(kind, theirs) - draws(kind, ours))
             yield title(name, a[name]), b[name]["value"] - a[name]["value"], low, high
 
 
 def read(path: str) -> dict:
-    """A report that eval.py printed with --json. Raises ValueError for anything else."""
+    """What a report holds that eval.py printed with --json. Raises ValueError for anything else."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {"readers": report["readers"], "examples": report["examples"], "judge": report.get("judge", "")}
-    except (ValueError, KeyError, TypeError) as error:
+        found = {"readers": report["readers"], "examples": report["examples"], "judge": report.get("judge", "")}
+        if not isinstance(found["examples"], str) or not isinstance(found["judge"], str):
+            raise ValueError("no text in 'examples' or 'judge'")
+        for name, row in found["readers"].items():
+            numbers = np.array(row["numbers"])
+            if numbers.dtype.kind not in "if" or numbers.ndim != 2:
+                raise ValueError(f"{name}: no rows of numbers")
+            if not np.isfinite(row["value"]) or not np.isclose(value(row["kind"], numbers.sum(0)), row["value"]):
+                raise ValueError(f"{name}: its value is not that of its numbers")
+        return found
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: expected what `measure/eval.py --json` prints, but: {error!r}") from None
 
 
@@ -197,9 +217,9 @@ def main() -> None:
         raise ValueError(f"{args.a} and {args.b} are of different examples: take the same --data, --split and --limit")
     if a["judge"] and b["judge"] and a["judge"] != b["judge"]:
         raise ValueError(f"{args.a} and {args.b} have perplexities under different judges: take the same --judge")
-    print(f"| {args.b} less {args.a} | difference | {LEVEL}% interval |\n|---|---|---|")
+    print(f"| {cell(args.b)} less {cell(args.a)} | difference | {LEVEL}% interval |\n|---|---|---|")
     for name, difference, low, high in compare(a["readers"], b["readers"]):
-        print(f"| {name} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")
+        print(f"| {cell(name)} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from measure.pictures import Label, marker, save, tidy, write_labels
+from measure.quality import cell
 
 MEMORY_AND_COPYING = ("facts", "lookups", "transforms")  # the families of the headline figure
 
@@ -73,7 +74,7 @@ def spread(values: list[float], form: str) -> str:
 def table(rows: list[dict]) -> Iterator[str]:
     """Markdown lines, one row per method and setting."""
     shown = columns(rows[0]["seeds"][0])
-    yield "| " + " | ".join(["method", "setting", *shown]) + " |"
+    yield "| " + " | ".join(["method", "setting", *map(cell, shown)]) + " |"
     yield "|---" * (2 + len(shown)) + "|"
     for row in rows:
         cells = [spread([get(report) for report in row["seeds"]], form) for form, get in shown.values()]

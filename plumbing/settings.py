@@ -81,6 +81,17 @@ def locate(path: str | Path) -> Path:
     return Path(path) if Path(path).exists() else ROOT / path
 
 
+def printable(text: str) -> str:
+    """Text that came from outside, without control codes, which a terminal would obey and XML forbids, and without half
+    characters; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text that came from outside as a cell or a line of a report: white space of any kind is a space."""
+    return printable("".join(" " if c.isspace() else c for c in text))
+
+
 def command(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end in one line that says what is wrong if a ValueError or OSError does.
 
@@ -99,9 +110,9 @@ def command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped")
     except ValueError as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(printable(f"{name}: {error}"))
     except OSError as error:
         advice = {errno.ENOSPC: ": free some space, or write elsewhere", errno.EACCES: ": write elsewhere",
                   errno.EROFS: ": write elsewhere"}.get(error.errno, "")  # fmt: skip
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{name}: {where}{error.strerror or error}{advice}")
+        sys.exit(printable(f"{name}: {where}{error.strerror or error}{advice}"))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.files import write_whole
-from show.record import Frame, action, counted, denoises, printable, since
+from plumbing.settings import printable
+from show.record import Frame, action, counted, denoises, since
 
 FOLDER = Path(__file__).parent
 

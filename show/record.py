@@ -193,8 +193,3 @@ def action(method: str, before: Frame | None, frame: Frame) -> str:
 
 def counted(n: int, one: str, many: str) -> str:
     return f"{n} {one if n == 1 else many}"
-
-
-def printable(text: str) -> str:
-    """Text without control codes, which a terminal would obey and XML forbids; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from decode import Answer
-from show.record import Frame, frame, printable
+from plumbing.settings import printable
+from show.record import Frame, frame
 
 FADED, BOLD, NEW, PLAN = "2", "1", "1;32", "36"  # how text looks, in terminal codes
 MASKED = " ____"  # a slot not yet filled

@@ -189,3 +189,31 @@ def test_drafts_are_kept_while_they_are_likely_enough_together():
     replies = [Reply(reading, [n], [k]) for reading, n, k in zip(readings, tokens.tolist(), kept.tolist())]
     assert stream.check(iter(replies[:6]), SimpleNamespace(drafted=0, accepted=0)) == [4]
     assert len(stream.drafts) == 3
+
+
+@pytest.mark.parametrize(
+    "accepted, ends, counted", [(0, False, 1), (2, False, 3), (3, False, 4), (3, True, 3), (1, True, 2)]
+)
+def test_what_a_pass_says_after_its_first_wrong_draft_counts_for_nothing(tokenizer, accepted, ends, counted):
+    """Neither its tokens nor whether room was short: of three drafts, some right ones, then one that is wrong."""
+    stream = decoding.DraftStream(0, 5)
+    stream.drafts, stream.probs, stream.counted, stream.ends = [1, 2, 3], [None] * 3, [True] * 3, ends
+    replies = [Reply(reading, [7 + n], [n != accepted]) for n, reading in enumerate(stream.readings())]
+    tokens, checks = stream.checked(iter(replies), SimpleNamespace(drafted=0, accepted=0))
+    assert checks == replies[:counted]
+    assert tokens == [1, 2, 3][:accepted] + [7 + accepted] * (counted > accepted)
+
+
+def test_an_answer_is_cut_by_replies_that_count_alone(tokenizer):
+    """Replies of one pass: the first draft is wrong, so that those to drafts behind it say nothing of the answer."""
+    for short, cut in each([((False, True, True), False), ((True, False, False), True)]):
+        sampler = Sampler(steered(tokenizer), tokenizer, SampleConfig(max_tokens=40, ahead=2), MethodConfig("ar"))
+        (answer,) = sampler.begin(["the otter"])
+        phase = answer.phase
+        phase.stream.drafts, phase.stream.probs = [97, 98], [None, None]
+        phase.prepare()
+        checks = [n < 3 for n, _ in enumerate(phase.readings())]
+        replies = [Reply(reading, [100], [False], check and short[n % 3])
+                   for n, (reading, check) in enumerate(zip(phase.readings(), checks))]  # fmt: skip
+        phase.take(replies)
+        assert answer.cut == cut and answer.rounds[0].text == [100]

@@ -128,9 +128,11 @@ def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_its_pad_and_a_given
     for method, n in itertools.product(("block", "diffusion"), range(1, 64)):
         example = Example("", (Round("~" * n),))
         assert tokenizer.pad in encode(example, tokenizer, fitted(MethodConfig(method), [example], tokenizer)).token
+        block = fitted(MethodConfig(method), [example], tokenizer).block
+        assert block == (n // tokenizer.unit + 1) * tokenizer.unit if method == "diffusion" else block == 32
     longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
     known = fitted(MethodConfig("diffusion"), several, tokenizer)
-    assert longest <= known.block <= longest + tokenizer.unit and known.block % tokenizer.unit == 0
+    assert longest < known.block <= longest + tokenizer.unit and known.block % tokenizer.unit == 0
     assert all(len(contents(encode(e, tokenizer, known))[0]) == 1 for e in several)
     assert fitted(MethodConfig("block"), several, tokenizer) == MethodConfig("block", block=32)
     assert [fitted(method, several, tokenizer) for method in ALL] == ALL

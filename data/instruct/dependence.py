@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from data import read_split, writing
 from data.instruct.annotate import as_text, objection
-from data.instruct.forms import one_line
 from data.instruct.plans import build, cuts_of, restore
 from masks import encode_example
 from methods import trained_by
@@ -33,7 +32,7 @@ from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
 from plumbing.files import refuse_overwriting
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
 from tags import Example, Round
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.instruct.readers import parsed, rows
+from plumbing.settings import one_line
 from tags import ASYNC, EOS, TOPIC, Round, parse_answer, pieces
 
 FIELDS = {  # form -> fields of the prompt, of what belongs to it, of the answer
@@ -81,11 +82,6 @@ def read(path: str | Path, form: str = "") -> Iterator[Record | Bad]:
             yield Bad(row.place, "bytes or escapes that are no UTF-8", row.share)
         except ValueError as error:
             yield Bad(row.place, str(error), row.share)
-
-
-def one_line(text: str) -> str:
-    """Text that came from outside as a report can show it: in one line, without control codes or half characters."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def tagged(answer: str) -> bool:

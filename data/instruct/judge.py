@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import read_split
 from data.instruct.annotate import COSTS, annotate, objection
-from data.instruct.forms import one_line
 from data.instruct.plans import cuts_of, restore
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
 from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
 

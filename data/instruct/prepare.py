@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import writing
 from data.instruct.annotate import Annotation, annotate, objection, unaskable
-from data.instruct.forms import FORMS, Bad, Record, answers, one_line
+from data.instruct.forms import FORMS, Bad, Record, answers
 from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
 from plumbing.files import atomic, refuse_overwriting
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
 from pretrained.tokens import read
 from tags import Example, plain_text
 from tokenizer import Tokenizer

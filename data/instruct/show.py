@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.instruct.forms import one_line
+from plumbing.settings import one_line
 from tags import Example
 
 PLAIN, BOLD, FAINT, INKS = "0", "1", "2", ("36", "33", "32", "35", "34")

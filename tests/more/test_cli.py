@@ -21,6 +21,7 @@ from data import write_dataset
 from measure import bench
 from measure.eval import EvalConfig
 from model import ModelConfig
+from plumbing.settings import one_line, printable
 from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,7 @@ WRONG = {  # script: (arguments, what the line names)
         *((("--prompt", "x", "--checkpoint", f"FILES/{file}.safetensors"), [f"{file}.safetensors"])
           for file in ("none", "text", "cut", "empty", "other")),
         (("--prompt", "x", "--checkpoint", "FILES"), ["FILES"]),
+        ((*SAMPLE, "--html", "FILES/model.safetensors"), ["--html FILES/model.safetensors: holds", "which is read"]),
         ((*SAMPLE, "--steps_ratio", 0), ["--steps_ratio 0.0"]),
         ((*SAMPLE, "--order", "best"), ["best", "entropy, confidence, margin, random"]),
         ((*SAMPLE, "--max_tokens", "many"), ["--max_tokens", "many"]),
@@ -227,6 +229,16 @@ def test_what_is_wrong_is_said_in_one_line_that_names_it(cli, files, script):
         assert line.startswith(f"{Path(script).name}: ")
         for name in named:
             assert name.replace("FILES", str(files)) in line
+
+
+def test_what_came_from_outside_is_said_without_control_codes(cli, tmp_path):
+    """A terminal would obey them; lines stay lines in an error, and become one in a cell of a table."""
+    text = "a\x1b[2J\x9b\r\u202e\udce9\tb\n\u2028c"
+    assert printable(text) == "a?[2J?????b\n?c" and one_line(text) == "a?[2J? ?? b  c"
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "x", "answer": "<topic> \x1b[2J"}) + "\n")
+    for args in (("--data", tmp_path, "--split", "bad\x1b"), ("--data", tmp_path, "--split", "bad")):
+        code, _, err = cli("measure/eval.py", *MODEL, *args)
+        assert code == 1 and err.startswith("eval.py: ") and printable(err) == err
 
 
 DEVICES = [

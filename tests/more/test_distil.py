@@ -27,7 +27,8 @@ def result(example, tagged, **more):
 
 
 def write_answers(path, rows):
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in [{"settings": 1}, *rows]))
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in [{"settings": 1}, *rows]]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def run(monkeypatch, folder):
@@ -69,10 +70,17 @@ def test_it_reads_what_an_evaluation_of_the_training_split_keeps(folder, monkeyp
 def test_what_is_no_answer_is_named_by_its_line_and_writes_nothing(folder, monkeypatch):
     for row, said in each([
     ([1, {"prompt": SENTENCES[0]}], "'tagged'"),
-    ([0, result(OTTER, OWN)], "an answer to another prompt: of another split?"),
-    ([3, result(OTTER, OWN)], "out of range"),
-    ([0, result(Example(SENTENCES[0], ()), "<topic> food")], "topic"),
+    ([1, result(OTTER, OWN)], "an answer to another prompt: of another split?"),
+    ([3, result(OTTER, OWN)], "3 is not the number of a prompt"),
+    ([1, result(Example(SENTENCES[1], ()), "<topic> food")], "topic"),
     ("no answer", "too many values"),
+    ([1, result(Example(SENTENCES[1][:-1] + "!", ()), OWN)], "an answer to another prompt"),  # of the same length
+    ([-2, result(Example(SENTENCES[1], ()), OWN)], "-2 is not the number of a prompt"),
+    ([True, result(Example(SENTENCES[1], ()), OWN)], "True is not the number"),
+    ([0, result(Example(SENTENCES[0], ()), OWN)], "0 is not the number of a prompt, or one that has its answer"),
+    ([[1], None], r"\[1\] is not the number"), ([1, None], "subscriptable"), ([1, []], "list"), (None, "NoneType"),
+    ([1, result(Example(SENTENCES[1], ()), None)], "None"), ([1, result(Example(SENTENCES[1], ()), 7)], "int"),
+    (b"[" * 99999, "recursion"), (b"\xff", "utf-8"), (b"", "Expecting value"),
 ]):  # fmt: skip
         write_answers(folder.parent / "own.jsonl", [[0, result(Example(SENTENCES[0], ()), OWN)], row])
         with pytest.raises(ValueError, match=rf"own.jsonl, line 3: expected an answer of .*{said}"):

@@ -8,23 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import each, random_example, small_model
+from test_quality import EXAMPLE, result_of
 
 from config import MethodConfig, SampleConfig
 from data import read_split, write_dataset
 from measure import eval as evaluation
 from measure.eval import Answers, EvalConfig, answer_all, evaluate, lines
-from measure.quality import checker, distinct, row_of, score, wrong_lines
-from plumbing.settings import ROOT, command
+from plumbing.settings import command
 from sample import Sampler
-from tags import Example, Round, Span, format_answer, plain_text
+from tags import format_answer
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint, save_checkpoint
 
 SHORT, HOT = SampleConfig(max_tokens=24), SampleConfig(max_tokens=24, temperature=1.0)
 TIMED = ("seconds_p50", "seconds_p95", "peak_memory_mb")
 N = 4  # test examples
-EXAMPLE = Example("?", (Round("Here:", (Span("food", "fish", 2), Span("play", "a b", 3))), Round("End.")), "facts")
-TWICE = (Round("", (Span("food", "fish", 1),)), Round("", (Span("food", "crabs and frogs", 4),)))  # a topic repeated
 
 
 @pytest.fixture(scope="module")
@@ -50,91 +48,6 @@ def config(files):
         return EvalConfig(str(files / f"{name}.safetensors"), str(files), **options)
 
     return make
-
-
-def result_of(plan=(), text="", **more):
-    """A made-up result: one round with a plan of (topic, length) pairs."""
-    costs = dict.fromkeys(("plan_passes", "denoise_passes", "critical_path", "positions", "content_tokens", "pads"), 0)
-    rounds = [{"text": "", "plan": [{"topic": t, "length": n} for t, n in plan], "spans": [""] * len(plan)}]
-    return {"text": text, "rounds": rounds, "cut": False, "broken": False, **costs, **more}
-
-
-def test_exact_and_spans_are_the_verdict_of_the_checker_of_the_data(tmp_path):
-    right, check = plain_text(EXAMPLE.rounds), checker(ROOT / "data" / "tasks")
-    wrong = right.replace("fish", "crab")
-    for text, exact, spans in [(right, 1, 1), (wrong, 0, 3 / 4), ("", 0, 0), (right + "\nmore", 0, 1)]:
-        row = row_of(EXAMPLE, result_of(text=text), check, None)
-        assert (row["exact"], row["right_lines"]) == (exact, spans)
-    assert checker(tmp_path) is None
-    assert not {"exact", "right_lines"} & row_of(EXAMPLE, result_of(), None, ()).keys()
-
-
-def test_the_checker_is_the_file_in_the_folder_of_the_data_and_no_other_of_that_name(tmp_path):
-    """Even if the project has a data set of the same name."""
-    for place, answer in (("here", "1"), ("there", "2")):
-        folder = tmp_path / place / "tasks"
-        folder.mkdir(parents=True)
-        (folder / "families.py").write_text(f"def check(example, text):\n    return {answer}\n")
-    assert [checker(tmp_path / place / "tasks")(None, "") for place in ("here", "there", "here")] == [1, 2, 1]
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / "families.py").write_bytes((ROOT / "data" / "tasks" / "families.py").read_bytes())
-    assert checker(tmp_path / "copy")(EXAMPLE, plain_text(EXAMPLE.rounds)).exact
-
-
-def test_a_checker_that_cannot_be_used_is_named(fresh):
-    for code in each(["check(", "import nothing_of_that_name", "families = 1"]):
-        tmp_path = fresh()
-        (tmp_path / "families.py").write_text(code)
-        with pytest.raises(ValueError, match=r"families.py: expected Python code with check\(example, text\), but: "):
-            checker(tmp_path)
-
-
-def test_wrong_lines_are_counted_by_the_topic_of_their_span_or_as_text():
-    """The lines of EXAMPLE: a text, food, play, a text; TWICE has a topic twice."""
-    check, twice = checker(ROOT / "data" / "tasks"), Example("?", TWICE, "arithmetic")
-    right = plain_text(EXAMPLE.rounds)
-    texts = [right, right.replace("fish", "crab"), right.replace("End", "Fin") + "\nmore", "", "fish\nfrogs"]
-    found = wrong_lines([*[EXAMPLE] * 4, twice], [{"text": text} for text in texts], check)
-    assert found["facts"] == {"text": [1 + 2, 8], "spans": {"food": [1 + 1, 4], "play": [1, 4]}}
-    assert found["arithmetic"] == {"text": [0, 0], "spans": {"food": [1, 2]}}
-    said = "wrong lines of facts: 3 of 8 spans (food: 2, play: 1), 3 of 8 texts"
-    assert [*evaluation.wrong(found)] == [said, "wrong lines of arithmetic: 1 of 2 spans (food: 1), 0 of 0 texts"]
-    assert [*evaluation.wrong(wrong_lines([EXAMPLE], [{"text": right}], check))] == []
-
-
-def test_a_line_of_a_text_of_several_counts_for_itself_whatever_topics_are_called():
-    for topics in each(["end", "text"]):
-        example = Example("?", (Round("a\nb", (Span(topics, "c", 1),)), Round("")), "facts")
-        found = wrong_lines([example], [{"text": "a\nB\nC"}], checker(ROOT / "data" / "tasks"))
-        assert found == {"facts": {"text": [1, 2], "spans": {topics: [1, 1]}}}
-
-
-PLANS = [
-    (EXAMPLE.rounds, [("food", 2), ("play", 3)], 1, (0, 0)),
-    (EXAMPLE.rounds, [("food", 2), ("play", 7)], 0, (0, 4)),
-    (EXAMPLE.rounds, [("play", 3), ("food", 2)], 0, ()),  # another order
-    (EXAMPLE.rounds, [("food", 1), ("sleep", 9)], 0, (1,)),  # the length of an unknown topic is neither right nor wrong
-    (EXAMPLE.rounds, [], 0, ()),
-    (TWICE, [("food", 1), ("food", 4)], 1, (0, 0)),
-    (TWICE, [("food", 4), ("food", 1)], 0, (3, 3)),
-    (TWICE, [("food", 1)], 0, (0,)),
-    ((), [], 1, ()),
-]  # fmt: skip
-
-
-def test_a_plan_is_right_if_all_is_and_length_errors_are_of_topics_in_their_place():
-    for rounds, plan, right, off in each(PLANS):
-        row = row_of(EXAMPLE, result_of(plan), None, rounds)
-        assert (row["plan_right"], row["n_spans"]) == (right, len(plan))
-        assert (row["topics_right"], row["length_error"]) == (len(off), sum(off))
-        without = row_of(EXAMPLE, result_of(plan), None, None)  # methods that write no plan
-        assert not {"plan_right", "length_error", "n_spans"} & without.keys()
-
-
-def test_the_error_of_lengths_is_a_mean_over_topics_so_that_no_answer_without_one_makes_it_smaller():
-    results = [result_of([("food", 8), ("play", 3)]), result_of([("sleep", 60)]), result_of([])]
-    scores = score([EXAMPLE] * 3, results, None, [EXAMPLE.rounds] * 3)
-    assert scores["all"]["length_error"] == 3  # 6 and 0 units
 
 
 PERFECT = [
@@ -167,33 +80,6 @@ def test_a_perfect_plan_is_the_one_that_the_method_writes(files, fresh, monkeypa
         else:
             found = [answered(p) for p in (plan, [(topic, length + 1) for topic, length in plan])]
             assert [(row["plan_right"], row["length_error"]) for row in found] == [(1, 0), (0, 1)]
-
-
-def test_broken_and_cut_answers_are_not_valid_and_passes_are_those_of_both_stages():
-    for broken, cut, valid in each([(False, False, 1), (True, False, 0), (False, True, 0)]):
-        costs = {"plan_passes": 5, "denoise_passes": 7, "draft_passes": 11}
-        row = row_of(EXAMPLE, result_of(broken=broken, cut=cut, **costs), None, None)
-        assert (row["valid"], row["passes"], row["draft_passes"]) == (valid, 12, 11)
-        assert row_of(EXAMPLE, result_of(), None, None)["draft_passes"] == 0
-
-
-def test_scores_are_means_over_each_family_and_over_all_which_comes_last():
-    """A family called "all" is no second one, and an example without a family counts under ""."""
-    examples = [Example("?", (), family) for family in ("b", "", "all", "b", "a")]
-    results = [result_of(text=str(n), plan_passes=n, broken=n == 1) for n in (1, 2, 3, 4, 10)]
-    scores = score(examples, results, lambda e, text: SimpleNamespace(exact=text == "4", spans=[]), [TWICE] + [()] * 4)
-    assert list(scores)[-1] == "all"
-    assert {name: row["n"] for name, row in scores.items()} == {"a": 1, "b": 2, "": 1, "all": 5}
-    assert {name: row["passes"] for name, row in scores.items()} == {"a": 10, "b": 2.5, "": 2, "all": 4}
-    assert [scores["b"][name] for name in ("valid", "exact")] == [0.5, 0.5]
-    assert [scores["all"][name] for name in ("valid", "exact", "plan_right")] == [0.8, 0.2, 0.8]
-
-
-def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
-    results = [{"text": text} for text in ("a b a b a", "a b c", "", "a")]
-    assert distinct(results, 1) == pytest.approx((2 / 5 + 1 + 1) / 3)
-    assert distinct(results, 3) == pytest.approx((2 / 3 + 1) / 2)  # aba bab aba; the others have none
-    assert distinct(results[2:], 3) == 0
 
 
 def test_above_temperature_0_each_prompt_has_a_seed_of_its_own_whatever_the_batch(config):
@@ -248,6 +134,9 @@ def test_answers_of_another_checkpoint_data_or_settings_are_refused(config, file
 
 
 JUNK = ["nonsense", "[0]", "7", '[0, "text"]', '[0, {"text": "x"}]', "[[], {}]", "[" * 9999, "\ufffd", ""]
+BAD = {"text": None, "seconds": "1", "slots": -1, "pads": 1.5, "cut": 0, "rounds": {}, "plan_passes": "3",
+       "positions": float("nan"), "prompt": 7}  # fmt: skip
+BAD_ROUNDS = [7, {}, {"text": ""}, {"text": "", "plan": [{}], "spans": [""]}, {"text": "", "plan": [], "spans": [7]}]
 
 
 def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, fresh):
@@ -257,7 +146,10 @@ def test_a_whole_line_that_is_no_answer_is_named_and_the_file_stays(config, fres
         evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
         head, first, second = path.read_text().splitlines()
         number = json.loads(second)[0]
-        for other in (junk, first, second.replace(f"[{number}", "[2"), second.replace(f"[{number}", "[-1")):
+        changes = [*({name: value} for name, value in BAD.items()), *({"rounds": [bad]} for bad in BAD_ROUNDS)]
+        changed = [json.dumps([number, json.loads(second)[1] | change]) for change in changes]
+        moved = [second.replace(f"[{number}", f"[{to}") for to in (2, -1)]
+        for other in (junk, first, *moved, *(changed if junk == JUNK[0] else ())):
             path.write_text("\n".join([head, first, other, ""]))
             with pytest.raises(ValueError, match=r"kept.jsonl, line 3: expected an answer .*: remove the file"):
                 evaluate(config("ar", answers=str(path), limit=2, batch=1), SHORT)
@@ -366,6 +258,45 @@ def test_a_judge_that_is_no_autoregressive_model_is_refused(config, files):
     for name, said in each([("planned", "expected an autoregressive model"), ("old", "does not say by which method")]):
         with pytest.raises(ValueError, match=f"{name}.safetensors.* {said}"):
             evaluate(config("ar", judge=str(files / f"{name}.safetensors"), limit=1), SHORT)
+
+
+def test_a_judge_is_a_model_of_the_same_data(config, files, tmp_path):
+    """A pretrained model, whose tokenizer is of no data set, says what it was trained on."""
+    model, tokenizer, info, _ = load_checkpoint(files / "small.safetensors")
+    other = Tokenizer([*tokenizer.tokens[:-1], b"not of this data"], tokenizer.unit, tokenizer.pattern)
+    for data, refused in ((None, True), (str(tmp_path), True), (str(files), False)):
+        trained = {} if data is None else {"train": {"data": data}}
+        save_checkpoint(tmp_path / "judge.safetensors", model, other, info | trained)
+        judged = config("ar", judge=str(tmp_path / "judge.safetensors"), limit=1)
+        if refused:
+            with pytest.raises(ValueError, match="--judge .*judge.safetensors: of another data set than .*: train one"):
+                evaluate(judged, SHORT)
+        else:
+            assert evaluate(judged, SHORT)["readers"]["perplexity"]["value"] > 1
+
+
+def test_a_likelihood_is_measured_once_where_nothing_is_noised(config, monkeypatch):
+    """By chance of noise alone a figure changes from draw to draw."""
+    drawn, validate = [], evaluation.validate
+    monkeypatch.setattr(
+        evaluation, "validate", lambda *a, draws, **k: drawn.append(draws) or validate(*a, draws=1, **k)
+    )
+    model, tokenizer, *_ = load_checkpoint(config("small").checkpoint)
+    examples = read_split(Path(config().data) / "test.jsonl", tokenizer)[:1]
+    for method in ("ar", "parallel-ar", "planned", "dense", "block"):
+        sampler = Sampler(model, tokenizer, SHORT, MethodConfig(method, block=6 if method == "block" else 0))
+        evaluation.likelihoods(sampler, examples, 7)
+    assert drawn == [1, 1, 7, 7, 7]
+
+
+def test_what_is_shown_of_answers_commands_no_terminal(config, files, tmp_path, monkeypatch, capsys):
+    row = {"prompt": "a\x1b[2J\x9bb\nc", "answer": format_answer(EXAMPLE.rounds), "family": "\x07"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    options = ["--checkpoint", config().checkpoint, "--data", str(tmp_path), "--show", "1", "--max_tokens", "9"]
+    monkeypatch.setattr(sys, "argv", ["measure/eval.py", *options, "--device", "cpu", "--draws", "1"])
+    command(evaluation.main)
+    out = capsys.readouterr().out
+    assert "**a?[2J?b\nc**" in out and all(c.isprintable() or c == "\n" for c in out)
 
 
 def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, files, monkeypatch, capsys):

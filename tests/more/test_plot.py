@@ -50,7 +50,10 @@ def test_a_log_of_before_there_were_drafts_is_read(tmp_path):
 def test_what_is_no_log_is_named(fresh):
     for text, said in each([
     ("step,tokens\n", "no losses yet"), ("", "no losses yet"), ("step,plan\n1,much\n", "expected the log.csv"),
-    ("plan,tokens\n1,2\n", "expected the log.csv"),
+    ("plan,tokens\n1,2\n", "expected the log.csv"), ("step,plan\nnan,2\n", "expected the log.csv .*step of plan"),
+    ("step,plan\n1,2\ninf,3\n", "expected the log.csv"), ("step,plan\n-1,2\n", "expected the log.csv"),
+    ("step,plan\n1e300,2\n", "expected the log.csv"), (f"step,plan\n1,{'1' * 200_000}\n", "expected the log.csv"),
+    ("step,plan\n1,2\0\n", "expected the log.csv"), ('step,plan\n1,"2\n3,4\n', "expected the log.csv"),
 ]):  # fmt: skip
         tmp_path = fresh()
         (tmp_path / "a.csv").write_text(text)
@@ -121,10 +124,12 @@ def test_every_curve_has_its_name_at_its_end_and_the_best_validation_loss_its_va
 @pytest.mark.parametrize("options, said", [
     ("--x epochs", "--updates_per_epoch 0: expected more than 0"),
     ("--losses causal", "--losses causal: the logs have only plan"),
+    ("--png log.csv", "--png log.csv: holds .*log.csv, which is read"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_drawn_are_named(tmp_path, monkeypatch, options, said):
     path = write(tmp_path / "log.csv", run_of([2.0, 1.0]))
-    monkeypatch.setattr(sys, "argv", ["measure/plot.py", path, *options.split()])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measure/plot.py", f"a={path}", *options.split()])
     with pytest.raises(SystemExit, match=f"^plot.py: {said}"):
         command(plot.main)
 

@@ -95,7 +95,8 @@ def files(tmp_path_factory):
 def test_perplexity_is_that_of_the_judge_token_by_token(files):
     """Of the text and its <eos> after the prompt; an empty answer is an <eos>."""
     path = files / "ar.safetensors"
-    (model, tokenizer, *_), judge, all_nats = load_checkpoint(path), judged_by(str(path), "cpu"), []
+    model, tokenizer, *_ = load_checkpoint(path)
+    judge, all_nats = judged_by(str(path), "cpu", path.parent, tokenizer), []
     texts = ["It eats fish.\nAnd crabs.", "", "otter"]
     examples = [Example(prompt, (Round("fish"),)) for prompt in ("otter?", "x", "")]
     for one, text in zip(examples, texts):
@@ -277,9 +278,8 @@ def test_data_with_a_checker_have_right_answers_instead(report, files, tmp_path)
 def test_two_saved_reports_are_compared_and_others_are_refused(report, tmp_path, monkeypatch, capsys):
     a, b = report("ar"), report("planned")
     judged = {"one judge": a | {"judge": "1"}, "two judges": a | {"judge": "2"}}
-    for name, saved in {"a": a, "b": b, "short": report(limit=2), "other": {"readers": {}}, **judged}.items():
+    for name, saved in {"a": a, "b": b, "short": report(limit=2), **judged}.items():
         (tmp_path / name).write_text(json.dumps(saved))
-    (tmp_path / "text").write_text("no JSON")
 
     def run(*names):
         monkeypatch.setattr(sys, "argv", ["measure/readers.py", *(str(tmp_path / name) for name in names)])
@@ -289,13 +289,34 @@ def test_two_saved_reports_are_compared_and_others_are_refused(report, tmp_path,
     difference = b["readers"]["chrF"]["value"] - a["readers"]["chrF"]["value"]
     assert any(line.startswith(f"| chrF | {difference:+.2f} | ") for line in run("a", "b"))
     assert f"| chrF | {0:+.2f} | +0.00 to +0.00 |" in run("a", "a")
-    for other, said in [("short", "different examples: take the same --data"), ("other", "expected what"),
-                        ("text", "expected what"), ("none", "No such file")]:  # fmt: skip
+    for other, said in [("short", "different examples: take the same --data"), ("none", "No such file")]:  # fmt: skip
         with pytest.raises(SystemExit, match=rf"^readers.py: [^\n]*{other}[^\n]*{said}[^\n]*$"):
             run("a", other)
     assert run("one judge", "one judge") and run("a", "one judge")
     with pytest.raises(SystemExit, match="perplexities under different judges: take the same --judge"):
         run(*judged)
+
+
+MADE_UP = {"kind": "percent", "value": 50.0, "numbers": [[1, 4], [3, 4]]}
+BAD_ROWS = [None, [], {}, MADE_UP | {"kind": "share"}, MADE_UP | {"kind": None}, MADE_UP | {"value": "50"},
+            MADE_UP | {"value": 40}, MADE_UP | {"value": None}, MADE_UP | {"value": float("nan")},
+            *(MADE_UP | {"numbers": n} for n in (None, 7, [], [[1], [2]], [["1", "4"]], [[1, None]], [[1, 2], [3]],
+                                                 [[10**400, 1]], [[float("nan"), 1]], [1, 2]))]  # fmt: skip
+BAD_REPORTS = [None, [], 7, {}, {"readers": {}}, {"readers": None, "examples": "x"}, {"readers": [], "examples": "x"},
+               {"readers": {}, "examples": None}, {"readers": {}, "examples": "x", "judge": 7}]  # fmt: skip
+
+
+def test_what_is_no_report_is_named(tmp_path):
+    path, whole = tmp_path / "a.json", lambda row: json.dumps({"readers": {"x": row}, "examples": "e"})
+    path.write_text(whole(MADE_UP))
+    assert readers.read(str(path))["readers"] == {"x": MADE_UP}
+    for text in ["no JSON", "[" * 99999, "\udce9", *map(json.dumps, BAD_REPORTS), *map(whole, BAD_ROWS)]:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(ValueError, match=r"a.json: expected what `measure/eval.py --json` prints, but: "):
+            readers.read(str(path))
+    for other in ({"numbers": [[1, 4]]}, {"kind": "per 1,000 words"}):
+        with pytest.raises(ValueError, match="x: counted otherwise in one report than in the other"):
+            [*compare({"x": MADE_UP}, {"x": MADE_UP | other})]
 
 
 def test_examples_are_the_same_if_prompts_and_references_are():
