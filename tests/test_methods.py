@@ -127,9 +127,9 @@ def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_its_pad_and_a_given
     several = examples(tokenizer)
     for method, n in itertools.product(("block", "diffusion"), range(1, 64)):
         example = Example("", (Round("~" * n),))
-        assert tokenizer.pad in encode(example, tokenizer, fitted(MethodConfig(method), [example], tokenizer)).token
-        block = fitted(MethodConfig(method), [example], tokenizer).block
-        assert block == (n // tokenizer.unit + 1) * tokenizer.unit if method == "diffusion" else block == 32
+        known, tokens = fitted(MethodConfig(method), [example], tokenizer), len(tokenizer.encode("~" * n))
+        assert tokenizer.pad in encode(example, tokenizer, known).token
+        assert known.block == {"block": 32, "diffusion": (tokens // tokenizer.unit + 1) * tokenizer.unit}[method]
     longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
     known = fitted(MethodConfig("diffusion"), several, tokenizer)
     assert longest < known.block <= longest + tokenizer.unit and known.block % tokenizer.unit == 0
