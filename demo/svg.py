@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import METHODS, SampleConfig
 from demo.demo import PROMPTS
 from plumbing import device as devices
-from plumbing.files import write_whole
-from plumbing.settings import command, printable
+from plumbing.files import refuse_overwriting, write_whole
+from plumbing.settings import command, locate, printable
 from sample import Sampler
 from show.record import Frame, FrameTopic, action, counted, denoises, record, since
 
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", default="answer.svg", help=f"file to write {shown}")
     parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} {shown}")
     args = parser.parse_args()
+    refuse_overwriting([locate(args.planned), locate(args.ar)], out=args.out)
     answers = []
     for path in (args.planned, args.ar):
         sampler = Sampler.load(path, SampleConfig(), devices.find(args.device))

@@ -208,6 +208,7 @@ WRONG = {  # script: (arguments, what the line names)
         (("--prompt", "x"), ["--prompt", "--data"]), (("--delay", "nan"), ["--delay nan"]),
         (("--device", "abacus"), ["--device abacus"]),
     ],
+    "demo/svg.py": [(("--planned", "x", "--ar", "FILES/model.safetensors", "--out", "FILES/model.safetensors"), ["--out FILES/model"])],
     "show/mask.py": [(("--attention", "some"), ["--attention", "sparse"])],
     "measure/bench.py": [
         *(((*BENCH, "--part", "sampling", name, *values), [f"{name} {values[-1]}"]) for name, *values in
