@@ -1,6 +1,5 @@
 """The course: each assignment is made from the sources, and its tests tell the solution from plausible wrong ones."""
 
-import itertools
 import json
 import os
 import shutil
@@ -55,6 +54,9 @@ def made(number, folder):
 
 @pytest.fixture(scope="module", params=make.assignments(), ids="hw{}".format)
 def assignment(request, tmp_path_factory):
+    if request.param == 1:
+        yield request.getfixturevalue("tags")
+        return
     if request.param == 6 and not shutil.which("g++"):
         pytest.skip("needs g++, which emulates the kernel")
     yield from made(request.param, tmp_path_factory.mktemp("course"))
@@ -252,11 +254,9 @@ def test_a_folder_in_the_folder_and_new_files_are_found_and_links_are_not_follow
 
 
 def test_who_opens_a_file_of_the_grader_is_noticed(tags, fresh):
+    reads, appends, opens = "open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"
     for how, place in each(
-        itertools.product(
-            ["open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"],
-            ["hidden", "public", "results"],
-        )
+        [(reads, "hidden"), (reads, "public"), (reads, "results"), (appends, "results"), (opens, "hidden")]
     ):
         tmp_path = fresh()
         results = tmp_path / "results" / "results.json"
@@ -320,7 +320,8 @@ def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_pat
 
 def test_an_assignment_is_made_in_a_folder_named_from_where_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make.make(1, Path("hw"), hidden_seeds=[101, 102])
+    monkeypatch.setitem(make.CASES, make.PUBLIC, 1)
+    make.make(1, Path("hw"), hidden_seeds=[101])
     assert (tmp_path / "hw" / "autograder.zip").exists()
 
 
