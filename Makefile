@@ -10,7 +10,7 @@ OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-all data frontier clean
 
 demo: $(VENV)/ready
-	@$(RUN) demo.py
+	@$(RUN) demo/demo.py
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q tests --ignore=tests/more

@@ -1,22 +1,116 @@
 """Ways to decode, each a phase that an answer can be in (Planned Diffusion, section 4).
 
 A phase says which layout entries the next forward pass computes (`entries`), which of its predictions are read
-(`readings`), how to go on with what was drawn (`take`), and, as the result of `take`, which phase comes next. The
-sampler (sample.py) runs the phases of many answers in the same passes. README.md says what a new way to decode needs.
+(`readings`), how tokens are drawn from them (`draw`), how to go on with what was drawn (`take`), and, as the result of
+`take`, which phase comes next. The sampler (sample.py) runs the phases of many answers in the same passes.
+methods.py has the phases of other methods, and drafting/decoding.py those that draft ahead.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from answer import Answer, RoundTokens
-from masks import PLAN
-from tokenizer import span_slots
+from config import MethodConfig, SampleConfig
+from grammar import Grammar
+from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
+from tags import Round, Span, format_answer, plain_text
+from tokenizer import Tokenizer, span_slots
+from unmask import Generators, draw, fill, probabilities
 
-DRAFT_CONFIDENCE = 0.05  # drafts are kept while the product of the model's confidences in them is at least this
+# ---------------------------------------------------------------- an answer
+
+
+@dataclass
+class TopicTokens:
+    """A topic of a plan: its name's tokens, and its length in units, 0 until that is written."""
+
+    name: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+@dataclass
+class RoundTokens:
+    """A round in token ids."""
+
+    text: list[int] = field(default_factory=list)
+    topics: list[TopicTokens] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # (first layout entry, last + 1) per span
+
+
+class Answer:
+    """What all ways to decode share: the layout so far, the phase that the answer is in, and what it has cost.
+
+    `phase` is what happens next; None once the answer is finished. `device`: of the generator that draws its tokens.
+    """
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, config: SampleConfig, method: MethodConfig, decoder: Decoder,
+                 seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
+        self.prompt, self.tokenizer, self.config, self.method, self.decoder = prompt, tokenizer, config, method, decoder
+        self.layout, self.rounds = Layout(method.attention), []
+        self.phase: Phase | None = None
+        self.layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
+        self.max_length = len(self.layout) + config.max_tokens  # of the layout, <eos> included
+        self.grammar = Grammar(tokenizer, config.max_tokens, config.length_scale, plans=method.plan == "written")
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.cached = 0  # layout entries [0, cached) are in the KV cache as a fresh forward would compute them
+        self.cut = self.broken = False  # cut: max_tokens had no room for more; broken: a token outside the grammar
+        self.plan_passes = self.denoise_passes = self.draft_passes = self.critical_path = self.positions = 0
+        self.drafted = self.accepted = 0  # tokens
+        self.seconds = 0.0
+
+    def scaffold(self, spans: list[tuple[list[int], int]]) -> None:
+        """Append spans of [MASK] to the layout; `spans` holds pairs of topic tokens and number of slots."""
+        masked = [(topic, [self.tokenizer.mask] * n_slots) for topic, n_slots in spans]
+        self.rounds[-1].spans = self.layout.scaffold(masked, self.tokenizer, len(self.rounds) - 1)
+
+    def slots(self, span: tuple[int, int]) -> list[int]:
+        """The layout entries of a span's slots."""
+        return [i for i in range(*span) if self.layout.kind[i] == SLOT]
+
+    def contents(self, span: tuple[int, int]) -> list[int]:
+        """The tokens of a span's slots, [PAD] and [MASK] included."""
+        return [self.layout.token[i] for i in self.slots(span)]
+
+    def decoded(self) -> list[Round]:
+        """The answer as a list of `Round`; what is written under a given plan is one text."""
+        decode, rounds = self.tokenizer.decode, []
+        if self.method.plan == "given":
+            return [Round(decode([i for round_ in self.rounds for span in round_.spans for i in self.contents(span)]))]
+        for r in self.rounds:
+            spans = [Span(decode(topic.name), decode(self.contents(span)), topic.length)
+                     for topic, span in zip(r.topics, r.spans)]  # fmt: skip
+            rounds.append(Round(decode(r.text), tuple(spans)))
+        return rounds
+
+    def result(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        rounds = self.decoded()
+        contents = [i for round_ in self.rounds for span in round_.spans for i in self.contents(span)]
+        pads = contents.count(self.tokenizer.pad)
+        plans = [[{"topic": s.topic, "length": s.length} for s in r.spans] for r in rounds]
+        costs = ("cut", "broken", "plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted",
+                 "critical_path", "positions")  # fmt: skip
+        return {
+            "prompt": self.prompt,
+            "text": plain_text(rounds),
+            "tagged": format_answer(rounds),
+            "rounds": [{"text": r.text, "plan": plan, "spans": [s.text for s in r.spans]}
+                       for r, plan in zip(rounds, plans)],
+            **{name: getattr(self, name) for name in costs},
+            "content_tokens": sum(len(round_.text) for round_ in self.rounds) + len(contents) - pads,
+            "slots": len(contents),
+            "pads": pads,
+            "seconds": round(self.seconds, 4),
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------- phases
 
 
 @dataclass
@@ -26,20 +120,16 @@ class Reading:
     entries: list[int]
     quota: int = 1  # the most certain tokens that are kept at least; a threshold may keep more
     allowed: Tensor | None = None  # (V,) the tokens that may be drawn; None: any, or in a span text and [PAD]
-    draft: int = -1  # the token drafted to follow the entry, to be checked
-    draft_probs: Tensor | None = None  # (V,) what the draft was drawn from, above temperature 0
-    before: tuple[Tensor | None, ...] = ()  # (V,) probabilities of each slot in the last pass, with --stable
     endless: Tensor | None = None  # (V,) the tokens that might be drawn if the answer could be of any length
 
 
 @dataclass
 class Reply:
-    """What was drawn for a reading: of each entry the token, and whether it is kept (a draft: accepted)."""
+    """What was drawn for a reading: of each entry the token, and whether it is kept."""
 
+    reading: Reading
     tokens: list[int]
     kept: list[bool]
-    confidence: float = 1.0  # of the likeliest token, where drafts are made
-    probs: Tensor | None = None  # (V,) what a draft was drawn from, above temperature 0; (entries, V) with --stable
     cut: bool = False  # the likeliest token is not allowed, for want of positions alone
 
 
@@ -47,14 +137,13 @@ class Phase:
     """What an answer does until the next phase."""
 
     in_spans = False  # whether it predicts slots, which hold text or [PAD], rather than any token
-    fills = False  # whether it fills the most certain slots of each reading, rather than the next token of each
 
     def __init__(self, answer: Answer):
         self.answer, self.layout, self.tokenizer = answer, answer.layout, answer.tokenizer
         self.config = answer.config
 
-    def prepare(self, drafter) -> None:
-        """Called before each pass; `drafter` is a second model that drafts (measure/speculate.py), or None."""
+    def prepare(self) -> None:
+        """Called before each pass."""
 
     def entries(self) -> list[int]:
         """The layout entries that the next pass computes."""
@@ -64,66 +153,38 @@ class Phase:
         """What that pass predicts."""
         raise NotImplementedError
 
-    def take(self, replies: list[Reply]) -> "Phase | None":
+    @staticmethod
+    def draw(logits: Tensor, readings: list[Reading], config: SampleConfig, generators: Generators,
+             pad: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Tokens (N,) from the logits (N, V) of all that the readings of some answers ask for, and which are kept.
+
+        Here a reading asks for one token, and keeps it.
+        """
+        token = draw(probabilities(logits, config), generators) if config.temperature else logits.argmax(-1)
+        return token, torch.ones_like(token, dtype=torch.bool)
+
+    def take(self, replies: list[Reply]) -> Phase | None:
         """Go on with a reply per reading. Returns the next phase, or None if the answer is finished."""
         raise NotImplementedError
 
 
-# ---------------------------------------------------------------- text that grows from left to right
+class Decoder(NamedTuple):
+    """What begins a round, and how its spans are filled."""
+
+    plan: Any  # a class with `begin(answer) -> Phase | None`
+    spans: type[Phase] | None = None
 
 
-class Stream:
-    """Text that grows from left to right: what is known of it, and what is drafted ahead.
-
-    A pass computes the known entries [cached, known), then the drafts, which it checks, then draft slots: each holds
-    [MASK] and predicts one token further ahead. `ends`: the last draft ends the stream, so nothing follows it.
-    """
-
-    def __init__(self, cached: int, known: int):
-        self.cached, self.known = cached, known
-        self.drafts, self.probs, self.counted, self.ends, self.slots = [], [], [], False, 0
-
-    def entries(self) -> range:
-        """The layout entries of the next pass."""
-        return range(self.cached, self.known + len(self.drafts) - self.ends + self.slots)
-
-    def readings(self, allowed: list | None = None) -> list[Reading]:
-        """The token after the last known one and after each draft, then what the draft slots predict.
-
-        allowed: the tokens that may come next, before each draft and after the last.
-        """
-        drafts = [*zip(self.drafts, self.probs)] + [()] * (not self.ends)
-        checked = [Reading([self.known - 1 + n], 1, allowed and allowed[n], *draft) for n, draft in enumerate(drafts)]
-        first = self.known + len(self.drafts)
-        return checked + [Reading([first + n]) for n in range(self.slots)]
-
-    def check(self, replies: list[Reply], answer: Answer) -> tuple[list[int], int]:
-        """The tokens that the pass has shown to be right: accepted drafts, then the model's own next token.
-
-        Returns them and how many were accepted. If all were, what the draft slots predict are the next drafts.
-        """
-        n_drafts = len(self.drafts)
-        accepted = next((n for n in range(n_drafts) if not replies[n].kept[0]), n_drafts)
-        all_right = accepted == n_drafts
-        own = [] if all_right and self.ends else replies[accepted].tokens
-        tokens, self.cached = self.drafts[:accepted] + own, self.known + accepted - (all_right and self.ends)
-        answer.drafted += sum(self.counted)
-        answer.accepted += sum(self.counted[:accepted])
-        self.drafts, self.probs, confidence = [], [], 1.0
-        for reply in replies[len(replies) - self.slots :] if all_right and self.slots else []:
-            confidence *= reply.confidence
-            if confidence < DRAFT_CONFIDENCE:
-                break
-            self.drafts.append(reply.tokens[0])
-            self.probs.append(reply.probs)
-        return tokens, accepted
+def next_round(answer: Answer) -> Phase | None:
+    """The phase that an answer begins with, or goes on with after a round; None if it is finished."""
+    return answer.decoder.plan.begin(answer)
 
 
 class WrittenPlan(Phase):
-    """Stage 1: write plan or text, one token per pass, or with drafts as many as the pass shows to be right."""
+    """Stage 1: write plan or text, one token per pass."""
 
     @classmethod
-    def begin(cls, answer):
+    def begin(cls, answer: Answer) -> Phase | None:
         """The phase that begins a round; None after the last. The pass that reads `<sync/>` computes the finished spans
         before it once more, so the cache stays exact."""
         if answer.rounds:
@@ -133,270 +194,153 @@ class WrittenPlan(Phase):
         answer.rounds.append(RoundTokens())
         return cls(answer).force()
 
-    def __init__(self, answer):
-        super().__init__(answer)
-        self.stream, self.grammars = Stream(answer.cached, len(self.layout)), []
+    def entries(self) -> list[int]:
+        return [*range(self.answer.cached, len(self.layout))]
 
-    def prepare(self, drafter):
-        """Write drafts and draft slots behind what is known, until `take` has checked them."""
-        stream, answer, ahead = self.stream, self.answer, self.config.ahead
-        stream.known = len(self.layout)
-        if drafter:
-            stream.drafts, stream.probs = drafter.draft(answer)
-        self.grammars, proposed, stream.counted = [answer.grammar], stream.drafts, []
-        stream.drafts = []
-        for n, token in enumerate(proposed):
-            grammar = self.grammars[-1]
-            forced = grammar.forced() if self.config.constrained else None
-            token = token if forced is None else forced
-            if not grammar.allowed()[token]:
-                break
-            if (q := stream.probs[n]) is not None:  # so checked drafts were drawn from what is allowed
-                stream.probs[n] = q.where(torch.from_numpy(grammar.allowed()).to(q.device), 0)
-            stream.drafts.append(token)
-            stream.counted.append(forced is None)
-            self.grammars.append(grammar.copy())
-            self.grammars[-1].advance(token)
-            if token == self.tokenizer.sync:  # what follows is another stream
-                break
-        stream.ends = self.grammars[-1].done or stream.drafts[-1:] == [self.tokenizer.sync]
-        free = answer.max_length - stream.known - len(stream.drafts)
-        stream.slots = 0 if stream.ends or drafter else min(ahead, free)
-        written = stream.drafts[: len(stream.drafts) - stream.ends] + [self.tokenizer.mask] * stream.slots
-        self.layout.write(written, PLAN, len(answer.rounds) - 1)
+    def readings(self) -> list[Reading]:
+        return [self.constrain(Reading([len(self.layout) - 1]), self.answer.grammar)]
 
-    def entries(self):
-        return [*self.stream.entries()]
+    def constrain(self, reading: Reading, grammar: Grammar) -> Reading:
+        """The reading, of which only what the grammar allows may be drawn."""
+        if self.config.constrained:
+            reading.allowed, reading.endless = map(torch.from_numpy, (grammar.allowed(), grammar.endless()))
+        return reading
 
-    def readings(self):
-        if not self.config.constrained:
-            return self.stream.readings()
-        readings = self.stream.readings([torch.from_numpy(grammar.allowed()) for grammar in self.grammars])
-        for reading, grammar in zip(readings, self.grammars):
-            reading.endless = torch.from_numpy(grammar.endless())
-        return readings
-
-    def take(self, replies):
-        self.layout.cut(self.stream.known)
-        tokens, accepted = self.stream.check(replies, self.answer)
-        self.answer.plan_passes += 1
-        # where a draft was the end, the pass wrote no token of its own
-        self.answer.critical_path += accepted == len(tokens)
-        self.answer.cached = self.stream.cached
-        self.answer.cut |= any(reply.cut for reply in replies[: accepted + 1])
-        phase = self
-        for n, token in enumerate(tokens):
-            if phase is self:
-                phase = self.write(token, drafted=n < accepted)
+    def take(self, replies: list[Reply]) -> Phase | None:
+        answer, (reply,) = self.answer, replies
+        answer.plan_passes += 1
+        answer.critical_path += 1
+        answer.cached = len(self.layout)
+        answer.cut |= reply.cut
+        phase = self.write(reply.tokens[0])
         return self.force() if phase is self else phase
 
-    def force(self):
+    def force(self) -> Phase | None:
         """Write the tokens to which the grammar leaves no alternative: they cost no pass."""
         phase = self
         while phase is self and self.config.constrained and (forced := self.answer.grammar.forced()) is not None:
+            self.answer.critical_path += 1
             phase = self.write(forced)
-            del self.stream.drafts[:1], self.stream.probs[:1]
         return phase
 
-    def write(self, token, drafted=False):
+    def write(self, token: int) -> Phase | None:
         """Go on with the next token of plan or text. Returns the next phase."""
         answer, tokenizer, round_ = self.answer, self.tokenizer, self.answer.rounds[-1]
         if not answer.grammar.allowed()[token]:  # only without constraints
             answer.broken = True
             return None
-        answer.cut |= self.config.constrained and answer.grammar.forced() == tokenizer.eos  # no place for anything else
-        answer.critical_path += not drafted
+        answer.cut |= self.config.constrained and answer.grammar.out_of_room()
         answer.grammar.advance(token)
         if token in (tokenizer.sync, tokenizer.eos):
             answer.last = token == tokenizer.eos
-            return self.spans() if round_.topics else self.begin(answer)
+            return self.spans() if round_.topics else next_round(answer)
         if token == tokenizer.topic:
-            round_.topics.append([[], 0])
+            round_.topics.append(TopicTokens())
         elif tokenizer.length_of(token):
-            round_.topics[-1][1] = tokenizer.length_of(token)
+            round_.topics[-1].length = tokenizer.length_of(token)
         elif token != tokenizer.topic_end:
-            (round_.topics[-1][0] if round_.topics else round_.text).append(token)
+            (round_.topics[-1].name if round_.topics else round_.text).append(token)
         self.layout.write([token], PLAN, len(answer.rounds) - 1)
         return self
 
-    def spans(self):
+    def spans(self) -> Phase:
         """The phase that fills the spans of the plan just written."""
         unit, scale, repeat = self.tokenizer.unit, self.config.length_scale, self.answer.method.repeat_topic
-        topics = self.answer.rounds[-1].topics
-        self.answer.scaffold([(name if repeat else [], span_slots(length, unit, scale)) for name, length in topics])
-        return DECODERS[self.answer.method.method].spans(self.answer)
-
-
-class Extend(Phase):
-    """Stage 2 of causal spans: all grow in the same passes, each at its own pace, until [PAD] or the last slot."""
-
-    in_spans = True
-
-    def __init__(self, answer):
-        super().__init__(answer)
-        self.slots = [answer.slots(span) for span in answer.rounds[-1].spans]
-        self.streams = [Stream(start, slots[0]) for (start, _), slots in zip(answer.rounds[-1].spans, self.slots)]
-        self.first = answer.rounds[-1].spans[0][0]
-
-    def prepare(self, drafter):
-        """Put the drafts in their slots until `take` has checked them; the [MASK] after them are the draft slots."""
-        for stream, slots in self.unfinished():
-            left = slots[-1] + 1 - stream.known
-            stop = stream.drafts.index(self.tokenizer.pad) + 1 if self.tokenizer.pad in stream.drafts else left
-            del stream.drafts[min(stop, left) :], stream.probs[min(stop, left) :]
-            n_drafts = len(stream.drafts)
-            stream.counted = [True] * n_drafts
-            stream.ends = n_drafts == left or stream.drafts[-1:] == [self.tokenizer.pad]
-            stream.slots = 0 if stream.ends or drafter else min(self.config.ahead, left - n_drafts)
-            self.layout.token[stream.known : stream.known + n_drafts] = stream.drafts
-
-    def unfinished(self):
-        return [(stream, slots) for stream, slots in zip(self.streams, self.slots) if stream.known <= slots[-1]]
-
-    def entries(self):
-        plan = range(self.answer.cached, self.first)
-        return [*plan, *(i for stream, _ in self.unfinished() for i in stream.entries())]
-
-    def readings(self):
-        return [reading for stream, _ in self.unfinished() for reading in stream.readings()]
-
-    def take(self, replies):
-        self.answer.denoise_passes += 1
-        self.answer.critical_path += 1
-        self.answer.cached = self.first
-        for stream, slots in self.unfinished():
-            n_readings = len(stream.readings())
-            tokens, _ = stream.check(replies[:n_readings], self.answer)
-            replies = replies[n_readings:]
-            if self.tokenizer.pad in tokens:
-                tokens += [self.tokenizer.pad] * (slots[-1] + 1 - stream.known - len(tokens))
-            left = slots[-1] + 1 - stream.known - len(tokens)
-            self.layout.token[stream.known : slots[-1] + 1] = tokens + [self.tokenizer.mask] * left
-            stream.known += len(tokens)
-        if self.unfinished():
-            return self
-        if self.answer.method.in_training.attention != "causal":  # as a joint model was trained
-            self.layout.see_both_ways(self.answer.rounds[-1].spans)
-        return next_round(self.answer)
+        self.answer.scaffold([(topic.name if repeat else [], span_slots(topic.length, unit, scale))
+                              for topic in self.answer.rounds[-1].topics])  # fmt: skip
+        return self.answer.decoder.spans(self.answer)
 
 
 # ---------------------------------------------------------------- spans that are denoised
 
 
+class Unfinished(NamedTuple):
+    """A span with masked slots."""
+
+    span: tuple[int, int]  # from layout entry to layout entry
+    slots: list[int]  # the entries of its slots, filled or not
+
+
 class Denoise(Phase):
     """Stage 2: denoise all spans of a round in the same passes, each by itself.
 
-    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or, with a threshold
-    or an entropy bound, what that allows. Each pass fills at least one slot of each span that it computes: a pass that
-    filled none would be repeated exactly, since nothing that the span sees has changed. So short spans finish before
-    long ones (the order sigma^Plan of the paper). A slot that waits for its neighbours (unmask.fill) is made up for in
-    the next pass. Finished spans are no longer computed.
+    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or, with a threshold,
+    all that reach it. Each pass fills at least one slot of each span that it computes: a pass that filled none would be
+    repeated exactly, since nothing that the span sees has changed. So short spans finish before long ones (the paper's
+    order sigma^Plan). A slot that waits for its neighbours (unmask.fill) is made up for in the next pass.
     """
 
-    in_spans = fills = True
+    in_spans = True
 
-    def __init__(self, answer):
+    def __init__(self, answer: Answer):
         super().__init__(answer)
-        self.spans = [(span, answer.slots(span)) for span in answer.rounds[-1].spans]  # the unfinished ones
-        self.first, self.before = self.spans[0][0][0], {}
+        self.unfinished = [Unfinished(span, answer.slots(span)) for span in answer.rounds[-1].spans]
+        self.first = self.unfinished[0].span[0]
         ratio = Fraction(str(self.config.steps_ratio))  # not the binary number next to it
-        self.step, self.steps = 1, math.ceil(ratio * max(len(slots) for _, slots in self.spans))
+        self.step, self.steps = 1, math.ceil(ratio * max(len(slots) for _, slots in self.unfinished))
 
-    def entries(self):
+    def entries(self) -> list[int]:
         """What the cache lacks before the spans, then all of each unfinished span."""
-        return [*range(self.answer.cached, self.first), *(i for span, _ in self.spans for i in range(*span))]
+        return [*range(self.answer.cached, self.first), *(i for span, _ in self.unfinished for i in range(*span))]
 
-    def masked(self, slots):
+    def masked(self, slots: list[int]) -> list[int]:
         return [i for i in slots if self.layout.token[i] == self.tokenizer.mask]
 
-    def groups(self):
+    def groups(self) -> list[list[int]]:
         """The slots that are filled together, the most certain first."""
-        return [slots for _, slots in self.spans]
+        return [slots for _, slots in self.unfinished]
 
-    def readings(self):
+    def readings(self) -> list[Reading]:
         """A reading per group: its masked slots, and how many of them to fill."""
-        masked = [(slots, self.masked(slots)) for slots in self.groups()]
-        return [Reading(left, self.quota(len(slots), len(left)), before=(*map(self.before.get, left),))
-                for slots, left in masked]  # fmt: skip
+        masked = [(len(slots), self.masked(slots)) for slots in self.groups()]
+        return [Reading(left, self.quota(size, len(left))) for size, left in masked]
 
-    def quota(self, slots, left):
-        """How many of a group's slots to fill at least, if so many are `left`."""
-        if self.config.threshold or self.config.entropy_bound:
+    def quota(self, size: int, left: int) -> int:
+        """How many slots of a group of `size` to fill at least, if so many are `left`."""
+        if self.config.threshold:
             return 1
-        return max(1, math.ceil(slots * self.step / self.steps) - (slots - left))
+        return max(1, math.ceil(size * self.step / self.steps) - (size - left))
 
-    def take(self, replies):
+    @staticmethod
+    def draw(logits: Tensor, readings: list[Reading], config: SampleConfig, generators: Generators,
+             pad: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Tokens (N,) for masked slots, and which of them are filled (unmask.fill)."""
+        sizes = torch.tensor([len(reading.entries) for reading in readings])
+        group = torch.arange(len(readings)).repeat_interleave(sizes)
+        quota = torch.tensor([reading.quota for reading in readings])[group]
+        entry = torch.tensor([entry for reading in readings for entry in reading.entries])
+        group, entry, quota = torch.stack([group, entry, quota]).to(logits.device)
+        return fill(logits, group, entry, quota, pad, config, generators)
+
+    def take(self, replies: list[Reply]) -> Phase | None:
         """Fill the slots whose tokens are kept. Raises RuntimeError if there are none: the next pass would be the same."""
-        filled = 0
-        for reading, reply in zip(self.readings(), replies):
-            for entry, token, kept in zip(reading.entries, reply.tokens, reply.kept):
-                if kept:
-                    self.layout.token[entry] = token
-                    filled += 1
-            if reply.probs is not None:
-                self.before |= zip(reading.entries, reply.probs)
+        filled = [(entry, token) for reply in replies
+                  for entry, token, kept in zip(reply.reading.entries, reply.tokens, reply.kept) if kept]  # fmt: skip
         if not filled:
             raise RuntimeError(f"a denoising pass filled no slot of the answer to {self.answer.prompt[:60]!r}")
+        for entry, token in filled:
+            self.layout.token[entry] = token
         self.answer.denoise_passes += 1
         self.answer.critical_path += 1
         self.answer.cached, self.step = self.first, self.step + 1
-        unfinished = [(span, slots) for span, slots in self.spans if self.masked(slots)]
-        self.leave(unfinished)
+        unfinished = [one for one in self.unfinished if self.masked(one.slots)]
+        self.retire(unfinished)
         return self if unfinished else next_round(self.answer)
 
-    def leave(self, unfinished):
-        self.spans = unfinished
+    def retire(self, unfinished: list[Unfinished]) -> None:
+        """Finished spans are no longer computed: nothing sees them before `<sync/>`, whose pass reads them once more.
+
+        Where siblings see each other, they have to stay.
+        """
+        self.unfinished = unfinished
 
 
 class DenoiseTogether(Denoise):
     """Dense spans see each other: they fill most certain first over the whole round, or they could not agree on
     anything; and all are computed until the round is finished."""
 
-    def groups(self):
-        return [[i for _, slots in self.spans for i in slots]]
+    def groups(self) -> list[list[int]]:
+        return [[i for _, slots in self.unfinished for i in slots]]
 
-    def leave(self, unfinished):
+    def retire(self, unfinished: list[Unfinished]) -> None:
         pass
-
-
-class GivenPlan:
-    """Block after block of fixed size, without a written plan, until one holds the [PAD] that ends the answer."""
-
-    @staticmethod
-    def begin(answer):
-        """The phase that denoises the next block; None after the last, or where max_tokens leaves no slot."""
-        if answer.rounds and answer.tokenizer.pad in answer.contents(answer.rounds[-1].spans[0]):
-            return None
-        size = min(answer.method.block, answer.max_length - len(answer.layout) - 2)  # 2: <async> and </async>
-        answer.cut = size < 1
-        if answer.cut:
-            return None
-        answer.rounds.append(RoundTokens())
-        answer.scaffold([([], size)])
-        return DECODERS[answer.method.method].spans(answer)
-
-
-# ---------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What begins a round, and how its spans are filled."""
-
-    plan: type
-    spans: type[Phase] | None = None
-
-
-DECODERS = {
-    "planned": Decoder(WrittenPlan, Denoise),
-    "dense": Decoder(WrittenPlan, DenoiseTogether),
-    "parallel-ar": Decoder(WrittenPlan, Extend),
-    "ar": Decoder(WrittenPlan),
-    "block": Decoder(GivenPlan, Denoise),
-    "diffusion": Decoder(GivenPlan, Denoise),
-}
-
-
-def next_round(answer: Answer) -> Phase | None:
-    """The phase that an answer begins with, or goes on with after a round; None if it is finished."""
-    return DECODERS[answer.method.method].plan.begin(answer)

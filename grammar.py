@@ -53,6 +53,10 @@ class Grammar:
         tokens = np.flatnonzero(self.allowed())
         return int(tokens[0]) if len(tokens) == 1 else None
 
+    def out_of_room(self) -> bool:
+        """Whether one token may come next, where more could if the answer could be of any length."""
+        return self.forced() is not None and bool(self.endless().sum() > 1)
+
     def endless(self) -> np.ndarray:
         """What `allowed` would be, (vocab_size,), if the answer could be of any length."""
         twin = self.copy()

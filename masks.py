@@ -9,20 +9,20 @@ ranges: as a query it sees the keys [0, prefix) and [begin, end) (Planned Diffus
       causal (parallel AR)     the same                               its own span up to itself
 
 A joint model writes causal spans too; once finished, they see themselves in both directions, as in its training.
-
-Run `python show/mask.py` to see the mask of an example.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from data import Example
+from tags import Example
 from tokenizer import Tokenizer
 
 PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic
 ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
+LINKED = ("dense",)  # of these, where spans see siblings: they share a noise level, and stay computed until all are full
 
 
 # ---------------------------------------------------------------- layout
@@ -153,7 +153,7 @@ def encode_blocks(prompt: str, text: str, tokenizer: Tokenizer, size: int) -> La
     return layout
 
 
-def sees(key, prefix, begin, end):
+def sees(key: Any, prefix: Any, begin: Any, end: Any) -> Any:
     """The rule: whether a query with these ranges sees a key (all numbers, or all tensors)."""
     return (key < prefix) | ((key >= begin) & (key < end))
 

@@ -14,79 +14,30 @@ Relatives: of `parallel-ar`, Skeleton-of-Thought is prompting without training a
 `block` with a threshold, Fast-dLLM v2, whose targets are shifted by one; of `diffusion`, MDLM, which has no prompt.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from data import Example
-from masks import Layout, encode_blocks, encode_example
-from plumbing.settings import check, setting
-from tags import Round, Span, plain_text
+from config import METHODS, Method, MethodConfig
+from decode import (
+    Answer,
+    Decoder,
+    Denoise,
+    DenoiseTogether,
+    Phase,
+    Reading,
+    Reply,
+    RoundTokens,
+    WrittenPlan,
+    next_round,
+)
+from masks import LINKED, Layout, encode_blocks, encode_example
+from tags import Example, Round, Span, plain_text
 from tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Method:
-    plan: str  # written by the model, none (plain text), or given (spans of a fixed size)
-    attention: str = "sparse"  # how span tokens see spans (masks.ATTENTION)
-    block: int = 0  # slots of a given span; 0: as many as the longest answer needs
-    causal: float = 0.0  # share of training spans that are causal although the attention is sparse
-    decodes: tuple[str, ...] = ()  # the methods that a model so trained can be sampled by; (): its own
-
-
-METHODS = {
-    "planned": Method("written"),
-    "dense": Method("written", "dense"),
-    "parallel-ar": Method("written", "causal"),
-    "joint": Method("written", causal=0.5, decodes=("planned", "parallel-ar")),
-    "ar": Method("none"),
-    "block": Method("given", block=32),
-    "diffusion": Method("given"),
-}
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """Method."""
-
-    method: str = setting("planned", "what is learnt and sampled", among=METHODS)
-    block: int = setting(0, "slots of a given span; 0: 32 for block, the longest training answer for diffusion",
-                         at_least=0, at_most=4096)  # fmt: skip
-    topics: str = setting("names", "what a plan calls its spans; numbers ('topic 1', 'topic 2') are an ablation",
-                          among=("names", "numbers"))  # fmt: skip
-    repeat_topic: bool = setting(True, "repeat the topic at the head of its span")
-    rounds: str = setting("many", "rounds of an answer; one (ablation): what follows a <sync/> becomes one more span",
-                          among=("many", "one"))  # fmt: skip
-    trained: str = ""  # the method of the training; empty: this one
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    def plan(self) -> str:
-        return METHODS[self.method].plan
-
-    @property
-    def attention(self) -> str:
-        return METHODS[self.method].attention
-
-    @property
-    def in_training(self) -> "MethodConfig":
-        """The method of the training: finished spans see themselves as they did there (masks.py)."""
-        return replace(self, method=self.trained or self.method)
-
-    @property
-    def causal(self) -> float:
-        """Share of the spans that train left to right."""
-        return 1.0 if self.attention == "causal" else METHODS[self.method].causal
-
-    def fitted(self, examples: Sequence[Example], tokenizer: Tokenizer) -> "MethodConfig":
-        """This configuration with the size of its blocks known."""
-        block = self.block or METHODS[self.method].block
-        if self.plan == "given" and not block:
-            longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in examples)
-            block = (longest // tokenizer.unit + 1) * tokenizer.unit  # whole units, and a [PAD] that ends the answer
-        return replace(self, block=block)
+# ---------------------------------------------------------------- which method
 
 
 def trained_by(info: dict[str, Any], path: str) -> MethodConfig:
@@ -108,6 +59,18 @@ def decoded_as(config: MethodConfig, name: str) -> MethodConfig:
             f"--decode {name}: a model trained with --method {config.method} decodes as {', '.join(known)}"
         )
     return replace(config, method=name or known[0], trained=config.method)
+
+
+def fitted(config: MethodConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> MethodConfig:
+    """The configuration with the size of its blocks known."""
+    block = config.block or METHODS[config.method].block
+    if config.plan == "given" and not block:
+        longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in examples)
+        block = (longest // tokenizer.unit + 1) * tokenizer.unit  # whole units, and a [PAD] that ends the answer
+    return replace(config, block=block)
+
+
+# ---------------------------------------------------------------- what it learns
 
 
 def encode(example: Example, tokenizer: Tokenizer, config: MethodConfig,
@@ -142,3 +105,100 @@ def merged(rounds: Sequence[Round], tokenizer: Tokenizer) -> list[Round]:
 def numbered(rounds: Sequence[Round]) -> list[Round]:
     """Topics that only count: "topic 1", "topic 2"; nothing in the plan says what a span is about."""
     return [replace(r, spans=tuple(replace(s, topic=f"topic {n}") for n, s in enumerate(r.spans, 1))) for r in rounds]
+
+
+# ---------------------------------------------------------------- how it decodes: given plans
+
+
+class GivenPlan:
+    """Block after block of fixed size, without a written plan, until one holds the [PAD] that ends the answer."""
+
+    @staticmethod
+    def begin(answer: Answer) -> Phase | None:
+        """The phase that denoises the next block; None after the last, or where max_tokens leaves no slot."""
+        if answer.rounds and answer.tokenizer.pad in answer.contents(answer.rounds[-1].spans[0]):
+            return None
+        size = min(answer.method.block, answer.max_length - len(answer.layout) - 2)  # 2: <async> and </async>
+        answer.cut = size < answer.method.block
+        if size < 1:
+            return None
+        answer.rounds.append(RoundTokens())
+        answer.scaffold([([], size)])
+        return answer.decoder.spans(answer)
+
+
+# ---------------------------------------------------------------- how it decodes: spans that grow from left to right
+
+
+class Stream:
+    """A causal span as it grows: a pass computes its entries [cached, known), and reads the token after the last."""
+
+    def __init__(self, cached: int, known: int):
+        self.cached, self.known = cached, known
+
+    def entries(self) -> range:
+        """The layout entries of the next pass."""
+        return range(self.cached, self.known)
+
+    def readings(self) -> list[Reading]:
+        return [Reading([self.known - 1])]
+
+    def check(self, replies: Iterator[Reply], answer: Answer) -> list[int]:
+        """The next tokens, from the replies to its readings, which it takes off."""
+        self.cached = self.known
+        return next(replies).tokens
+
+
+class Extend(Phase):
+    """Stage 2 of causal spans: all grow in the same passes, each at its own pace, until [PAD] or the last slot."""
+
+    in_spans = True
+    stream = Stream
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer)
+        spans = answer.rounds[-1].spans
+        self.first, self.slots = spans[0][0], [answer.slots(span) for span in spans]
+        self.streams = [self.stream(span[0], slots[0]) for span, slots in zip(spans, self.slots)]
+
+    def unfinished(self) -> list[tuple[Stream, int]]:
+        """The streams that have empty slots, and how many."""
+        left = [slots[-1] + 1 - stream.known for stream, slots in zip(self.streams, self.slots)]
+        return [(stream, n) for stream, n in zip(self.streams, left) if n]
+
+    def entries(self) -> list[int]:
+        plan = range(self.answer.cached, self.first)
+        return [*plan, *(i for stream, _ in self.unfinished() for i in stream.entries())]
+
+    def readings(self) -> list[Reading]:
+        return [reading for stream, _ in self.unfinished() for reading in stream.readings()]
+
+    def take(self, replies: list[Reply]) -> Phase | None:
+        self.answer.denoise_passes += 1
+        self.answer.critical_path += 1
+        self.answer.cached, replies, pad = self.first, iter(replies), self.tokenizer.pad
+        for stream, left in self.unfinished():
+            tokens = stream.check(replies, self.answer)
+            filler = pad if pad in tokens else self.tokenizer.mask  # [PAD] ends the text
+            stop = stream.known + left
+            self.layout.token[stream.known : stop] = tokens + [filler] * (left - len(tokens))
+            stream.known = stop if pad in tokens else stream.known + len(tokens)
+        if self.unfinished():
+            return self
+        if self.answer.method.in_training.attention != "causal":  # as a joint model was trained
+            self.layout.see_both_ways(self.answer.rounds[-1].spans)
+        return next_round(self.answer)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def decoder_of(method: Method) -> Decoder:
+    """The phases of a method by its plan and its attention; another way to decode is a line of its own in DECODERS."""
+    if method.plan == "none":
+        return Decoder(WrittenPlan)
+    spans = DenoiseTogether if method.attention in LINKED else Extend if method.attention == "causal" else Denoise
+    return Decoder(GivenPlan if method.plan == "given" else WrittenPlan, spans)
+
+
+DECODERS = {name: decoder_of(method) for name, method in METHODS.items() if not method.decodes}

@@ -39,6 +39,16 @@ class Round:
     spans: tuple[Span, ...] = ()
 
 
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answer (rounds of text and spans); `family` names the kind of task."""
+
+    prompt: str
+    rounds: tuple[Round, ...]
+    family: str = ""
+    gaps: tuple[str, ...] = ()  # white space between the pieces of a text that was cut (data/instruct/plans.py)
+
+
 class TagError(ValueError):
     """Tagged text that breaks the grammar: says where, what was found and what was expected."""
 

@@ -3,10 +3,12 @@
 import base64
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import regex
@@ -16,6 +18,7 @@ from tags import TAGS, Span
 
 MAX_LENGTH = 64  # longest span a plan can ask for, in units
 MAX_NAME = 64  # longest name of a topic, in tokens
+LONGEST_RUN = 100_000  # characters of white space
 MAX_UNIT = 1024  # more would make a sequence of every span that no model can read
 
 
@@ -31,8 +34,8 @@ def check_length(length: int) -> None:
                          "shorten the span or prepare the data with a larger unit")  # fmt: skip
 
 
-class Tokenizer:
-    """Byte-pair tokenizer (a `tiktoken.Encoding` of our own ranks) plus the tags and lengths.
+class Vocabulary:
+    """Byte pairs (a `tiktoken.Encoding` of our own ranks) plus the tags and lengths, to and from text.
 
     Token ids: text, `[PAD]`, the other tags, one token per length 1..MAX_LENGTH. So the slots of a
     span, which hold text or `[PAD]` and nothing else, draw from ids [0, pad]. A length is a token
@@ -63,26 +66,11 @@ class Tokenizer:
         self.async_, self.async_end, self.sync, self.eos = range(n + 6, n + 10)
         self.colon = self.encoding.encode_single_token(":")
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
-        """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
-
-        Merges are counted over the distinct words (Sennrich et al. 2016), which takes seconds.
-        Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
-        """
-        tokens = [bytes([b]) for b in range(256)]
-        smallest = cls(tokens, unit).vocab_size
-        if type(vocab_size) is not int or vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
-                             "the bytes, tags and lengths alone")  # fmt: skip
-        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
-        tokens += learn_pairs(counts, vocab_size - smallest)
-        return cls(dict.fromkeys(tokens), unit)
-
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: a tag typed in it is text. White space at its ends is dropped."""
         text = _spaced(text) if self.pattern is None else text.strip()
-        return self.encoding.encode_ordinary(unicodedata.normalize(self.normal, text) if self.normal else text)
+        text = unicodedata.normalize(self.normal, text) if self.normal else text
+        return [i for part in _parts(text) for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of text tokens; `[PAD]` is dropped, any other tag is a ValueError.
@@ -103,35 +91,9 @@ class Tokenizer:
             return f" {self.length_of(i)}"
         return TAGS[i - self.pad] if i >= self.pad else self.tokens[i].decode(errors="replace")
 
-    def length_id(self, length: int) -> int:
-        """The token of a length in units. Raises ValueError outside 1..MAX_LENGTH."""
-        check_length(length)
-        return self.eos + length
-
     def length_of(self, i: int) -> int:
         """The length in units of a length token, or 0 for any other token."""
         return max(0, i - self.eos)
-
-    def units(self, text: str) -> int:
-        """The planned length of a text: the fewest units that hold it."""
-        return max(1, math.ceil(len(self.encode(text)) / self.unit))
-
-    def encode_span(self, span: Span) -> tuple[list[int], list[int]]:
-        """The tokens of a span's topic, and those of its slots: its text, then [PAD] up to the planned length.
-
-        Raises ValueError, naming the topic, if no plan can ask for this span: what passes can be trained and sampled.
-        """
-        topic, slots, planned = self.encode(span.topic), self.encode(span.text), span_slots(span.length, self.unit)
-        try:
-            check_length(span.length)
-            if not 1 <= len(topic) <= MAX_NAME:
-                raise ValueError(f"a topic's name must have 1 to {MAX_NAME} tokens, not {len(topic)}")
-            if len(slots) > planned:
-                raise ValueError(f"its span has {len(slots)} tokens, its plan only {planned} "
-                                 f"({span.length} x {self.unit})")  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"topic {span.topic[:60]!r}: {error}") from None
-        return topic, slots + [self.pad] * (planned - len(slots))
 
     def to_json(self) -> str:
         """The tokenizer as ASCII text; `from_json` reads it back exactly."""
@@ -167,42 +129,115 @@ class Tokenizer:
             ) from None
 
 
+class Tokenizer(Vocabulary):
+    """A vocabulary that is learnt from texts, and the rule of how many slots a span has."""
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, unit: int = 10) -> "Tokenizer":
+        """Learn byte pairs from texts up to `vocab_size` tokens, tags and lengths included, or until none occurs twice.
+
+        Merges are counted over the distinct words (Sennrich et al. 2016), in time linear in the text.
+        Raises ValueError if `vocab_size` or `unit` (tokens per unit of length) is impossible.
+        """
+        tokens = [bytes([b]) for b in range(256)]
+        smallest = cls(tokens, unit).vocab_size
+        if type(vocab_size) is not int or vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size!r}: expected a whole number of at least {smallest}, which is "
+                             "the bytes, tags and lengths alone")  # fmt: skip
+        counts = Counter(word for text in texts for word in regex.findall(cls.PATTERN, _spaced(text)))
+        tokens += learn_pairs(counts, vocab_size - smallest)
+        return cls(dict.fromkeys(tokens), unit)
+
+    def length_id(self, length: int) -> int:
+        """The token of a length in units. Raises ValueError outside 1..MAX_LENGTH."""
+        check_length(length)
+        return self.eos + length
+
+    def units(self, text: str) -> int:
+        """The planned length of a text: the fewest units that hold it."""
+        return max(1, math.ceil(len(self.encode(text)) / self.unit))
+
+    def encode_span(self, span: Span) -> tuple[list[int], list[int]]:
+        """The tokens of a span's topic, and those of its slots: its text, then [PAD] up to the planned length.
+
+        Raises ValueError, naming the topic, if no plan can ask for this span: what passes can be trained and sampled.
+        """
+        topic, slots, planned = self.encode(span.topic), self.encode(span.text), span_slots(span.length, self.unit)
+        try:
+            check_length(span.length)
+            if not 1 <= len(topic) <= MAX_NAME:
+                raise ValueError(f"a topic's name must have 1 to {MAX_NAME} tokens, not {len(topic)}")
+            if len(slots) > planned:
+                raise ValueError(f"its span has {len(slots)} tokens, its plan only {planned} "
+                                 f"({span.length} x {self.unit})")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"topic {span.topic[:60]!r}: {error}") from None
+        return topic, slots + [self.pad] * (planned - len(slots))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text, cut where LONGEST_RUN characters of white space end: at a million tiktoken would panic."""
+    begin = 0
+    for run in re.finditer(rf"\s{{1,{LONGEST_RUN}}}", text) if len(text) > LONGEST_RUN else ():
+        if run.end() - run.start() == LONGEST_RUN:
+            yield text[begin : run.end()]
+            begin = run.end()
+    yield text[begin:]
+
+
 def _spaced(text: str) -> str:
     """Text as it is cut into words: the first word of each line gets the space that it has inside a sentence."""
     text = text.strip()
     return " " + text.replace("\n", "\n ") if text else ""
 
 
+class _Most(tuple):
+    """(count, pair) in a heap that gives the largest first."""
+
+    __lt__ = tuple.__gt__
+
+
 def learn_pairs(counts: dict[str, int], n_tokens: int) -> list[bytes]:
-    """The first `n_tokens` byte pairs of these words, the most frequent first, or fewer where none occurs twice."""
-    tokens = []
-    words = [([bytes([b]) for b in word.encode()], count) for word, count in counts.items()]
-    pair_count, pair_words = Counter(), {}
-    for i, (word, count) in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += count
-            pair_words.setdefault(pair, set()).add(i)
-    while len(tokens) < n_tokens and pair_count:
-        best = max(pair_count, key=lambda pair: (pair_count[pair], pair))
-        if pair_count[best] < 2:
-            break
-        tokens.append(best[0] + best[1])
-        for i in pair_words.pop(best):
-            word, count = words[i]
-            pair_count.subtract({p: n * count for p, n in Counter(zip(word, word[1:])).items()})
-            word[:] = _merge(word, best)
-            for pair in zip(word, word[1:]):
-                pair_count[pair] += count
-                pair_words.setdefault(pair, set()).add(i)
-        del pair_count[best]
+    """The first `n_tokens` byte pairs of these words, the most frequent first, or fewer where none occurs twice.
+
+    All words lie in one row of parts. A merge changes the two pairs beside it alone, so the time is linear in the text.
+    """
+    parts, weight = [None], [0]  # None: a border between words, or merged into the part before
+    for word, count in counts.items():
+        parts += [*(bytes([b]) for b in word.encode()), None]
+        weight += [count] * (len(parts) - len(weight))
+    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    pair_count, places, tokens = Counter(), {}, []
+
+    def add(i: int, sign: int = 1) -> tuple | None:
+        """Count the pair that begins at part `i`, if there is one, or take it back."""
+        pair = parts[i], parts[after[i]]
+        if None in pair:
+            return None
+        pair_count[pair] += sign * weight[i]
+        if sign > 0:
+            places.setdefault(pair, []).append(i)
+        return pair
+
+    for i in range(len(parts) - 1):
+        add(i)
+    heap = [_Most((count, pair)) for pair, count in pair_count.items()]
+    heapify(heap)
+    while len(tokens) < n_tokens and heap and heap[0][0] > 1:
+        count, pair = heappop(heap)
+        if pair_count[pair] < count:  # since it was put there
+            heappush(heap, _Most((pair_count[pair], pair)))
+            continue
+        tokens.append(pair[0] + pair[1])
+        grown = set()
+        for i in sorted(places.pop(pair)):
+            j = after[i]
+            if (parts[i], parts[j]) == pair:
+                add(before[i], -1), add(j, -1)
+                parts[i], parts[j], after[i] = tokens[-1], None, after[j]
+                before[after[i]] = i
+                grown |= {add(before[i]), add(i)}
+        del pair_count[pair]
+        for new in grown - {None}:
+            heappush(heap, _Most((pair_count[new], new)))
     return tokens
-
-
-def _merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """The parts of a word with each occurrence of the pair, from the left, made one part."""
-    merged, i = [], 0
-    while i < len(word):
-        step = 2 if tuple(word[i : i + 2]) == pair else 1
-        merged.append(b"".join(word[i : i + step]))
-        i += step
-    return merged

@@ -5,13 +5,12 @@ import small
 
 def begun(tokenizer, repeat_topic=True, **settings):
     """An answer before its first pass, and its first phase."""
-    from answer import Answer
-    from decode import next_round
-    from methods import MethodConfig
-    from sample import SampleConfig
+    from config import MethodConfig, SampleConfig
+    from decode import Answer, next_round
+    from methods import DECODERS
 
     method = MethodConfig("planned", repeat_topic=repeat_topic)
-    answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, seed=0)
+    answer = Answer("the otter", tokenizer, SampleConfig(**settings), method, DECODERS["planned"])
     return answer, next_round(answer)
 
 
@@ -64,7 +63,7 @@ def planned(rng, limit, rounds):
     return {
         "plan": small.names([answer.layout.token[i] for i in plan], tokenizer),
         "round of each token": [answer.layout.round[i] for i in plan],
-        "rounds": [[small.names(r.text, tokenizer), [[small.names(name, tokenizer), n] for name, n in r.topics]]
+        "rounds": [[small.names(r.text, tokenizer), [[small.names(t.name, tokenizer), t.length] for t in r.topics]]
                    for r in answer.rounds],
         "phase after each plan": phases,
         "tokens written without a pass": forced,
@@ -91,6 +90,26 @@ def denoised(phase, sure, threshold):
             kept = sorted(reading.entries, key=lambda i: -sure[i])[: reading.quota]
             kept += [i for i in reading.entries if threshold and sure[i] >= threshold]
             filled |= {i: len(passes) for i in kept}
-            replies.append(Reply([65] * len(reading.entries), [i in kept for i in reading.entries]))
+            replies.append(Reply(reading, [65] * len(reading.entries), [i in kept for i in reading.entries]))
         phase = phase.take(replies)
     return phase, passes, filled
+
+
+def draw_passes(expected, came):
+    """What the passes around the first wrong one compute."""
+    runs = lambda text: ([min(int(i), 9999) for i in run.split("-")] for run in text.split())  # 9999: or it takes hours
+    entries = lambda text: {i for run in runs(text) for i in range(run[0], run[-1] + 1)}
+    rows = [*zip(expected["passes"], came["passes"])]
+    wrong = lambda e, c: e["computes"] != c["computes"] or c["error"] > 1e-4
+    first = next((n for n, (e, c) in enumerate(rows) if wrong(e, c)), None)
+    if first is None:
+        return f"{len(rows)} passes are right, of {len(expected['passes'])}; {len(came['passes'])} came"
+    shown = [(n, e, c, entries(e["computes"]), entries(c["computes"])) for n, (e, c) in enumerate(rows)]
+    shown = shown[max(0, first - 4) : first + 3]
+    at = min((i for *_, right, was in shown for i in right ^ was), default=0) // 60 * 60
+    lines = [f"a line per pass, a column per layout entry from {at} on",
+             "# computed, . not; wrong: X need not be, O should be"]  # fmt: skip
+    for n, e, c, right, was in shown:
+        ink = "".join(".XO#"[(i in was) + 2 * (i in right)] for i in range(at, at + 60))
+        lines.append(f"{n:3} {e['stage'][:5]:5} {ink}" + f" {c['error']:.0e}" * (c["error"] > 1e-4))
+    return "\n".join(lines)

@@ -18,12 +18,14 @@ numbers in another order, a probe has to return facts that do not depend on them
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 FILES = 5  # points for leaving the tests as they were handed out
 PUBLIC, HIDDEN = 1, 3  # sizes of a probe's inputs: in the student tree, and in the autograder alone
+LONGEST = 20_000  # characters of a picture that are kept
 CASES = {PUBLIC: 2, HIDDEN: 2}  # how many cases of each size a probe has
 
 Draw = Callable[[Any, Any], str]
@@ -66,19 +68,6 @@ def probes_of(module: Any) -> dict[str, Callable]:
     return {name: value for name, value in vars(module).items() if hasattr(value, "check")}
 
 
-def plain(value: Any) -> Any:
-    """What a probe returned as JSON knows it. Raises TypeError for what is no plain data."""
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a {type(value).__name__} came where a number, a text, a list, a dict or a tensor was expected")
-
-
 # ---------------------------------------------------------------- differences
 
 
@@ -97,9 +86,12 @@ def _same(expected: Any, came: Any, tolerance: float) -> bool:
     numbers = isinstance(expected, (int, float)) and isinstance(came, (int, float))
     if not numbers or not isinstance(expected, float) and not isinstance(came, float):
         return expected == came and isinstance(expected, str) == isinstance(came, str)
-    if math.isnan(expected) or math.isnan(came):
-        return math.isnan(expected) and math.isnan(came)
-    return math.isclose(expected, came, rel_tol=tolerance, abs_tol=tolerance / 10)
+    if expected != expected or came != came:  # NaN
+        return expected != expected and came != came
+    try:
+        return math.isclose(expected, came, rel_tol=tolerance, abs_tol=tolerance / 10)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def message(check_: Check, expected: Any, came: Any, found: tuple[str, Any, Any]) -> str:
@@ -110,7 +102,7 @@ def message(check_: Check, expected: Any, came: Any, found: tuple[str, Any, Any]
         lines[-1] += f" (a list of {len(e)}, and one of {len(c)})"
     if check_.draw:
         try:
-            lines.append(check_.draw(expected, came))
+            lines.append(str(check_.draw(expected, came))[:LONGEST])
         except Exception as error:  # what came may have any shape, and a picture is not worth the run
             lines.append(f"(what came cannot be drawn: {error!r:.200})")
     return "\n".join(lines)
@@ -124,22 +116,32 @@ def short(value: Any, longest: int = 200) -> str:
 
 # ---------------------------------------------------------------- pictures
 
+WIDE = 80  # columns of a terminal
+
 
 def draw_mask(expected: Any, came: Any) -> str:
     """Two masks (lists of rows of truth values) as one picture; with names of the tokens if given.
 
-    `expected`, `came`: rows, or a dict {"mask": rows, "names": texts}; rows are queries, columns are keys.
+    `expected`, `came`: rows, or a dict {"mask": rows, "names": texts}; rows are queries, columns are keys. Of wide
+    masks those columns are drawn in which the first wrong one is.
     """
     names = expected.get("names") if isinstance(expected, dict) else None
     expected, came = (mask["mask"] if isinstance(mask, dict) else mask for mask in (expected, came))
     ink = {(1, 1): "#", (0, 0): ".", (0, 1): "X", (1, 0): "O", (1, None): "?", (0, None): "?"}
-    lines = ["# sees, . does not; wrong: X sees but must not, O must see but does not, ? is missing"]
+    drawn, wide = [], WIDE - 17
     for n, row in enumerate(expected):
         cells = came[n] if n < len(came) else []
         cells = [*map(bool, cells[: len(row)]), *[None] * (len(row) - len(cells))]
-        drawn = "".join(ink[bool(e), c] for e, c in zip(row, cells))
+        drawn.append("".join(ink[bool(e), c] for e, c in zip(row, cells)))
+    first = min((found.start() for line in drawn if (found := re.search("[XO?]", line))), default=0) // wide * wide
+    lines = ["# sees, . does not; wrong: X sees but must not,", "O must see but does not, ? is missing"]
+    if (n_keys := max(map(len, drawn), default=0)) > wide:
+        lines.append(
+            f"keys {first} to {min(first + wide, n_keys) - 1} of {n_keys}; <- marks rows that are wrong anywhere"
+        )
+    for n, line in enumerate(drawn):
         label = names[n].strip() if names else str(n)
-        lines.append(f"{label[:12]:>12} {drawn}" + ("  <-" if set(drawn) & set("XO?") else ""))
+        lines.append(f"{label[:12]:>12} {line[first : first + wide]}" + ("  <-" if set(line) & set("XO?") else ""))
     return "\n".join(lines)
 
 
@@ -147,17 +149,24 @@ def draw_rows(expected: Any, came: Any) -> str:
     """Columns of equal length side by side, one line per entry, wrong ones marked.
 
     `expected`, `came`: dicts of lists; a list "names" (of texts) only labels the lines. Of long lists the lines around
-    the first wrong one are drawn.
+    the first wrong one are drawn; where there is no room for all columns, wrong ones go before others.
     """
     names = expected.get("names")
     columns = [key for key in expected if key != "names" and isinstance(expected[key], list)]
-    n = max(len(table[key]) for table in (expected, came) for key in columns)
-    cell = lambda table, key, i: short(table[key][i], 24) if i < len(table[key]) else "-"
+    cell = lambda table, key, i: short(table[key][i], 20) if i < len(table[key]) else "-"
+    n = max(len(expected[key]) for key in columns) + 1  # the last is of what came in excess
     wrong = [{key for key in columns if cell(expected, key, i) != cell(came, key, i)} for i in range(n)]
     first = max(0, next((i for i, keys in enumerate(wrong) if keys), 0) - 8)
-    lines = [" " * 16 + "".join(f"{key[:24]:>26}" for key in columns)]
-    for i in range(first, min(n, first + 24)):
+    shown = range(first, min(n - (not wrong[-1]), first + 24))
+    both = lambda key, i: cell(expected, key, i) + (f" came {cell(came, key, i)} X" if key in wrong[i] else "")
+    width = {key: 2 + max(map(len, [key[:24], *(both(key, i) for i in shown)])) for key in columns}
+    kept, left = [], WIDE - 15
+    for key in sorted(columns, key=lambda key: not any(key in wrong[i] for i in shown)):
+        left -= width[key]
+        kept += [key] if left >= 0 or not kept else []
+    kept.sort(key=columns.index)
+    lines = [" " * 15 + "".join(f"{key[:24]:>{width[key]}}" for key in kept)]
+    for i in shown:
         label = names[i].strip() if names and i < len(names) else str(i)
-        both = lambda key: cell(expected, key, i) + (f" came {cell(came, key, i)} X" if key in wrong[i] else "")
-        lines.append(f"{label[:15]:>15} " + "".join(f"{both(key):>26}" for key in columns))
+        lines.append(f"{label[:15]:>15}" + "".join(f"{both(key, i):>{width[key]}}" for key in kept))
     return "\n".join(lines)

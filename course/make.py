@@ -32,8 +32,8 @@ from checks import CASES, FILES, HIDDEN, PUBLIC, Wrong, difference, probes_of
 
 from plumbing.settings import command
 
-TEACHERS = ("course/assignments/", "course/make.py", "course/for-assistants.md", "tests/test_course.py", ".github/",
-            ".ci/")  # fmt: skip
+TEACHERS = ("course/assignments/", "course/make.py", "course/for-assistants.md", "tests/more/test_course.py",
+            "tests/more/test_grader.py", "tests/more/courses.py", ".github/", ".ci/")  # fmt: skip
 SETUP = """#!/usr/bin/env bash
 # Gradescope runs this once, as root, when it builds the image.
 set -euo pipefail
@@ -60,7 +60,7 @@ def assignments() -> dict[int, Path]:
 
 def checked(path: Path) -> ModuleType:
     """The assignment in a file. Raises ValueError if it contradicts itself."""
-    module = grade.load(path)
+    module = child.load(path)
     probes = probes_of(module)
     points = FILES + getattr(module, "WRITTEN", 0) + sum(probe.check.points for probe in probes.values())
     if points != 100:
@@ -182,8 +182,16 @@ Signatures, docstrings and the comments with shapes are their specification. Eve
 
 ## Tests and points
 
-    make .venv/ready                     # once; `make demo` and `make test` fail until your functions are written
-    source .venv/bin/activate
+One environment serves all assignments. PyTorch's CPU build, from its own index, saves 5 GB of CUDA libraries:
+
+    export VENV=$HOME/planned-diffusion-venv
+    python3 -m venv $VENV
+    $VENV/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
+    make $VENV/ready      # the rest; `make demo` and `make test` fail until your functions are written
+
+Then, in this folder:
+
+    source $VENV/bin/activate
     python course/grade.py               # all public tests, with points
     python course/grade.py --only {next(iter(probes_of(module)))}   # one of them
 
@@ -209,11 +217,11 @@ def record(module: ModuleType, tree: Path, seeds: dict[int, list[int]], folders:
 
     Raises ValueError if a probe fails there, or returns something else when it runs again.
     """
-    child.preload()
     for size, folder in folders.items():
         cases, values = [(seed, size) for seed in seeds[size]], {}
         for name, probe in probes_of(module).items():
-            outcome = child.run(tree, probe, [*cases, cases[0]], 2 * probe.check.seconds, [], None)
+            outcome = child.run(tree / "course" / "probes.py", name, tree, [*cases, cases[0]], 2 * probe.check.seconds,
+                                trust=True)  # fmt: skip
             if outcome.values is None:
                 raise ValueError(f"probe {name} fails on the solution: {outcome.error}\n{outcome.printed}")
             *values[name], again = outcome.values
@@ -251,7 +259,10 @@ def wrong_folder(out: Path, wrong: Wrong) -> Path:
 
 
 def make(number: int, out: Path, hidden_seeds: Sequence[int] = ()) -> None:
-    """Write an assignment into the folder `out`, which must not exist. `hidden_seeds`: drawn if none are given."""
+    """Write an assignment into the folder `out`, which must not exist. `hidden_seeds`: drawn if none are given.
+
+    The folder appears when all of it is there.
+    """
     path, files = assignments()[number], project_files()
     module = checked(path)
     if out.exists():
@@ -261,22 +272,25 @@ def make(number: int, out: Path, hidden_seeds: Sequence[int] = ()) -> None:
     wrongs = wrong_sources(module, sources)
     seeds = {PUBLIC: list(range(CASES[PUBLIC])),
              HIDDEN: list(hidden_seeds) or [secrets.randbits(31) for _ in range(CASES[HIDDEN])]}  # fmt: skip
-    student, public = out / "student", out / "student" / "course" / "public"
-    for file in files:
-        (student / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, student / file)
-    write(student, {"course/probes.py": for_students(path), "HANDOUT.md": handout(number, module),
-                    "AGENTS.md": (COURSE / "for-assistants.md").read_text(encoding="utf-8")})  # fmt: skip
-    with tempfile.TemporaryDirectory() as hidden:
-        record(module, student, seeds, {PUBLIC: public, HIDDEN: Path(hidden)})  # before the bodies are left out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-unfinished-") as begun:
+        made, hidden = Path(begun).resolve() / "made", Path(begun).resolve() / "hidden"
+        student, public = made / "student", made / "student" / "course" / "public"
+        for file in files:
+            (student / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, student / file)
+        write(student, {"course/probes.py": for_students(path), "HANDOUT.md": handout(number, module),
+                        "AGENTS.md": (COURSE / "for-assistants.md").read_text(encoding="utf-8")})  # fmt: skip
+        record(module, student, seeds, {PUBLIC: public, HIDDEN: hidden})  # before the bodies are left out
         shutil.rmtree(student / ".cache", ignore_errors=True)  # of kernels that were compiled
         write(student, blanks)
         handed_out = {f: grade.digest(student / f) for f in [*files, "course/probes.py"]}
         write(public, {"files.json": json.dumps(handed_out, indent=1)})
-        pack(out / "autograder.zip", student, Path(hidden))
-    write(out / "solution", sources)
-    for wrong in module.WRONG:
-        write(wrong_folder(out, wrong), wrongs[wrong.name])
+        pack(made / "autograder.zip", student, hidden)
+        write(made / "solution", sources)
+        for wrong in module.WRONG:
+            write(wrong_folder(made, wrong), wrongs[wrong.name])
+        made.rename(out)
 
 
 def main() -> None:
@@ -294,8 +308,10 @@ def main() -> None:
             print(f"{number}  {module.TITLE} ({module.HOURS} hours; {', '.join(module.FUNCTIONS)})")
     elif args.all:
         for number in assignments():
-            make(number, args.out / f"hw{number}")
-            print(f"wrote {args.out / f'hw{number}'}", flush=True)
+            out = args.out / f"hw{number}"
+            print(f"{out} is there already, and stays as it is" if out.exists() else f"{out} ...", flush=True)
+            if not out.exists():
+                make(number, out)
     elif args.number:
         out = args.out if args.out != Path() else Path(f"hw{args.number}")
         make(args.number, out)

@@ -29,8 +29,7 @@ def prompts(rng, n):
 
 def example(rng, tok, spans):
     """An example whose rounds have so many spans each, some planned longer than their text needs."""
-    from data import Example
-    from tags import Round, Span
+    from tags import Example, Round, Span
 
     pick = lambda: PARTS[rng.integers(len(PARTS))]
 
@@ -79,12 +78,6 @@ def bigrams(rng, tokenizer, tokens):
 
         def eval(self):
             return self
-
-        def attend_by(self, backend, dtype, sampling):
-            pass
-
-        def modules(self):
-            return []
 
         def __call__(self, token, position, ranges, cache, index, n_keys, columns=None):
             hidden = torch.stack([token, position], dim=-1)

@@ -8,23 +8,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from plumbing.files import atomic
-from tags import Round, Span, format_answer, parse_answer, pieces
+from tags import Example, Round, Span, format_answer, parse_answer, pieces
 from tokenizer import Tokenizer, check_length
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its answer (rounds of text and spans); `family` names the kind of task."""
-
-    prompt: str
-    rounds: tuple[Round, ...]
-    family: str = ""
-    gaps: tuple[str, ...] = ()  # white space between the pieces of a text that was cut (data/instruct/plans.py)
-
 
 # ---------------------------------------------------------------- writing
 

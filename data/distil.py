@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Example, read_split, writing
+from data import read_split, writing
 from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from tags import parse_answer
+from tags import Example, parse_answer
 from tokenizer import Tokenizer
 
 

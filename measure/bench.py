@@ -21,14 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import torch
 import torch.nn.functional as F
 
+from config import MethodConfig, SampleConfig, TrainConfig
 from data import read_split
+from decode import Answer
 from measure.frontier import PRESETS
-from methods import MethodConfig
 from model import ModelConfig, Transformer
 from plumbing.device import find, name_of, synchronize, utilization
 from plumbing.settings import add_settings, command, locate, pick
-from sample import Answer, SampleConfig, Sampler
-from train import TrainConfig, Trainer
+from sample import Passes, Sampler
+from train import Trainer
 
 
 def in_turns(calls: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -90,12 +91,12 @@ def bench_training(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- sampling
 
 
-class Measured(Sampler):
-    """A sampler that notes how many positions each pass computes, padding included."""
+class Measured(Passes):
+    """Passes that note how many positions each of them computes, padding included."""
 
-    def forward(self, live, entries, readings, rows):
-        self.widths.append((len(live), max(map(len, entries))))
-        return super().forward(live, entries, readings, rows)
+    def forward(self, layouts: list, entries: list[list[int]], readings: list, rows: list[int]) -> torch.Tensor:
+        self.widths.append((len(rows), max(map(len, entries))))
+        return super().forward(layouts, entries, readings, rows)
 
 
 def matrix_products(model: Transformer, widths: list[tuple[int, int]]) -> None:
@@ -114,22 +115,23 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(in_turns({"": lambda: copy.copy_(source)}, 5, device)[""])
 
 
-def samplers(args: argparse.Namespace) -> dict[str, Measured]:
+def samplers(args: argparse.Namespace) -> dict[str, Sampler]:
     """What is compared: the autoregressive model, and the planned one with two ways to denoise."""
     runs = {
         "ar": (args.ar, SampleConfig()),
         f"planned, steps_ratio {args.steps_ratio}": (args.planned, SampleConfig(steps_ratio=args.steps_ratio)),
         f"planned, threshold {args.threshold}": (args.planned, SampleConfig(threshold=args.threshold)),
     }
-    loaded = {name: Measured.load(path, config, find(args.device)) for name, (path, config) in runs.items()}
-    if args.compile:
-        for sampler in loaded.values():
+    loaded = {name: Sampler.load(path, config, find(args.device)) for name, (path, config) in runs.items()}
+    for sampler in loaded.values():
+        sampler.passes = Measured(sampler.model)
+        if args.compile:
             sampler.model.compile(dynamic=True)
     return loaded
 
 
-def answer_all(sampler: Measured, prompts: list[str], batch: int) -> list[Answer]:
-    sampler.widths = []
+def answer_all(sampler: Sampler, prompts: list[str], batch: int) -> list[Answer]:
+    sampler.passes.widths = []
     return [a for i in range(0, len(prompts), batch) for a in sampler.answer(prompts[i : i + batch])]
 
 
@@ -152,11 +154,11 @@ def bench_sampling(args: argparse.Namespace) -> None:
             answers[name] = answer_all(compared[name], prompts, batch)
 
         calls = {name: lambda n=name: answer(n) for name in compared}
-        calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.widths) for n, s in compared.items()}
+        calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.passes.widths) for n, s in compared.items()}
         seconds = in_turns(calls, args.repeats, device)
         for name, sampler in compared.items():
             median, bare, ar = (statistics.median(seconds[key]) for key in (name, f"{name} products", "ar"))
-            tokens, passes = sum(a.result()["content_tokens"] for a in answers[name]), len(sampler.widths)
+            tokens, passes = sum(a.result()["content_tokens"] for a in answers[name]), len(sampler.passes.widths)
             floor = passes * sum(weight.nbytes for weight in sampler.model.parameters()) / rate
             print(f"batch {batch:3}  {name:25}{spread([1e3 * s / len(prompts) for s in seconds[name]], '%.1f')} ms  "
                   f"{tokens / median:.0f} tokens/s  {passes} passes of {1e3 * median / passes:.2f} ms  "

@@ -21,17 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import numpy as np
 
-from data import Example, read_split
+from config import SampleConfig
+from data import read_split
 from loss import JointLoss, validate
 from measure import readers
 from measure.quality import COSTS, checker, distinct, score, spans_per_answer, wrong_lines
-from measure.speculate import Drafter
+from measure.speculate import Drafter, drafted_by
 from methods import encode, rewrite
 from noise import Sequence
 from plumbing.device import CHOICES, find, peak_memory
 from plumbing.files import write_whole
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from sample import SampleConfig, Sampler
+from sample import Sampler
+from tags import Example
 
 
 @dataclass
@@ -142,7 +144,7 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
         raise ValueError(f"--draft {config.draft}: expected --ahead, how many tokens it drafts")
     sampler = Sampler.load(config.checkpoint, sample_config, place)
     if config.draft:
-        sampler.drafter = Drafter.load(config.draft, sampler.tokenizer, place)
+        sampler.decoders = drafted_by(Drafter.load(config.draft, sampler.tokenizer, place))
     folder = locate(config.data)
     path = folder / f"{config.split}.jsonl"
     examples = read_split(path, sampler.tokenizer)[: config.limit or None]
@@ -191,8 +193,10 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     sequences = [Sequence(encode(example, tokenizer, method.in_training)) for example in examples]
     loss, exact = JointLoss(sampler.model, tokenizer.pad + 1), method.attention == "causal"
     draws = 1 if exact or method.plan == "none" else draws  # no noise, nothing to repeat
-    plan, span, error = validate(loss, sequences, tokenizer, sampler.device, draws, causal=float(exact))
-    return {"plan_nll": plan, "span_elbo": span, "span_elbo_error": error if draws > 1 else None, "spans_exact": exact}
+    found = validate(loss, sequences, tokenizer, sampler.device, float(exact), draws=draws)
+    span = found.get("causal" if exact else "span", 0.0)
+    return {"plan_nll": found.get("plan", 0.0), "span_elbo": span, "span_elbo_error": found.get("span_error"),
+            "spans_exact": exact}  # fmt: skip
 
 
 # ---------------------------------------------------------------- report

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Example
+from config import Acts, TrainConfig
+from kernels.backends import attend_by
 from loss import JointLoss
 from masks import encode_example
 from model import ModelConfig, Transformer
 from noise import Batch, Sequence, make_batch
-from optim import Optimizer
 from plumbing.device import CHOICES, PEAKS, fast_dtype, find, name_of, peak_memory
 from plumbing.settings import add_settings, check, command, pick, refuse_idle, setting
 from pretrained.lora import adapt, trained
-from tags import Round, Span
+from tags import Example, Round, Span
 from tokenizer import Tokenizer
-from train import TrainConfig
+from training.optim import Optimizer
 
 GIB, FLOAT32 = 2**30, 4
 SHAPES = {  # from their config.json; as models of this project, with the tags as new tokens
@@ -40,6 +40,7 @@ SHAPES = {  # from their config.json; as models of this project, with the tags a
                        tied=False),
 }  # fmt: skip
 NEW = 74  # tags and lengths
+MEASURED = Acts(lambda config, method: config.measure, "only with --measure")
 
 
 @dataclass
@@ -49,14 +50,15 @@ class MemoryConfig:
     tokens: int = setting(
         4096, "tokens of a micro-batch; half of them are taken to be targets", at_least=64, at_most=2**24
     )
-    lora: int = setting(0, "rank of adapters when measuring; 0: all weights are trained", at_least=0, at_most=1024)
-    recompute: bool = setting(False, "gradient checkpointing when measuring")
+    lora: int = setting(0, "rank of adapters when measuring; 0: all weights are trained", at_least=0, at_most=1024,
+                        acts=[MEASURED])  # fmt: skip
+    recompute: bool = setting(False, "gradient checkpointing when measuring", acts=[MEASURED])
     measure: str = setting("", "shape to measure", among=("", *SHAPES))
-    device: str = setting("auto", f"where to measure: {', '.join(CHOICES)}")
+    device: str = setting("auto", f"where to measure: {', '.join(CHOICES)}", acts=[MEASURED])
 
     def __post_init__(self) -> None:
         check(self)
-        refuse_idle([self], {"only with --measure": (self.measure, "lora", "recompute", "device")})
+        refuse_idle(self)
 
 
 # ---------------------------------------------------------------- computed
@@ -111,7 +113,8 @@ def memory(config: ModelConfig, tokens: int, lora: int = 0, recompute: bool = Fa
 
 def hours(config: ModelConfig, tokens: float = 1e8, rate: float = 0.4 * PEAKS["H100"]) -> float:
     """Hours for so many tokens at that many FLOP/s, with every block computed twice forward and once backward."""
-    return 4 * empty(config, 0).flops_per_token(0) * tokens / rate / 3600
+    looked_up = 0 if config.tied else config.vocab_size * config.d_model  # without arithmetic
+    return 8 * (empty(config, 0).n_params() - looked_up) * tokens / rate / 3600
 
 
 def table(tokens: int) -> list[str]:
@@ -156,7 +159,7 @@ def measured(config: ModelConfig, batch: Batch, lora: int, recompute: bool, plac
     if lora:
         adapt(model, lora, 1.0, config.vocab_size - NEW)
     model.recompute = recompute
-    model.attend_by("auto", dtype)
+    attend_by(model, "auto", dtype)
     loss, optimizer = JointLoss(model, config.vocab_size - NEW + 1, dtype), Optimizer(model, TrainConfig(steps=4))
     loss(batch.to(place)).sum().backward()
     optimizer.step(0)

@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data import Example
-from tags import Round
+from tags import Example, Round
 
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.
 COSTS = ("plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted", "critical_path", "positions",

@@ -23,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import numpy as np
 import torch
 
-from data import Example
 from loss import JointLoss, validate
 from measure.quality import own_function
 from methods import encode, trained_by
 from noise import Sequence
-from plumbing.checkpoint import load_checkpoint
 from plumbing.settings import command, locate
-from tags import Round, plain_text
+from tags import Example, Round, plain_text
+from training.checkpoint import load_checkpoint
 
 DRAWS, LEVEL = 2000, 95  # draws of the bootstrap; per cent of them that an interval holds
 Count = Callable[[Example, str], dict[str, list]]  # an example and an answer's text -> figure's name -> its numbers
@@ -82,7 +81,7 @@ def judged_by(path: str, device: torch.device | str) -> Count:
     def judge(example: Example, text: str) -> dict[str, list[float]]:
         sequence = Sequence(encode(Example(example.prompt, (Round(text),)), tokenizer, method))
         tokens = len(tokenizer.encode(text)) + 1  # and <eos>
-        return {"perplexity": [validate(loss, [sequence], tokenizer, device)[0] * tokens, tokens]}
+        return {"perplexity": [validate(loss, [sequence], tokenizer, device)["plan"] * tokens, tokens]}
 
     return judge
 

@@ -11,23 +11,25 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from answer import Answer
+from decode import Answer, Decoder, WrittenPlan
+from drafting.decoding import DraftedPlan
 from masks import PLAN
-from model import KVCache
-from plumbing.checkpoint import load_checkpoint
+from methods import DECODERS
+from model import KVCache, Transformer
 from plumbing.settings import locate
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint
 from unmask import draw, probabilities
 
 
 class Drafter:
-    """A source of drafts (decode.WrittenPlan asks it): a model with a KV cache of its own for each answer."""
+    """A source of drafts: a model with a KV cache of its own for each answer."""
 
-    def __init__(self, model):
+    def __init__(self, model: Transformer):
         self.model, self.caches = model.eval(), WeakKeyDictionary()  # answer -> its cache, and entries read into it
 
     @classmethod
-    def load(cls, path: str, tokenizer: Tokenizer, device) -> "Drafter":
+    def load(cls, path: str, tokenizer: Tokenizer, device: torch.device | str) -> "Drafter":
         """From a checkpoint. Raises ValueError if its tokenizer is not that of the model that checks."""
         model, own, *_ = load_checkpoint(locate(path), device)
         if own.tokens != tokenizer.tokens:
@@ -73,3 +75,17 @@ class Drafter:
             return int(logits.argmax()), None
         p = probabilities(logits[None], answer.config)
         return int(draw(p, [(answer.generator, 1)])), p[0]
+
+
+def drafted_by(drafter: Drafter) -> dict[str, Decoder]:
+    """The ways to decode whose plan and text are drafted by a second model."""
+
+    class SpeculatedPlan(DraftedPlan):
+        def proposed(self) -> tuple[list[int], list]:
+            return drafter.draft(self.answer)
+
+        def n_slots(self) -> int:
+            return 0
+
+    return {name: decoder._replace(plan=SpeculatedPlan if decoder.plan is WrittenPlan else decoder.plan)
+            for name, decoder in DECODERS.items()}  # fmt: skip

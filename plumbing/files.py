@@ -5,6 +5,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# what a file that is something else, cut or made up may raise; RuntimeError: also JSON nested too deeply
+UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -12,7 +17,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     If the block or the write fails, `path` stays as it was and the temporary file is removed. Missing folders are
     made. The file gets the mode of any new file, even if a library writes it for its owner alone.
-    Raises ValueError if `path` is something other than a file.
+    Raises ValueError if `path` is something other than a file, OSError if it cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -27,6 +32,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)
         _to_disk(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, say; it carries no error number
+        raise OSError(f"{path} cannot be written ({error}): free some space, or write elsewhere") from None
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened

@@ -14,16 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 
 
 def setting(default: Any, help: str, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
-            below: float = math.inf, among: Iterable[str] = ()) -> Any:  # fmt: skip
+            below: float = math.inf, among: Iterable[str] = (), acts: Iterable[Any] = ()) -> Any:  # fmt: skip
     """A dataclass field with the sentence that `--help` shows and the values that `check` allows.
 
-    `among`: the words that are allowed; `--help` lists them.
+    `among`: the words that are allowed; `--help` lists them. `acts`: all of these have to hold for the setting to
+    change anything (config.Acts); `refuse_idle` looks.
     """
     among = tuple(among)
     if among:
         help += f": {', '.join(filter(None, among))}"
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    return field(default=default, metadata={"help": help, "limits": limits, "among": among})
+    return field(default=default, metadata={"help": help, "limits": limits, "among": among, "acts": acts})
 
 
 def check(config: Any) -> None:
@@ -44,17 +45,17 @@ def check(config: Any) -> None:
             raise ValueError(f"--{f.name} {value}: expected {expected}")
 
 
-def refuse_idle(configs: Iterable[Any], acts: dict[str, tuple]) -> None:
+def refuse_idle(config: Any, method: Any = None) -> None:
     """Raise ValueError for a setting that would change nothing: two runs that differ in it alone would be one.
 
-    acts: by the reason why not, whether some settings of the dataclasses `configs` act, then their names.
+    `acts` of each setting says when it changes something: of `config`, and of the `method` (a MethodConfig).
     """
-    settings = {name: (value, getattr(type(c), name)) for c in configs for name, value in vars(c).items()}
-    for reason, (acting, *names) in acts.items():
-        for name in names if not acting else ():
-            value, default = settings[name]
-            if value != default:
-                raise ValueError(f"{f'--no-{name}' if value is False else f'--{name} {value}'}: {reason}")
+    for f in fields(config):
+        value = getattr(config, f.name)
+        for acts in f.metadata.get("acts", ()) if value != f.default else ():
+            if not acts.when(config, method):
+                why = acts.why.format(method=getattr(method, "method", ""))
+                raise ValueError(f"{f'--no-{f.name}' if value is False else f'--{f.name} {value}'}: {why}")
 
 
 def add_settings(parser: argparse.ArgumentParser, *classes: type) -> None:

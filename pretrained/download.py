@@ -11,15 +11,20 @@ import json
 import os
 import re
 import shutil
+import ssl
 import sys
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
+
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plumbing.files import atomic
+from plumbing.files import UNREADABLE, atomic
 from plumbing.settings import command
+from pretrained.llama import tensor_files
 
 HUB = "https://huggingface.co"
 
@@ -33,11 +38,12 @@ def fetch(name: str, file: str, folder: Path) -> bool:
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # for the hub, not where it redirects to
     try:
         with urllib.request.urlopen(request, timeout=60) as answer, atomic(folder / file) as temporary:
-            print(f"{file}: {int(answer.headers.get('Content-Length') or 0) / 1e6:,.1f} MB", flush=True)
+            size = getattr(answer, "length", None)  # None: the server does not say
+            print(f"{file}: {f'{size / 1e6:,.1f} MB' if size else 'of unknown size'}", flush=True)
             with temporary.open("wb") as out:
                 shutil.copyfileobj(answer, out, 1 << 20)
-            if temporary.stat().st_size != int(answer.headers.get("Content-Length") or temporary.stat().st_size):
-                raise ValueError(f"{file} broke off: give the same command again")
+            if not is_whole(temporary, file, size):
+                raise ValueError(f"{request.full_url} broke off, or is something else: give the same command again")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise ValueError(f"{request.full_url}: {error}: there is no such model, or its licence has to be accepted on "
@@ -45,14 +51,28 @@ def fetch(name: str, file: str, folder: Path) -> bool:
         if error.code != 404:
             raise ValueError(f"{request.full_url}: {error}") from None
         return False
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise ValueError(f"{request.full_url} cannot be reached ({error}): on a machine with a network give the same command "
-                         f"(or `hf download {name}`), and copy the folder here") from None  # fmt: skip
+    except (HTTPException, urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError) as error:
+        raise ValueError(f"{request.full_url} cannot be reached, or broke off ({str(error)[:200]!r}): give the same command "
+                         f"again, or on a machine with a network (or `hf download {name}`), and copy the folder here"
+                         ) from None  # fmt: skip
     return True
 
 
+def is_whole(path: Path, file: str, size: int | None) -> bool:
+    """Whether a download has its size, where that is known, and is JSON or safetensors to its end."""
+    try:
+        if file.endswith(".json"):
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with safe_open(path, "pt"):
+                pass
+    except UNREADABLE:
+        return False
+    return size in (None, path.stat().st_size)
+
+
 def download(name: str, folder: Path) -> None:
-    """All files that `train.py --init` reads. Raises ValueError if the hub lacks one."""
+    """All files that `train.py --init` reads. Raises ValueError if the hub lacks one, or sends something else."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"{name}: expected owner/model, as in the model's address on the hub")
     for file in ("config.json", "tokenizer.json"):
@@ -62,7 +82,7 @@ def download(name: str, folder: Path) -> None:
     index = "model.safetensors.index.json"
     files = ["model.safetensors"]
     if fetch(name, index, folder):
-        files = sorted({Path(file).name for file in json.loads((folder / index).read_text())["weight_map"].values()})
+        files = sorted({path.name for path in tensor_files(folder).values()})
     for file in files:
         if not fetch(name, file, folder):
             raise ValueError(f"{name} has no {file} on the hub: take a model with safetensors")

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import LONGEST
 from model import Transformer
-from plumbing.checkpoint import load_checkpoint
 from plumbing.files import atomic, refuse_overwriting, write_whole
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained import tokens
 from pretrained.llama import load, look, places, transformers_config
-from sample import LONGEST
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint, not_finite
 
 
 @dataclass
@@ -42,15 +42,18 @@ class ExportConfig:
 
 
 def export(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
-    """Write the folder. Raises ValueError for a model that no published architecture can hold."""
+    """Write the folder. Raises ValueError for a model that no published architecture, or `dtype`, can hold."""
     config = transformers_config(model.config, tokenizer, dtype, LONGEST)
     weights, table = model.state_dict(), places(model.config)
     tensors = {theirs: part.to(getattr(torch, dtype)).contiguous() for ours, parts in table.items()
                for (theirs, rows), part in zip(parts, weights[ours].split([rows for _, rows in parts]))}  # fmt: skip
+    if name := not_finite(tensors):
+        raise ValueError(f"{folder} is not written: {name} is not finite in {dtype}: take another --dtype")
     with atomic(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     special = {"bos_token": tokenizer.user, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
     special = {kind: tokenizer.name(token) for kind, token in special.items()}
+    special["unk_token"] = None  # left out, transformers 5 gives a Qwen2 folder one more token, without an embedding
     texts = {
         "tokenizer.json": tokens.written(tokenizer),
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **special},
@@ -73,6 +76,9 @@ def main() -> None:
         model, tokenizer, *_ = load_checkpoint(path)
     export(model, tokenizer, Path(config.out), config.dtype)
     print(f"{model.n_params() / 1e6:.2f}M parameters and {tokenizer.vocab_size} tokens in {config.out}")
+    if model.config.qkv_bias and not tokens.cuts_as_qwen2(tokenizer):
+        print("transformers 5 cuts texts for such a model by Qwen2's rules, whatever tokenizer.json says: load this one "
+              "with PreTrainedTokenizerFast.from_pretrained, not AutoTokenizer")  # fmt: skip
 
 
 if __name__ == "__main__":

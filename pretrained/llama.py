@@ -25,6 +25,17 @@ SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+DEFAULTS = {  # of what a config.json leaves out, where transformers has others than Llama's
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+LIMITS = {  # what the numbers of a config may be: whole numbers of a range, or above the first and at most the second
+    "vocab_size": range(1, 1 << 24), "hidden_size": range(1, 1 << 24), "intermediate_size": range(1, 1 << 24),
+    "num_hidden_layers": range(1, 1001), "num_attention_heads": range(1, 1 << 16),
+    "num_key_value_heads": range(1, 1 << 16), "head_dim": range(2, 1 << 16, 2),  # RoPE turns pairs
+    "rms_norm_eps": (0, 1), "rope_theta": (1, 1e12), "factor": (0, 1e6), "low_freq_factor": (0, 1e6),
+    "high_freq_factor": (0, 1e6), "original_max_position_embeddings": (0, 1e12),
+}  # fmt: skip
 EXPECTED = {  # what else a config may say, and the only value that this model has
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "rope_interleaved": False, "partial_rotary_factor": 1.0, "quantization_config": None,
@@ -40,6 +51,7 @@ class Pretrained:
     config: ModelConfig
     tokenizer: Tokenizer
     rows: list[int | None]  # of the published embedding, one per token; None: a new token
+    n_rows: int  # of the published embedding
 
 
 # ---------------------------------------------------------------- names
@@ -76,16 +88,25 @@ def look(folder: str | Path, unit: int = 10) -> Pretrained:
     """Read config and tokenizer of a folder. Raises ValueError, naming the file, if this model cannot hold it."""
     folder = Path(folder)
     config, (tokenizer, rows) = read_json(folder / "config.json"), tokens.read(folder, unit)
-    for name, token in ((USER, "bos_token_id"), (EOS, "eos_token_id")):  # a sequence begins and ends as it used to
-        at, known = tokenizer.pad + tokens.names().index(name), config.get(token)
-        known = known[0] if isinstance(known, list) and known else known
-        rows[at] = known if rows[at] is None and isinstance(known, int) else rows[at]
     try:
-        return Pretrained(folder, model_config(config, tokenizer.vocab_size), tokenizer, rows)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}: copy it again") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        ours, n_rows = model_config(config, tokenizer.vocab_size), number(config, "vocab_size")
+        return Pretrained(folder, ours, tokenizer, known_rows(config, tokenizer, rows, n_rows), n_rows)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+
+
+def known_rows(config: dict[str, Any], tokenizer: Tokenizer, rows: list[int | None], n_rows: int) -> list[int | None]:
+    """Rows that the embedding has: a tag beyond them is new, and a sequence begins and ends with what it used to."""
+    if (last := max((row for row in rows[: tokenizer.pad] if row is not None), default=0)) >= n_rows:
+        raise ValueError(f"vocab_size {n_rows}, but tokenizer.json has a token {last}: it is of another model")
+    rows = [None if row is None or row >= n_rows else row for row in rows]
+    for name, field in ((USER, "bos_token_id"), (EOS, "eos_token_id")):
+        at, known = tokenizer.pad + tokens.names().index(name), config.get(field)
+        known = (known or [None])[0] if isinstance(known, list) else known
+        if known is not None and (type(known) is not int or not 0 <= known < n_rows):
+            raise ValueError(f"{field} {json.dumps(known)[:60]}: expected a whole number below vocab_size {n_rows}")
+        rows[at] = known if rows[at] is None else rows[at]
+    return rows
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,34 +122,55 @@ def read_json(path: Path) -> dict[str, Any]:
     return read
 
 
+def number(config: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A number of a config; where it is left out or null, the default. Raises ValueError unless LIMITS allow it."""
+    value, limits = default if config.get(name) is None else config[name], LIMITS[name]
+    if isinstance(limits, range):
+        fits = type(value) is int and value in limits
+        expected = f"a whole number from {limits[0]} to {limits[-1]}" + ", and even" * (limits.step == 2)
+    else:
+        fits = type(value) in (int, float) and limits[0] < value <= limits[1]
+        expected = f"a number above {limits[0]} and at most {limits[1]:g}"
+    if not fits:
+        raise ValueError(f"{name} {json.dumps(value)[:60]}: expected {expected}")
+    return value
+
+
 def model_config(config: dict[str, Any], vocab_size: int) -> ModelConfig:
     """Our config for a transformers config. Raises ValueError for what this model does not have."""
     kind = config.get("model_type")
     if kind not in TYPES:
         raise ValueError(f"model_type {kind!r}: expected one of {', '.join(TYPES)}")
+    ropes = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # transformers 4 and 5
+    if not all(isinstance(rope, dict) for rope in ropes):
+        raise ValueError("rope_scaling or rope_parameters: expected an object")
+    rope, config = {**ropes[0], **ropes[1]}, {**DEFAULTS.get(kind, {}), **config}
     for name, only in EXPECTED.items():
-        if (config.get(name) or only) != only:
-            raise ValueError(f"{name} {str(config[name])[:60]}: only {only} is supported")
-    if kinds := set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types {', '.join(map(str, kinds))}: only full_attention is supported")
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"):
-        if type(config[name]) is not int or config[name] < 1:
-            raise ValueError(f"{name} {config[name]!r}: expected a whole number above 0")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}  # transformers 4 and 5
+        if any(given.get(name) not in (None, only) for given in (config, rope)):
+            raise ValueError(f"{name} {str(config.get(name, rope.get(name)))[:60]}: only {only} is supported")
+    if kinds := {*map(str, config.get("layer_types") or ())} - {"full_attention"}:
+        raise ValueError(f"layer_types {', '.join(kinds)}: only full_attention is supported")
+    heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
+    shared = number(config, "num_key_value_heads", heads)
+    if heads % shared:
+        raise ValueError(f"num_attention_heads {heads}: expected a multiple of num_key_value_heads {shared}")
+    if (tied := config.get("tie_word_embeddings") or False) not in (True, False):
+        raise ValueError(f"tie_word_embeddings {json.dumps(tied)[:60]}: expected true or false")
+    theta = config if config.get("rope_theta") is not None else rope
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     return ModelConfig(
         vocab_size=vocab_size,
-        n_layer=config["num_hidden_layers"],
-        n_head=config["num_attention_heads"],
-        n_kv_head=config.get("num_key_value_heads") or config["num_attention_heads"],
-        d_model=config["hidden_size"],
-        d_ff=config["intermediate_size"],
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        n_layer=number(config, "num_hidden_layers"),
+        n_head=heads,
+        n_kv_head=shared,
+        d_model=width,
+        d_ff=number(config, "intermediate_size"),
+        rope_theta=float(number(theta, "rope_theta", 10000.0)),
         qk_norm=kind == "qwen3",
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        head_dim=number(config, "head_dim", width // heads),
         qkv_bias=kind == "qwen2",
-        tied=config.get("tie_word_embeddings", False),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=bool(tied),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
         rope_scaling=scaling_of(rope),
         half="float16" if dtype == "float16" else "bfloat16",
     )
@@ -139,9 +181,12 @@ def scaling_of(rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    if kind not in SCALINGS:
-        raise ValueError(f"RoPE scaling {kind!r}: expected default, {' or '.join(SCALINGS)}")
-    return {"rope_type": kind} | {name: float(rope[name]) for name in SCALINGS[kind]}
+    if kind not in [*SCALINGS]:
+        raise ValueError(f"RoPE scaling {str(kind)[:60]!r}: expected default, {' or '.join(SCALINGS)}")
+    scaling = {name: number(rope, name) for name in SCALINGS[kind]}
+    if scaling.get("low_freq_factor", 0) >= scaling.get("high_freq_factor", 1):
+        raise ValueError(f"high_freq_factor {scaling['high_freq_factor']}: expected more than low_freq_factor")
+    return {"rope_type": kind} | scaling
 
 
 def transformers_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, longest: int) -> dict[str, Any]:
@@ -196,12 +241,11 @@ def load(pretrained: Pretrained, device: torch.device | str = "cpu", dtype: torc
                                  "another model, or the architecture is not supported")  # fmt: skip
         for ours, parts in places(config).items():
             if ours in ("embedding.weight", "output.weight"):
-                weight = with_new_rows(published.get(parts[0][0], (None, config.d_model)), pretrained, parts[0][0])
+                weight = with_new_rows(published.get(parts[0][0], (pretrained.n_rows, config.d_model)), pretrained)
             else:
                 weight = torch.cat([published.get(theirs, (rows, *shapes[ours][1:])) for theirs, rows in parts])
             weights[ours] = weight.to(device, dtype)
     model.load_state_dict(weights, assign=True)
-    model.attend_by("dense")
     return model
 
 
@@ -212,8 +256,8 @@ class Tensors(ExitStack):
         super().__init__()
         self.folder, self.files, self.opened = folder, tensor_files(folder), {}
 
-    def get(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-        """A tensor in float32; None in the shape allows any size. Raises ValueError if there is no such tensor."""
+    def get(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor in float32. Raises ValueError if there is no such tensor of finite numbers."""
         if name not in self.files:
             raise ValueError(
                 f"{self.folder} has no tensor {name}: a file is missing, or config.json is another model's"
@@ -223,9 +267,12 @@ class Tensors(ExitStack):
             if path not in self.opened:
                 self.opened[path] = self.enter_context(safe_open(path, "pt"))
             found = self.opened[path].get_slice(name).get_shape()
-            if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found)):
+            if found != list(shape):
                 raise ValueError(f"{path}: {name} has the shape {found}, its config.json asks for {list(shape)}")
-            return self.opened[path].get_tensor(name).float()
+            tensor = self.opened[path].get_tensor(name).float()
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} holds NaN or infinity: copy it again")
+            return tensor
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist, but its index names it: copy it again") from None
         except (SafetensorError, OSError) as error:
@@ -237,8 +284,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not files or any(Path(str(f)).name != f for f in files.values()):
-            raise ValueError(f"{index}: expected a 'weight_map' from tensors to files in this folder")
+        if (
+            not isinstance(files, dict)
+            or not files
+            or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(file)) for file in files.values())
+        ):
+            raise ValueError(f"{index}: expected a 'weight_map' from tensors to safetensors in this folder")
         return {name: folder / file for name, file in files.items()}
     if not single.exists():
         pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
@@ -255,12 +306,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{single} cannot be read ({error}): copy it again") from None
 
 
-def with_new_rows(published: torch.Tensor, pretrained: Pretrained, name: str) -> torch.Tensor:
+def with_new_rows(published: torch.Tensor, pretrained: Pretrained) -> torch.Tensor:
     """An embedding in the order of our tokens: a new token is the mean of the pieces of its name, and noise."""
     rows, tokenizer = pretrained.rows, pretrained.tokenizer
-    if (last := max(row for row in rows if row is not None)) >= len(published):
-        raise ValueError(f"{pretrained.folder}: {name} has {len(published)} rows, but tokenizer.json a token {last}: it is "
-                         "of another model")  # fmt: skip
     old = published[torch.tensor([0 if row is None else row for row in rows])]
     generator = torch.Generator().manual_seed(0)
     for token, pieces in new_tokens(rows, tokenizer):

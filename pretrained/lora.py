@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from config import TrainConfig
 from model import Transformer
-from plumbing.checkpoint import UNREADABLE
-from plumbing.files import atomic, write_whole
-from plumbing.linear import Linear
+from plumbing.files import UNREADABLE, atomic, write_whole
 from pretrained.llama import places
+from tokenizer import Tokenizer
+from training.run import Weights
 
 LAYERS = ("attention.qkv", "attention.out", "gate_up", "down")  # of a block
 
@@ -26,7 +27,7 @@ LAYERS = ("attention.qkv", "attention.out", "gate_up", "down")  # of a block
 class Adapted(nn.Module):
     """A linear layer that stays as it is, and adapters for each of the matrices in it."""
 
-    def __init__(self, base: Linear, rows: list[int], rank: int, alpha: float):
+    def __init__(self, base: nn.Linear, rows: list[int], rank: int, alpha: float):
         """`rows`: how many outputs each of its matrices has."""
         super().__init__()
         self.base, self.scale, place = base, alpha / rank, base.weight.device
@@ -35,10 +36,9 @@ class Adapted(nn.Module):
         for a in self.a:
             nn.init.kaiming_uniform_(a, math.sqrt(5))
 
-    def forward(self, x: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Outputs [first, last) of x (..., n_in): all by default."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         added = torch.cat([F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b)], dim=-1)
-        return self.base(x, first, last) + self.scale * added[..., first:last]
+        return self.base(x) + self.scale * added
 
     def merged(self) -> torch.Tensor:
         """The weights of a plain layer that computes the same, in float32."""
@@ -119,6 +119,26 @@ def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, t
             p.copy_(tensors[f"model.{name}"])
     device = model.norm.weight.device
     return info, {name[6:]: value.to(device) for name, value in tensors.items() if name.startswith("state.")}, unit
+
+
+class Adapters(Weights):
+    """How a run with adapters keeps its model: checkpoints hold what is trained, a finished run all of it, merged."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: TrainConfig):
+        super().__init__(model, tokenizer)
+        self.config = config
+        adapt(model, config.lora, config.lora_alpha, tokenizer.pad)
+
+    def restore(self, path: Path, data: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+        return restore(path, self.model)
+
+    def kept(self) -> dict[str, Any]:
+        return {"weights": trained(self.model)}
+
+    def finished(self, out: Path) -> dict[str, Any]:
+        """Writes the adapters as `peft` has them, too."""
+        save_adapter(out / "adapter", self.model, self.config.init, self.config.lora, self.config.lora_alpha)
+        return {"weights": merged(self.model)}
 
 
 # ---------------------------------------------------------------- peft

@@ -15,6 +15,8 @@ from tokenizer import MAX_LENGTH, Tokenizer
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same where digits were cut off first: white space before them is one word, too
 DIGITS_GPT2 = r"\p{N}%s|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")  # fmt: skip
 
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are written as the character they number
 _HIDDEN = [b for b in range(256) if b not in _PRINTED]  # the others: as the characters from 256 on
@@ -56,10 +58,15 @@ def _read(saved: dict[str, Any], unit: int) -> tuple[Tokenizer, list[int | None]
         raise ValueError(f"a SentencePiece tokenizer, expected byte-level BPE: {ADVICE}")
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError(f"a tokenizer of type {model.get('type')}, expected byte-level BPE: {ADVICE}")
+    for text, i in (*model["vocab"].items(), *added.items()):
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise ValueError(
+                f"the token {text[:20]!r} has the id {json.dumps(i)[:60]}, expected a whole number: copy it again"
+            )
     pattern, normal = pattern_of(saved.get("pre_tokenizer")), normal_form(saved.get("normalizer"))
     merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    priority = {pair: n for n, pair in reversed([*enumerate(merges)])}  # of a pair that comes twice its first place
-    order = {left + right: n for n, (left, right) in reversed([*enumerate(merges)])}
+    priority = {pair: n for n, pair in enumerate(merges)}  # in the library too, a pair that comes twice is the later
+    order = {left + right: n for n, (left, right) in reversed([*enumerate(merges)]) if priority[left, right] == n}
     ids = {to_bytes(text): i for text, i in model["vocab"].items() if text not in added or to_bytes(text, "") in order}
     longer = sorted((t for t in ids if len(t) > 1), key=lambda t: (order.get(t, len(merges)), ids[t]))
     kept = consistent(longer, priority, keep_all=bool(model.get("ignore_merges")))
@@ -125,7 +132,7 @@ def consistent(tokens: list[bytes], priority: dict[tuple[bytes, bytes], int], ke
 
     Raises ValueError if ranks would cut some text in another way than the merges do.
     """
-    ranks, kept, latest = {token: n for n, token in enumerate(tokens)}, [], -1
+    ranks, kept, latest = {token: n for n, token in enumerate(tokens)}, [], 0
     for token in tokens:
         pair = last_pair(token, ranks)
         place = priority.get(pair, -1) if pair else latest
@@ -169,3 +176,9 @@ def written(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [[*map(text, pair)] for pair in pairs if pair],
         },
     }
+
+
+def cuts_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """Whether transformers' Qwen2Tokenizer, which reads of a tokenizer.json only tokens and merges, cuts texts alike."""
+    by_merging = 256 + len(written(tokenizer)["model"]["merges"])
+    return (tokenizer.pattern, tokenizer.normal) == (QWEN2, "NFC") and len(tokenizer.tokens) == by_merging

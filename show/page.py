@@ -1,6 +1,6 @@
 """Write a page that plays answers pass by pass: one file without network, for any browser.
 
-`sample.py --html` and `demo.py --html` call it. The page is player.html with its style, script and data written into
+`sample.py --html` and `demo/demo.py --html` call it. The page is player.html with its style, script and data written into
 it; the data are those of the recordings (record.py), in the shape that the script builds the page from.
 """
 

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from decode import Answer, Denoise, Phase, Reply
 from masks import PLAN
-
-if TYPE_CHECKING:
-    from answer import Answer
-    from decode import Phase, Reading, Reply
-    from sample import Sampler
-
-TITLES = {
-    "planned": "Planned diffusion",
-    "dense": "Planned diffusion, dense",
-    "parallel-ar": "Parallel autoregressive",
-    "ar": "Autoregressive",
-    "block": "Block diffusion",
-    "diffusion": "Diffusion of the whole answer",
-}
 
 
 @dataclass(frozen=True)
@@ -73,14 +61,14 @@ def frame(answer: Answer) -> Frame:
     if not answer.phase:
         ending = "broken" if answer.broken else "cut" if answer.cut else "finished"
 
-    def texts(tokens):
+    def texts(tokens: Sequence[int]) -> tuple[str | None, ...]:
         unknown = {tokenizer.mask: None, tokenizer.pad: ""}
         return tuple(unknown[i] if i in unknown else tokenizer.name(i) for i in tokens)
 
     rounds = tuple(
         FrameRound(
             text=texts(round_.text),
-            topics=tuple(FrameTopic(texts(name), length) for name, length in round_.topics),
+            topics=tuple(FrameTopic(texts(topic.name), topic.length) for topic in round_.topics),
             spans=tuple(texts(answer.contents(span)) for span in round_.spans),
         )
         for round_ in answer.rounds
@@ -92,54 +80,51 @@ def frame(answer: Answer) -> Frame:
 # ---------------------------------------------------------------- a recording
 
 
-def record(sampler: Sampler, prompt: str, watch: Callable | None = None) -> list[Frame]:
-    """Answer a prompt. Returns a frame per pass; of an answer that takes no pass, its end.
+def record(answer: Callable, prompt: str, watch: Callable | None = None) -> list[Frame]:
+    """Answer a prompt with `Sampler.answer`. Returns a frame per pass; of an answer that takes no pass, its end.
 
     `watch`: called with the answer as it is in each frame.
     """
     frames, passes = [], []
 
-    def probe(live, hidden, readings, drawn):
-        phase, asked, tokenizer = live[0].phase, readings[0], sampler.tokenizer
-        n_entries = sum(len(reading.entries) for reading in asked)
-        logits = sampler.only("allowed", sampler.logits(phase, hidden[0, :n_entries]), asked)
-        probabilities = logits.softmax(-1)
+    def probe(answer: Answer, replies: list[Reply], logits: Tensor) -> None:
+        tokenizer, phase, probabilities = answer.tokenizer, answer.phase, logits.softmax(-1)
         passes.append([(phase.in_spans, entry, "" if token == tokenizer.pad else tokenizer.name(token),
                         probabilities[row, token].item(), outcome)
-                       for row, entry, token, outcome in outcomes(phase, asked, drawn[0])])  # fmt: skip
+                       for row, entry, token, outcome in outcomes(phase, replies)])  # fmt: skip
 
-    def watching(answer):
+    def watching(answer: Answer) -> None:
         frames.append(frame(answer))
         if watch:
             watch(answer)
 
-    (answer,) = sampler.answer([prompt], watching, probe)
+    (answered,) = answer([prompt], watching, probe)
     if not frames:
-        watching(answer)
-    at = places(answer)
+        watching(answered)
+    at = places(answered)
     for n, drawn in enumerate(passes):
         draws = (FrameDraw(at.get((in_spans, entry)), *what) for in_spans, entry, *what in drawn)
         frames[n] = replace(frames[n], draws=tuple(draws))
     return frames
 
 
-def outcomes(phase: Phase, readings: list[Reading], replies: list[Reply]) -> Iterator[tuple[int, int, int, str]]:
+def outcomes(phase: Phase, replies: list[Reply]) -> Iterator[tuple[int, int, int, str]]:
     """All that a pass draws or checks: (row of its predictions, layout entry, token, outcome as in FrameDraw).
 
     Drafts that the grammar forces are left out, as they are from the answer's counts; so are drafts for later passes.
     """
-    if phase.fills:
-        slots = [slot for r, reply in zip(readings, replies) for slot in zip(r.entries, reply.tokens, reply.kept)]
-        yield from ((row, entry, token, "new" if kept else "unsure") for row, (entry, token, kept) in enumerate(slots))
+    if isinstance(phase, Denoise):
+        filled = [slot for r in replies for slot in zip(r.reading.entries, r.tokens, r.kept)]
+        yield from ((row, entry, token, "new" if kept else "unsure") for row, (entry, token, kept) in enumerate(filled))
         return
     last, right = None, True
-    for row, (reading, reply) in enumerate(zip(readings, replies)):
-        (entry,) = reading.entries  # it predicts the token of the next one
+    for row, reply in enumerate(replies):
+        (entry,), draft = reply.reading.entries, getattr(reply.reading, "draft", -1)  # it predicts the next token
         right = right or entry - 1 != last  # another span's first reading: nothing is wrong in it yet
-        last, accepted, is_draft = entry, right and reply.kept[0], reading.draft >= 0
-        forced = is_draft and reading.allowed is not None and reading.allowed.sum() == 1
+        last, accepted, is_draft = entry, right and draft >= 0 and reply.kept[0], draft >= 0
+        forced = is_draft and reply.reading.allowed is not None and reply.reading.allowed.sum() == 1
         if is_draft and not forced:
-            yield row, entry + 1, reading.draft, "accepted" if accepted else "rejected"
+            yield row, entry + 1, draft, "accepted" if accepted else "rejected"
         if right and not accepted:
             yield row, entry + 1, reply.tokens[0], "new"
         right = accepted

@@ -11,16 +11,16 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+from decode import Answer
 from show.record import Frame, frame, printable
-
-if TYPE_CHECKING:
-    from answer import Answer
 
 FADED, BOLD, NEW, PLAN = "2", "1", "1;32", "36"  # how text looks, in terminal codes
 MASKED = " ____"  # a slot not yet filled
 MARGIN = 14  # columns for what a line is: prompt, plan, text, or the topic of a span
+ENDINGS = {"cut": "(cut: --max_tokens {} has no room left)",
+           "broken": "(broken: it left the grammar here)"}  # fmt: skip
 PIPED_WIDTH = 100  # columns where there is no terminal
 
 
@@ -43,6 +43,8 @@ class Screen:
         elif self.worth_printing(now):
             passes = f"-- after {now.plan_passes} plan and {now.denoise_passes} denoising passes"
             self.stream.write("\n".join([passes, *self.lines(answer.prompt, now, PIPED_WIDTH)]) + "\n")
+        if now.ending in ENDINGS:
+            self.stream.write(ENDINGS[now.ending].format(answer.config.max_tokens) + "\n")
         if now.ending:
             self.forget()
 

@@ -11,10 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Example
 from kernels import graphs
 from model import ModelConfig, Transformer
-from tags import EOS, TAGS, TOPIC, Round, Span
+from noise import IGNORE, Term
+from tags import EOS, TAGS, TOPIC, Example, Round, Span
 from tokenizer import MAX_LENGTH, Tokenizer
 
 LOOPS = []  # the cases that loops of the running test are at
@@ -140,6 +140,11 @@ def random_example(seed, tokenizer, rounds=None, spans=None):
     return Example(random_text(rng, 6), tuple(random_round(rng, tokenizer, spans) for _ in range(rounds)))
 
 
+def in_span(batch):
+    """(B, T) bool: slots of the noised round, masked or not, and the tokens that predict those of causal spans."""
+    return (batch.term == Term.SPAN) | (batch.term == Term.CAUSAL) & (batch.target != IGNORE)
+
+
 # ---------------------------------------------------------------- stand-ins for a GPU
 
 
@@ -169,6 +174,6 @@ def emulated_kernel(as_on_a_gpu, monkeypatch):
     """As on a GPU, attention is by the kernel: here its source runs under the emulator, in the types of a GPU."""
     if not shutil.which("g++"):
         pytest.skip("needs g++, which emulates the kernel")
-    monkeypatch.setattr("model.choose", lambda *args, **options: "kernel")
+    monkeypatch.setattr("kernels.backends.choose", lambda *args, **options: "kernel")
     monkeypatch.setattr("plumbing.device.sampling_dtype", lambda device: torch.float16)
     monkeypatch.setattr("plumbing.device.fast_dtype", lambda device: torch.bfloat16)

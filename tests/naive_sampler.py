@@ -11,9 +11,8 @@ from fractions import Fraction
 
 import torch
 
-from attention import dense
 from grammar import Grammar
-from model import rope
+from model import dense, rope
 
 
 @dataclass
@@ -62,7 +61,8 @@ def certainty(p, token, order):
     if order == "margin":
         first, second = p.sort(descending=True).values[:2]
         return float(first - second)
-    return float((p[p > 0] * p[p > 0].log()).sum())  # negative entropy
+    assert order == "entropy", f"the oracle knows no order {order!r}"
+    return float((p[p > 0] * p[p > 0].log()).sum())  # of negative sign
 
 
 class NaiveSampler:
@@ -78,13 +78,13 @@ class NaiveSampler:
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     def answer_blocks(self, prompt, size):
-        """Under a given plan: `blocks` of slot ids up to the first with a [PAD], `cut` if room ended before, and costs."""
+        """Under a given plan: `blocks` of slot ids up to the first with a [PAD], `cut` if room ended before or shrank the last, and costs."""
         self.begin(prompt)
         room, blocks, cut = self.config.max_tokens, [], False
         while not cut and not (blocks and self.tok.pad in blocks[-1]):
             slots = min(size, room - 2)  # the two tags
-            cut = slots < 1
-            if not cut:
+            cut = slots < size
+            if slots > 0:
                 start = len(self.tokens)
                 place = self.scaffold([], slots, 0, len(blocks))
                 self.denoise([place], start)
@@ -133,7 +133,7 @@ class NaiveSampler:
         allowed, endless = (torch.from_numpy(g.allowed()) for g in (grammar, self.endless))
         if allowed.sum() == 1:
             token = int(allowed.nonzero()[0])
-            self.cut |= token == self.tok.eos
+            self.cut |= bool(endless.sum() > 1)
             return token
         logits = self.model.logits(hidden_states(self.model, self.tokens, self.attention)[-1])
         self.cost["plan_passes"] += 1

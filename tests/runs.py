@@ -7,10 +7,10 @@ import pytest
 from conftest import random_example
 
 import train
+from config import MethodConfig, TrainConfig
 from data import write_dataset
-from methods import MethodConfig
 from model import ModelConfig
-from train import Run, TrainConfig, Trainer
+from train import Trainer
 
 SHAPE = dict(n_layer=1, d_model=32, n_head=2, n_kv_head=1, d_ff=32)
 
@@ -37,7 +37,7 @@ def make(folder, out, method="planned", shape=SHAPE, **changed):
 
 def run(folder, out, **changed):
     """Train to the end, going on with what is in `out`."""
-    Run(make(folder, out, **changed)).run()
+    make(folder, out, **changed).train()
 
 
 def losses(out):
@@ -67,7 +67,7 @@ def interrupt(trainer, step, how):
         return update()
 
     trainer.update = interrupted
-    Run(trainer).run()
+    trainer.train()
 
 
 class Crash(BaseException):

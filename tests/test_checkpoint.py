@@ -13,12 +13,13 @@ from conftest import OTTER, each, small_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from config import TrainConfig
 from masks import encode_example
 from noise import Sequence, make_batch
-from optim import Optimizer
-from plumbing import checkpoint
-from plumbing.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from train import JointLoss, TrainConfig
+from train import JointLoss
+from training import checkpoint
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.optim import Optimizer
 
 
 def trained(model, tokenizer, steps, optimizer=None):

@@ -11,13 +11,13 @@ from conftest import SENTENCES, each, random_example
 from test_methods_answers import Perfect, fluent, sampled  # noqa: F401  (a fixture)
 from test_sample import ids, steered
 
-import unmask
+from config import MethodConfig, SampleConfig
 from course.small import bigrams, enumerated
-from data import Example
-from decode import Reading, Reply, Stream
-from methods import MethodConfig, encode
-from sample import Predictions, SampleConfig, Sampler
-from tags import Round
+from decode import Reply
+from drafting import decoding
+from methods import encode
+from sample import Sampler
+from tags import Example, Round
 
 WRITERS = [MethodConfig(name) for name in ("ar", "planned", "dense", "parallel-ar")]
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "")
@@ -111,7 +111,7 @@ def distribution(n, p, q, vocabulary):
     generator = torch.Generator().manual_seed(1)
     draft = torch.multinomial(q, n, replacement=True, generator=generator)
     logits, draft_probs = p.log().expand(n, -1), q.expand(n, -1)
-    token, accepted, _ = unmask.check_drafts(logits, draft, draft_probs, config, [(generator, n)])
+    token, accepted, _ = decoding.check_drafts(logits, draft, draft_probs, config, [(generator, n)])
     return torch.bincount(token, minlength=vocabulary) / n, accepted.float().mean()
 
 
@@ -129,12 +129,11 @@ def test_checked_drafts_are_distributed_as_if_drawn_from_the_model():
         assert accepted == pytest.approx(float(torch.minimum(p, allowed).sum()), abs=0.012)
 
 
-def test_a_draft_that_was_not_drawn_is_checked_as_one_that_was_certain(tokenizer):
+def test_a_draft_that_was_not_drawn_is_checked_as_one_that_was_certain():
     """As a drafter's are that its grammar left no choice in."""
     n, config = 20_000, SampleConfig(temperature=1.0, ahead=1, constrained=False)
-    predictions = Predictions(steered(tokenizer), tokenizer, config)
-    asked = [Reading([0], draft=3)] * n
-    token, accepted, _ = predictions.check(torch.zeros(n, 8), asked, [(torch.Generator().manual_seed(1), n)])
+    asked, generators = [decoding.DraftReading([0], draft=3)] * n, [(torch.Generator().manual_seed(1), n)]
+    token, accepted = decoding.draw_checked(torch.zeros(n, 8), asked, config, generators, 0)
     torch.testing.assert_close(torch.bincount(token) / n, torch.full((8,), 1 / 8), atol=0.012, rtol=0)
     assert accepted.float().mean() == pytest.approx(1 / 8, abs=0.012)
 
@@ -145,7 +144,7 @@ def test_drafted_texts_are_distributed_as_undrafted_ones(tokenizer, monkeypatch,
     tokens, n = [*range(65, 67)], 2000
     model = bigrams(np.random.default_rng(3), tokenizer, [*tokens, tokenizer.eos])
     if not residual:
-        monkeypatch.setattr(unmask, "residual", lambda p, q: p)
+        monkeypatch.setattr(decoding, "residual", lambda p, q: p)
     config = SampleConfig(temperature=1.0, max_tokens=5, ahead=ahead)
     answers = Sampler(model, tokenizer, config, MethodConfig("ar")).answer([""] * n)
     drawn = Counter("".join(map(chr, a.rounds[0].text)) for a in answers)
@@ -178,8 +177,15 @@ def test_without_constraints_drafted_answers_break_as_often_as_undrafted_ones(to
 
 def test_drafts_are_kept_while_they_are_likely_enough_together():
     """0.5 x 0.5 x 0.3 = 0.075 is enough, times 0.6 = 0.045 is not, and nothing is kept after that."""
-    stream = Stream(0, 5)
-    stream.slots = 5
-    replies = [Reply([65], [False])] + [Reply([n], [False], c) for n, c in enumerate((0.5, 0.5, 0.3, 0.6, 1.0))]
-    assert stream.check(replies, SimpleNamespace(drafted=0, accepted=0)) == ([65], 0)
-    assert stream.drafts == [0, 1, 2]
+    stream = decoding.DraftStream(0, 5)
+    stream.slots, confidence = 5, (0.5, 0.5, 0.3, 0.6, 1.0)
+    readings, probs = stream.readings() * 2, torch.zeros(12, 100)  # of two answers, a check and five draft slots each
+    for row, p in zip(probs, (1.0, *confidence, 1.0, 0.04, *confidence[1:])):
+        row[:] = (1 - p) / 99
+        row[4] = p
+    logits = probs.log()
+    tokens, kept = decoding.draw_checked(logits, readings, SampleConfig(ahead=5), [], 0)
+    assert kept.tolist() == [0, 1, 1, 1, 0, 0] + [0] * 6
+    replies = [Reply(reading, [n], [k]) for reading, n, k in zip(readings, tokens.tolist(), kept.tolist())]
+    assert stream.check(iter(replies[:6]), SimpleNamespace(drafted=0, accepted=0)) == [4]
+    assert len(stream.drafts) == 3

@@ -5,10 +5,9 @@ import pytest
 from conftest import OTTER, random_example
 from naive_masks import laid_out, oracle_mask, oracle_target, pairs
 
-from data import Example
 from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, Layout, encode_example
 from noise import IGNORE, Sequence
-from tags import Round, Span
+from tags import Example, Round, Span
 
 # ---------------------------------------------------------------- layout
 

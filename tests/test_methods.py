@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OTTER, random_example
+from conftest import OTTER, in_span, random_example
 from naive_masks import oracle_target, read_tags
 from naive_sampler import Token, hidden_states
 
-from data import Example
-from drafts import Term
+from config import MethodConfig, TrainConfig
 from masks import GIVEN, PLAN, PROMPT, SLOT, encode_example
-from methods import MethodConfig, encode
-from noise import IGNORE, Sequence, make_batch
-from tags import Round, Span, plain_text
-from train import JointLoss, TrainConfig, counts
+from methods import encode, fitted
+from noise import IGNORE, Sequence, Term, make_batch
+from tags import Example, Round, Span, plain_text
+from train import JointLoss, counts
 
 CAUSAL, BLOCKS = MethodConfig("parallel-ar"), MethodConfig("block", block=6)
 GIVEN_PLANS = [BLOCKS, MethodConfig("block", block=1), MethodConfig("diffusion", block=40)]
@@ -128,13 +127,13 @@ def test_fitted_blocks_are_32_or_hold_the_longest_answer_and_its_pad_and_a_given
     several = examples(tokenizer)
     for method, n in itertools.product(("block", "diffusion"), range(1, 64)):
         example = Example("", (Round("~" * n),))
-        assert tokenizer.pad in encode(example, tokenizer, MethodConfig(method).fitted([example], tokenizer)).token
+        assert tokenizer.pad in encode(example, tokenizer, fitted(MethodConfig(method), [example], tokenizer)).token
     longest = max(len(tokenizer.encode(plain_text(e.rounds))) for e in several)
-    fitted = MethodConfig("diffusion").fitted(several, tokenizer)
-    assert longest <= fitted.block <= longest + tokenizer.unit and fitted.block % tokenizer.unit == 0
-    assert all(len(contents(encode(e, tokenizer, fitted))[0]) == 1 for e in several)
-    assert MethodConfig("block").fitted(several, tokenizer) == MethodConfig("block", block=32)
-    assert [method.fitted(several, tokenizer) for method in ALL] == ALL
+    known = fitted(MethodConfig("diffusion"), several, tokenizer)
+    assert longest <= known.block <= longest + tokenizer.unit and known.block % tokenizer.unit == 0
+    assert all(len(contents(encode(e, tokenizer, known))[0]) == 1 for e in several)
+    assert fitted(MethodConfig("block"), several, tokenizer) == MethodConfig("block", block=32)
+    assert [fitted(method, several, tokenizer) for method in ALL] == ALL
 
 
 def test_a_bad_setting_is_refused_by_name_and_value():
@@ -163,8 +162,8 @@ def test_causal_slots_up_to_the_first_pad_are_targets_of_the_token_before_and_no
             for e in range(batch.token.shape[1]):
                 if batch.ranges[b, e].tolist() != [1, 0, 0] or e == 0:  # not padding
                     assert batch.token[b, e] == layout.token[place[e]] and batch.target[b, e] == target[place[e]]
-            assert {place[e] for e in batch.in_span[b].nonzero()[:, 0]} == read
-        assert counts(batch, "elbo")[Term.CAUSAL] == counts(batch, "uniform")[Term.CAUSAL] == batch.in_span.sum()
+            assert {place[e] for e in in_span(batch)[b].nonzero()[:, 0]} == read
+        assert counts(batch, "elbo")[Term.CAUSAL] == counts(batch, "uniform")[Term.CAUSAL] == in_span(batch).sum()
 
 
 @pytest.mark.parametrize("method", [MethodConfig(), MethodConfig("dense"), BLOCKS])
@@ -178,7 +177,7 @@ def test_clean_history_noises_the_picked_round_and_noised_history_all_up_to_it(t
         for seed in range(5):
             batch = make_batch([sequence], [round_], tokenizer, np.random.default_rng(seed), history=history)
             masked = batch.token[0] == tokenizer.mask
-            assert torch.equal(batch.in_span[0], slots) and not (masked & ~slots).any()
+            assert torch.equal(in_span(batch)[0], slots) and not (masked & ~slots).any()
             assert torch.equal(torch.where(masked, batch.target[0], batch.token[0]), token[:stop])
             assert (batch.target[0][slots & ~masked] == IGNORE).all()
             changed |= {layout.round[i] for i in masked.nonzero()}

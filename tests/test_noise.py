@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import OTTER, random_example
+from conftest import OTTER, in_span, random_example
 from naive_masks import laid_out, oracle_target, read_tags
 
-from data import Example
 from masks import ATTENTION, encode_example, visible
 from noise import IGNORE, Sequence, make_batch
-from tags import Round, Span
+from tags import Example, Round, Span
 
 # ---------------------------------------------------------------- noise
 
@@ -44,7 +43,7 @@ def noised_rows(tokenizer, attention="sparse", weight="elbo", seeds=range(25)):
             places = [p for p in places if p.round <= round_]
             n = len(places)
             inside = np.array([p.content and p.round == round_ for p in places])
-            columns = [getattr(batch, name)[b, :n].numpy() for name in ("token", "target", "weight", "in_span")]
+            columns = [x[b, :n].numpy() for x in (batch.token, batch.target, batch.weight, in_span(batch))]
             yield Noised(np.array(layout.token[:n]), np.array(expected[:n]), places, inside, *columns)
 
 
@@ -101,8 +100,8 @@ def slot_draws(tokenizer, attention, n_batches, weight="elbo"):
     rng = np.random.default_rng(0)
     batches = [make_batch(sequences, [0] * 8, tokenizer, rng, weight) for _ in range(n_batches)]
     shape = (n_batches, 8, 2, 20)
-    masked = np.stack([(b.token[b.in_span] == tokenizer.mask).numpy() for b in batches])
-    return masked.reshape(shape), np.stack([b.weight[b.in_span].numpy() for b in batches]).reshape(shape)
+    masked = np.stack([(b.token[in_span(b)] == tokenizer.mask).numpy() for b in batches])
+    return masked.reshape(shape), np.stack([b.weight[in_span(b)].numpy() for b in batches]).reshape(shape)
 
 
 def test_each_span_draws_its_own_t_and_all_its_slots_share_it(tokenizer):
@@ -162,10 +161,10 @@ def test_with_t_min_no_span_is_masked_less_and_t_is_uniform_above_it(tokenizer, 
     example = Example("Tell", (Round("", (Span("food", "fish", 5), Span("play", "lakes", 5))),))
     sequences, rng = [Sequence(encode_example(example, tokenizer))] * 8, np.random.default_rng(0)
     batches = [make_batch(sequences, [0] * 8, tokenizer, rng, "elbo", t_min) for _ in range(200)]
-    t = np.concatenate([1 / b.weight[b.in_span].numpy().reshape(16, 20)[:, 0] for b in batches])
+    t = np.concatenate([1 / b.weight[in_span(b)].numpy().reshape(16, 20)[:, 0] for b in batches])
     assert t_min <= t.min() < t_min + 0.01 and 0.99 < t.max() <= 1 + 1e-6
     assert t.mean() == pytest.approx((1 + t_min) / 2, abs=0.01)
-    masked = np.concatenate([(b.token[b.in_span] == tokenizer.mask).numpy() for b in batches])
+    masked = np.concatenate([(b.token[in_span(b)] == tokenizer.mask).numpy() for b in batches])
     assert masked.mean() == pytest.approx((1 + t_min) / 2, abs=0.02)
 
 
@@ -187,7 +186,7 @@ def random_batch(tokenizer, seed=0, weight="elbo", attention="sparse"):
 
 def test_the_same_random_state_makes_the_same_batch_and_another_another(tokenizer):
     (_, _, a), (_, _, b), (_, _, c) = (random_batch(tokenizer, seed) for seed in (0, 0, 1))
-    for name in ("token", "position", "ranges", "target", "in_span", "weight"):
+    for name in ("token", "position", "ranges", "target", "term", "weight"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert not torch.equal(a.token, c.token)
 
@@ -198,7 +197,7 @@ def test_padding_predicts_nothing_and_sees_only_the_first_token(tokenizer):
     assert batch.n_tokens == sum(stops) < batch.token.numel()
     for b, stop in enumerate(stops):
         assert (batch.token[b, stop:] == tokenizer.pad).all()
-        assert (batch.target[b, stop:] == IGNORE).all() and not batch.in_span[b, stop:].any()
+        assert (batch.target[b, stop:] == IGNORE).all() and not in_span(batch)[b, stop:].any()
         seen = visible(batch.ranges[b : b + 1, stop:], batch.token.shape[1])
         assert not seen[..., 1:].any() and seen[..., 0].all()  # a query that sees nothing is NaN
 
@@ -221,7 +220,7 @@ def test_a_row_of_a_batch_has_the_columns_of_its_sequence(tokenizer):
 def test_a_batch_without_any_span_has_plan_targets_alone(tokenizer):
     sequences = [Sequence(encode_example(random_example(n, tokenizer, spans=0), tokenizer)) for n in range(3)]
     batch = make_batch(sequences, [0, 0, 0], tokenizer, np.random.default_rng(0))
-    assert not batch.in_span.any() and (batch.weight == 1).all()
+    assert not in_span(batch).any() and (batch.weight == 1).all()
     assert ((batch.target != IGNORE).sum(1) > 0).all()
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import each, small_model
 
-import optim
-from optim import Muon, Optimizer, fast_dtype, orthogonalize
-from train import TrainConfig
+from config import TrainConfig
+from training import optim
+from training.optim import Muon, Optimizer, fast_dtype, orthogonalize
 
 
 def test_a_fused_layer_is_updated_as_its_matrices_would_be_apart():

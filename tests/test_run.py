@@ -8,8 +8,10 @@ from conftest import each
 from runs import Crash, assert_same, crash, data_set, interrupt, losses, make, run
 
 import train
-from plumbing.checkpoint import load_checkpoint
-from train import Log, Run, validate
+from loss import validate
+from training import run as run_module
+from training.bookkeeping import Log
+from training.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +103,14 @@ def test_a_run_killed_before_one_of_its_last_files_writes_both_when_run_again(
     whole, folder, tmp_path, monkeypatch, file
 ):
     method, expected = whole
-    save = train.save_checkpoint
+    save = run_module.save_checkpoint
 
     def dying(path, model, tokenizer, info, *more, **named):
         if path.name == file and info["step"] == 12:
             raise Crash
         save(path, model, tokenizer, info, *more, **named)
 
-    monkeypatch.setattr(train, "save_checkpoint", dying)
+    monkeypatch.setattr(run_module, "save_checkpoint", dying)
     with pytest.raises(Crash):
         run(folder, tmp_path, method=method)
     monkeypatch.undo()
@@ -123,8 +125,10 @@ def test_a_run_killed_before_one_of_its_last_files_writes_both_when_run_again(
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_it(folder, tmp_path, monkeypatch):
-    events, save, to_disk = [], train.save_checkpoint, Log.to_disk
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, *a, **k: (events.append(path.name), save(path, *a, **k)))
+    events, save, to_disk = [], run_module.save_checkpoint, Log.to_disk
+    monkeypatch.setattr(
+        run_module, "save_checkpoint", lambda path, *a, **k: (events.append(path.name), save(path, *a, **k))
+    )
     monkeypatch.setattr(Log, "to_disk", lambda self: (events.append("log"), to_disk(self)))
     run(folder, tmp_path, steps=8)
     assert events == ["log", "checkpoint.safetensors", "log", "model.safetensors", "checkpoint.safetensors"]
@@ -153,7 +157,7 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(folde
     for step in each([5, 7, 8]):
         tmp_path = fresh()
         with pytest.raises(ValueError, match="diverged"):
-            Run(spoil(make(folder, tmp_path), step)).run()
+            spoil(make(folder, tmp_path), step).train()
         model, _, info, _ = load_checkpoint(tmp_path / "checkpoint.safetensors")
         assert info["step"] == 4 and all(p.isfinite().all() for p in model.parameters())
         assert [int(row["step"]) for row in losses(tmp_path)] == list(range(1, min(step, 7) + 1))

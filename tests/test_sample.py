@@ -1,6 +1,7 @@
 """The sampler against a naive one without cache (naive_sampler.py), and against the sentences of its schedule."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -8,12 +9,12 @@ import torch
 from conftest import SENTENCES, each, small_model
 from naive_sampler import NaiveSampler, Token, hidden_states
 
-from decode import DECODERS, Decoder, Denoise, WrittenPlan
+from config import MethodConfig, SampleConfig
+from decode import Decoder, Denoise, WrittenPlan
 from grammar import Grammar
 from masks import GIVEN, PLAN, PROMPT, SLOT
-from methods import MethodConfig
-from passes import Passes
-from sample import SampleConfig, Sampler
+from methods import DECODERS
+from sample import Passes, Sampler
 from tags import EOS, TAGS, parse_answer
 
 PROMPTS = (SENTENCES[3], SENTENCES[0], "the otter swims", "", "play")
@@ -55,16 +56,22 @@ class Recorder(Sampler):
         self.recorded = []
         return super().answer(prompts, watch)
 
-    def forward(self, live, entries, readings, rows):
+    def step(self, live, rows, probe=None):
+        forward = self.passes.forward
+        self.passes.forward = lambda *given: self.forward(live, forward, *given)
+        super().step(live, rows, probe)
+        self.passes.forward = forward
+
+    def forward(self, live, forward, layouts, entries, readings, rows):
         self.recorded.append((live[0].phase.in_spans, entries[0], live[0]))
-        return super().forward(live, entries, readings, rows)
+        return forward(layouts, entries, readings, rows)
 
 
 class Exact(Recorder):
     """A sampler that compares each pass with a forward of the whole sequence without cache."""
 
-    def forward(self, live, entries, readings, rows):
-        hidden = super().forward(live, entries, readings, rows)
+    def forward(self, live, forward, layouts, entries, readings, rows):
+        hidden = super().forward(live, forward, layouts, entries, readings, rows)
         for answer, asked, h in zip(live, readings, hidden):
             mine = [entry for reading in asked for entry in reading.entries]
             y = answer.layout
@@ -76,7 +83,7 @@ class Exact(Recorder):
 
 def ids(answer):
     """An answer in token ids, as NaiveSampler gives it."""
-    return [(d.text, [(name, length, answer.contents(s)) for (name, length), s in zip(d.topics, d.spans)])
+    return [(d.text, [(t.name, t.length, answer.contents(s)) for t, s in zip(d.topics, d.spans)])
             for d in answer.rounds]  # fmt: skip
 
 
@@ -301,9 +308,7 @@ def test_the_critical_path_is_plan_tokens_and_the_steps_of_the_longest_spans(pla
 def test_length_scale_scales_slots_but_no_plan(planner, tokenizer):
     for scale in each([0.1, 0.5, 1.0, 2.5]):
         answer = Sampler(planner, tokenizer, SampleConfig(max_tokens=60, length_scale=scale)).answer([PROMPTS[0]])[0]
-        lengths = [
-            (length, len(answer.contents(s))) for d in answer.rounds for (_, length), s in zip(d.topics, d.spans)
-        ]
+        lengths = [(t.length, len(answer.contents(s))) for d in answer.rounds for t, s in zip(d.topics, d.spans)]
         assert lengths and all(slots == max(1, math.ceil(length * 4 * scale)) for length, slots in lengths)
 
 
@@ -324,6 +329,7 @@ def test_any_prompt_is_answered(planner, tokenizer):
     ):
         result = Sampler(planner, tokenizer, SampleConfig(max_tokens=25)).answer([prompt])[0].result()
         assert result["prompt"] == prompt and parse_answer(result["tagged"])
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_tags_typed_in_a_prompt_are_text(planner, tokenizer):

@@ -1,4 +1,4 @@
-"""Streams and draft slots of a training batch, against the sentences that specify them (drafts.py)."""
+"""Streams and draft slots of a training batch, against the sentences that specify them (drafting/training.py)."""
 
 from collections import Counter
 
@@ -8,15 +8,13 @@ import torch
 from conftest import OTTER, each, random_example
 from naive_masks import oracle_target, read_tags, sees
 
-from batches import TrainingData
-from data import Example
-from drafts import TERMS, Term, after_text
-from loss import JointLoss, counts, validate, validate_streams
+from config import METHODS, MethodConfig, TrainConfig
+from drafting.training import ArrangeDrafts
+from loss import JointLoss, counts, validate
 from masks import PLAN, Layout, encode_example, visible
-from methods import METHODS, MethodConfig
-from noise import IGNORE, Sequence, make_batch
-from tags import Round
-from train import TrainConfig
+from noise import IGNORE, TERMS, Sequence, Term, make_batch
+from plumbing.settings import refuse_idle
+from tags import Example, Round
 
 AHEAD = 3
 KINDS = [("sparse", 0.0), ("sparse", 0.5), ("sparse", 1.0), ("dense", 0.0), ("causal", 0.0)]
@@ -52,7 +50,9 @@ def rows(tokenizer, attention, causal, ahead=AHEAD, seeds=range(12)):
         examples = [random_example(100 * seed + n, tokenizer) for n in range(3)]
         layouts = [encode_example(e, tokenizer, attention) for e in examples]
         rounds = [int(rng.integers(len(e.rounds))) for e in examples]
-        batch = make_batch([*map(Sequence, layouts)], rounds, tokenizer, rng, causal=causal, ahead=ahead)
+        batch = make_batch(
+            [*map(Sequence, layouts)], rounds, tokenizer, rng, causal=causal, arrange=ArrangeDrafts(ahead)
+        )
         for b, (layout, round_) in enumerate(zip(layouts, rounds)):
             yield Row(batch, b, layout, tokenizer), round_
 
@@ -94,7 +94,7 @@ def test_plan_and_text_have_a_group_of_draft_slots_for_16_targets_and_at_least_t
     for words in (1, 40, 200):
         sequence = Sequence(encode_example(Example("p", (Round("otter " * words),)), tokenizer))
         targets = int((sequence.next != IGNORE).sum())
-        pieces = list(after_text(sequence, len(sequence.next), 0, AHEAD, tokenizer, np.random.default_rng(0)))
+        pieces = list(ArrangeDrafts(AHEAD).beside(sequence, len(sequence.next), 0, tokenizer, np.random.default_rng(0)))
         assert len(pieces) == min(max(3, targets // 16), targets - 1)
         assert len({piece.position[0] for piece in pieces}) == len(pieces), "each after another place"
 
@@ -169,7 +169,9 @@ def test_a_cut_span_drafts_as_far_as_it_has_targets_and_each_cut_comes_up(tokeni
     cuts, spans = Counter(), 0
     layout = encode_example(OTTER, tokenizer)
     for seed in range(300):
-        batch = make_batch([Sequence(layout)], [0], tokenizer, np.random.default_rng(seed), causal=1.0, ahead=AHEAD)
+        batch = make_batch(
+            [Sequence(layout)], [0], tokenizer, np.random.default_rng(seed), causal=1.0, arrange=ArrangeDrafts(AHEAD)
+        )
         row = Row(batch, 0, layout, tokenizer)
         span = [p for p in row.places if (p.round, p.span) == (0, 0)]
         known = [p for p in span if p.content and not after_first_pad(row, p.i) and p.i - 1 in row.entry]
@@ -188,7 +190,9 @@ def test_a_cut_span_drafts_as_far_as_it_has_targets_and_each_cut_comes_up(tokeni
 def test_a_draft_slot_gets_the_logits_that_a_sampler_would_compute(tokenizer, model):
     """A group after a place of the text, and [MASK]s written after the text up to there, are the same computation."""
     layout = encode_example(OTTER, tokenizer)
-    batch = make_batch([Sequence(layout)], [1], tokenizer, np.random.default_rng(0), causal=1.0, ahead=AHEAD)
+    batch = make_batch(
+        [Sequence(layout)], [1], tokenizer, np.random.default_rng(0), causal=1.0, arrange=ArrangeDrafts(AHEAD)
+    )
     hidden = model(batch.token, batch.position, batch.ranges)[0]
     row, seen_terms = Row(batch, 0, layout, tokenizer), set()
     for e in row.drafts:
@@ -217,7 +221,9 @@ def test_a_draft_slot_gets_the_logits_that_a_sampler_would_compute(tokenizer, mo
 def test_the_gradient_of_the_loss_reaches_every_term(tokenizer, model):
     layouts = [encode_example(random_example(seed, tokenizer, rounds=2, spans=3), tokenizer) for seed in range(4)]
     sequences = [*map(Sequence, layouts)]
-    batch = make_batch(sequences, [0] * 4, tokenizer, np.random.default_rng(0), "uniform", causal=0.5, ahead=AHEAD)
+    batch = make_batch(
+        sequences, [0] * 4, tokenizer, np.random.default_rng(0), "uniform", causal=0.5, arrange=ArrangeDrafts(AHEAD)
+    )
     assert (counts(batch, "uniform") > 0).all()
     sums = JointLoss(model, tokenizer.pad + 1)(batch)
     for term in Term:
@@ -229,7 +235,9 @@ def test_the_gradient_of_the_loss_reaches_every_term(tokenizer, model):
 def test_the_terms_are_sums_over_their_targets_alone(tokenizer, model):
     layouts = [encode_example(random_example(seed, tokenizer, rounds=2, spans=3), tokenizer) for seed in range(4)]
     rng = np.random.default_rng(1)
-    batch = make_batch([*map(Sequence, layouts)], [0] * 4, tokenizer, rng, "elbo", causal=0.5, ahead=AHEAD)
+    batch = make_batch(
+        [*map(Sequence, layouts)], [0] * 4, tokenizer, rng, "elbo", causal=0.5, arrange=ArrangeDrafts(AHEAD)
+    )
     logits, expected = model.logits(model(batch.token, batch.position, batch.ranges)), [0.0] * len(TERMS)
     for b, t in (batch.target != IGNORE).nonzero().tolist():
         term = int(batch.term[b, t])
@@ -264,7 +272,9 @@ def test_without_drafts_and_causal_spans_a_row_is_its_sequence_with_slots_noised
 def test_each_span_of_the_joint_method_trains_in_one_of_the_two_ways(tokenizer):
     layout, ways = encode_example(OTTER, tokenizer), Counter()
     for seed in range(40):
-        batch = make_batch([Sequence(layout)], [1], tokenizer, np.random.default_rng(seed), causal=0.5, ahead=AHEAD)
+        batch = make_batch(
+            [Sequence(layout)], [1], tokenizer, np.random.default_rng(seed), causal=0.5, arrange=ArrangeDrafts(AHEAD)
+        )
         row = Row(batch, 0, layout, tokenizer)
         spans = {}
         for e in row.entry.values():
@@ -281,16 +291,20 @@ def test_each_span_of_the_joint_method_trains_in_one_of_the_two_ways(tokenizer):
 
 def test_what_writes_nothing_left_to_right_cannot_draft():
     for method in each([name for name, method in METHODS.items() if method.plan == "given"]):
-        with pytest.raises(ValueError, match=f"--ahead 2: --method {method} writes nothing left to right"):
-            TrainingData(TrainConfig(ahead=2), MethodConfig(method))
+        with pytest.raises(ValueError, match=f"--ahead 2: nothing is written left to right with {method}"):
+            refuse_idle(TrainConfig(ahead=2), MethodConfig(method))
 
 
 def test_validation_reports_the_terms_that_training_has(tokenizer, model):
     loss = JointLoss(model, tokenizer.pad + 1)
     sequences = [Sequence(encode_example(random_example(seed, tokenizer, spans=2), tokenizer)) for seed in range(4)]
-    assert validate_streams(loss, sequences, tokenizer) == {}
-    assert set(validate_streams(loss, sequences, tokenizer, ahead=2)) == {"plan_draft"}
-    assert set(validate_streams(loss, sequences, tokenizer, causal=0.5)) == {"causal"}
-    both = validate_streams(loss, sequences, tokenizer, causal=0.5, ahead=2)
-    assert set(both) == {"causal", "plan_draft", "span_draft"}
-    assert validate(loss, sequences, tokenizer, causal=1.0)[1] == pytest.approx(both["causal"])
+    drafts, plain = ArrangeDrafts(2), validate(loss, sequences, tokenizer)
+    assert set(plain) == {"plan", "span"}
+    assert set(validate(loss, sequences, tokenizer, draws=2)) == {"plan", "span", "span_error"}
+    assert set(validate(loss, sequences, tokenizer, arrange=drafts)) == {"plan", "span", "plan_draft"}
+    assert set(validate(loss, sequences, tokenizer, causal=0.5)) == {"plan", "span", "causal"}
+    both = validate(loss, sequences, tokenizer, causal=0.5, arrange=drafts)
+    assert set(both) == {"plan", "span", "causal", "plan_draft", "span_draft"}
+    assert (both["plan"], both["span"]) == pytest.approx((plain["plan"], plain["span"]))
+    causal = validate(loss, sequences, tokenizer, causal=1.0)
+    assert causal == pytest.approx({name: both[name] for name in ("plan", "causal")})

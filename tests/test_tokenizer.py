@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import regex
 from conftest import BYTES, CORPUS, NASTY, OVERHEAD, each, hostile
 
 from tags import ASSISTANT, ASYNC, ASYNC_END, EOS, MASK, PAD, SYNC, TAGS, TOPIC, TOPIC_END, USER, Span
-from tokenizer import MAX_LENGTH, MAX_UNIT, Tokenizer
+from tokenizer import MAX_LENGTH, MAX_UNIT, Tokenizer, learn_pairs
 
 
 def naive_merge(word, left, right):
@@ -67,9 +68,19 @@ def test_training_agrees_on_texts_full_of_ties_and_overlaps():
     for seed in each(range(4)):
         rng = random.Random(seed)
         texts = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(40)) for _ in range(5)]
+        texts.append("".join(rng.choices("ab ", weights=[9, 9, 0.1], k=400)))  # long words
         learned = naive_byte_pairs(texts, 150)
         assert len(learned) > 60
         assert Tokenizer.train(texts, OVERHEAD + 150).tokens == list(dict.fromkeys(BYTES + learned))
+
+
+def test_learning_takes_time_linear_in_the_longest_word():
+    def seconds(n):
+        word, start = "".join(random.Random(0).choices("abcdefgh", k=n)), time.process_time()
+        learn_pairs({word: 1}, 10**6)
+        return time.process_time() - start
+
+    assert min(seconds(16_000) for _ in range(3)) < 9 * min(seconds(4_000) for _ in range(3))
 
 
 def test_training_stops_when_no_pair_occurs_twice():
@@ -108,6 +119,13 @@ def test_a_word_is_the_same_tokens_wherever_it_stands(tok):
     assert tok.encode("otter otter") == word + word
     assert tok.encode("otter\notter") == word + [tok.tokens.index(b"\n")] + word
     assert tok.encode("  otter\n") == word
+
+
+def test_a_million_spaces_are_text_as_any_other(tok):
+    for text in each(
+        [f"a{' ' * 1_000_000}b", "a" + "\n" * 500_000 + "b", "a" + " \t" * 500_000 + "b" + " " * 100_000 + "c"]
+    ):
+        assert tok.decode(tok.encode(text)) == text
 
 
 def test_white_space_alone_has_no_tokens(tok):

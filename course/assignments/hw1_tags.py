@@ -18,7 +18,8 @@ tokens may come next.
 
 ## Read
 
-1. README.md, "The method", with its example of a tagged answer.
+1. README.md, "The method", with its example of a tagged answer. Run `python minimal.py` meanwhile: the whole method in
+   one file, in a minute or two. What it prints are such plans and spans.
 2. Section 3 of [the paper](https://arxiv.org/abs/2510.18087) up to the control tags.
 3. tags.py from the top. What is left there is yours to use: `_escape`, `_TOPIC`, and `_Reader`, which cuts tagged
    text into texts and tags in turn and raises errors that name line and column.

@@ -15,9 +15,10 @@ one, with the same result. You write the mask as three integers per token, and t
 ## Read
 
 1. README.md, "The method", up to the table of the mask. docs/mask.png has it drawn.
-2. Section 3 of [the paper](https://arxiv.org/abs/2510.18087), on the attention mask.
-3. masks.py: the docstrings; `_columns` and `cut` are given.
-4. tokenizer.py: `encode_span` and the token ids in `Tokenizer.__init__`.
+2. minimal.py: `scaffold`, `write_example` and `hybrid_mask`, which is the mask sentence by sentence, as a matrix.
+3. Section 3 of [the paper](https://arxiv.org/abs/2510.18087), on the attention mask.
+4. masks.py: the docstrings; `_columns`, `cut` and `see_both_ways` are given.
+5. tokenizer.py: `encode_span` and the token ids in `Tokenizer.__init__`.
 
 Before you begin, draw the mask of the README's example on squared paper: prompt, two topics, two spans of three
 slots, `<sync/>`, two words. Rows are queries, columns are keys.
@@ -28,7 +29,9 @@ slots, `<sync/>`, two words. Rows are queries, columns are keys.
 [begin, end). `visible` makes the dense mask of a whole batch of them.
 
 **Writing** (`Layout.write`). Prompt, plan and text see all that is before them, and themselves. Finished spans of
-earlier rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1.
+earlier rounds are before them, too. `_columns` fills the other columns; outside spans, `span` is -1. Positions are
+counted through: whatever is written continues `position` where the entry before it ended, spans included, so siblings
+follow each other and the next round follows the last span.
 
 **The scaffold** (`Layout.scaffold`). All spans of a round, each `<async>`, topic, colon, slots, `</async>`. Tags,
 topic and colon are GIVEN, the rest are SLOT. The prefix of every span of the round ends where the first `<async>` is.

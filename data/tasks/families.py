@@ -13,8 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import product, zip_longest
 
-from data import Example
-from tags import Round, Span, plain_text
+from tags import Example, Round, Span, plain_text
 
 # --- Words. The families share them, so that the tokenizer can give each word one token. ---
 

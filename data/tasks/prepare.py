@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Example, write_dataset
+from data import write_dataset
 from data.tasks.families import FAMILIES, TRAIN_SHARES, build_world
 from plumbing.settings import add_settings, check, command, pick, setting
+from tags import Example
 
 
 @dataclass

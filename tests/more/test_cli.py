@@ -16,14 +16,12 @@ import torch
 from conftest import each, random_example, small_model
 from safetensors.torch import save_file
 
+from config import MethodConfig, SampleConfig, TrainConfig
 from data import write_dataset
 from measure import bench
 from measure.eval import EvalConfig
-from methods import MethodConfig
 from model import ModelConfig
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig
-from train import TrainConfig
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = {
@@ -98,7 +96,7 @@ def test_help_shows_every_setting_with_its_default(cli):
 def test_help_of_the_small_scripts(cli):
     for script, options in each(
         [
-            ("demo.py", ("prompt", "data", "delay", "device")),
+            ("demo/demo.py", ("prompt", "data", "delay", "device")),
             ("show/mask.py", ("attention", "png")),
             ("measure/plot.py", ("png",)),
             ("measure/bench.py", ("device", "repeats")),
@@ -204,7 +202,7 @@ WRONG = {  # script: (arguments, what the line names)
         (("--weight", "heavy"), ["--weight heavy", "uniform, elbo"]),
         (("--lr", "fast"), ["--lr", "fast"]),
     ],
-    "demo.py": [
+    "demo/demo.py": [
         (("--prompt", "x"), ["--prompt", "--data"]), (("--delay", "nan"), ["--delay nan"]),
         (("--device", "abacus"), ["--device abacus"]),
     ],
@@ -235,7 +233,7 @@ DEVICES = [
     ("measure/eval.py", (*MODEL, "--data", "FILES")),
     ("measure/bench.py", ()),
     ("measure/frontier.py", ()),
-    ("demo.py", ()),
+    ("demo/demo.py", ()),
 ]
 
 

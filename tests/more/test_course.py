@@ -1,14 +1,11 @@
 """The course: each assignment is made from the sources, and its tests tell the solution from plausible wrong ones."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
@@ -17,39 +14,13 @@ from conftest import each
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "course"))
 
+import by_hand
 import checks
 import grade
 import make
+from courses import command, made, plain_text, submission
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an assignment is made from what git tracks")
-
-
-@dataclass
-class Made:
-    """An assignment that was made."""
-
-    number: int
-    out: Path
-    kit: grade.Kit
-    module: ModuleType
-
-    def public(self, submission, only=(), **more):
-        """The results of the public tests alone, by name."""
-        return by_name(grade.grade(grade.Kit(self.kit.root, None), submission, only=only, **more))
-
-
-def by_name(results):
-    return {result.name: result for result in results}
-
-
-def made(number, folder):
-    """With fewer cases than students get where these take long: what is wrong shows in the first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(make.CASES, make.PUBLIC, 1 if number in (3, 5, 6) else 2)
-        make.make(number, folder / "hw", hidden_seeds=[101])
-    with grade.opened(str(folder / "hw" / "autograder.zip")) as kit:
-        yield Made(number, folder / "hw", kit, make.checked(make.assignments()[number]))
-    shutil.rmtree(folder / "hw")  # tens of megabytes
 
 
 @pytest.fixture(scope="module", params=make.assignments(), ids="hw{}".format)
@@ -104,6 +75,8 @@ def test_students_get_neither_solution_nor_wrong_solutions_nor_hidden_tests(assi
     assert "HANDOUT" not in probes and not any(wrong.name in probes for wrong in assignment.module.WRONG)
     assert not (student / "course" / "assignments").exists() and not (student / "course" / "make.py").exists()
     assert "explain" in (student / "AGENTS.md").read_text()
+    assert not any("make.make" in path.read_text() for path in student.rglob("tests/more/*.py"))
+    assert all(word in (student / "HANDOUT.md").read_text() for word in ("$VENV", "download.pytorch.org/whl/cpu"))
     for file, names in assignment.module.FUNCTIONS.items():
         blank = (student / file).read_text()
         assert all(name in (student / "HANDOUT.md").read_text() for name in names)
@@ -175,111 +148,6 @@ def test_a_wrong_solution_whose_text_has_gone_cannot_be_made(tags):
         make.wrong_sources(tags.module, {"tags.py": "x = 1"})
 
 
-# ---------------------------------------------------------------- submissions that do not play along
-
-
-def submission(tags, folder, tail="", file="tags.py"):
-    """The solution of assignment 1 with some lines at the end of a file."""
-    shutil.copytree(tags.out / "solution", folder)
-    with (folder / file).open("a") as source:
-        source.write(tail)
-    return folder
-
-
-def plain_text(body):
-    """A function of the assignment with another body."""
-    return f"\n\nimport os, signal, subprocess, sys, time\ndef plain_text(rounds):\n    {body}\n"
-
-
-CRASHES = [
-    ("raise RuntimeError('no')", "RuntimeError: no"),
-    ("os.kill(os.getpid(), signal.SIGSEGV)", "ended with SIGSEGV"),
-    ("os._exit(3)", "ended with status 3"),
-    ("sys.exit('bye')", "SystemExit: bye"),
-    ("while True: pass", "no end after 2 seconds: is there an endless loop?"),
-    ("time.sleep(1000)", "no end after 2 seconds"),
-    ("return plain_text(rounds)", "RecursionError"),
-    ("return object()", "a object came where a number"),
-    ("return bytearray(1 << 40)", "MemoryError"),
-    ("os.write(3, b'{\\n'); os._exit(0)", "is not what probes return"),
-    ("os.write(3, b'{\"values\": [[]]}\\n'); os._exit(0)", "expected the results of 2 cases"),
-    ("subprocess.Popen(['sleep', '1000']); return 'x'", "expected"),
-    ("os.fork() or time.sleep(1000); return 'x'", "expected"),
-]  # fmt: skip
-
-
-def test_a_crash_or_endless_loop_costs_points_but_not_the_run(tags, fresh):
-    for body, said in each(CRASHES):
-        tmp_path = fresh()
-        folder = submission(tags, tmp_path / "one", plain_text(body))
-        results = tags.public(folder, ["plain", "forced"], seconds=2)
-        assert results["plain"].score == 0 and said in results["plain"].output
-        assert results["forced"].score == results["forced"].max_score and results["files"].score == checks.FILES
-
-
-def test_what_does_not_compile_or_is_missing_costs_the_tests_that_need_it(tags, tmp_path):
-    broken = tags.public(submission(tags, tmp_path / "broken", "\ndef ("), ["plain"])
-    assert broken["plain"].score == 0 and "SyntaxError" in broken["plain"].output
-    folder = submission(tags, tmp_path / "missing")
-    (folder / "tags.py").unlink()
-    missing = tags.public(folder, ["plain", "budget"])
-    assert "tags.py is missing" in missing["files"].output
-    assert "plain_text is not written yet" in missing["plain"].output
-    assert missing["budget"].score == missing["budget"].max_score
-    (tmp_path / "empty").mkdir()
-    assert tags.public(tmp_path / "empty", ["plain"])["plain"].score == 0
-
-
-def test_changed_tests_cost_points_and_are_not_used(tags, tmp_path):
-    folder = submission(tags, tmp_path / "changed", plain_text("return ''"))
-    for name in ("course/probes.py", "course/public/values.json", "tests/test_tags.py", "masks.py"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-    results = tags.public(folder, ["plain"])
-    assert results["files"].score == results["plain"].score == 0
-    for name in ("course/probes.py", "tests/test_tags.py", "masks.py"):
-        assert f"{name} differs from what was handed out" in results["files"].output
-    shutil.rmtree(folder / "course"), shutil.rmtree(folder / "tests")
-    assert tags.public(folder, ["plain"])["files"].score == checks.FILES  # masks.py alone costs nothing
-
-
-def test_a_folder_in_the_folder_and_new_files_are_found_and_links_are_not_followed(tags, tmp_path):
-    inner = submission(tags, tmp_path / "one" / "two", "\nimport helper\nassert helper.X == 1\n")
-    (inner / "helper.py").write_text("X = 1")
-    assert tags.public(tmp_path / "one", ["plain"])["plain"].score > 0
-    secret = tmp_path / "secret.py"
-    (inner / "helper.py").rename(secret)
-    (inner / "helper.py").symlink_to(secret)
-    assert "ModuleNotFoundError" in tags.public(tmp_path / "one", ["plain"])["plain"].output
-
-
-def test_who_opens_a_file_of_the_grader_is_noticed(tags, fresh):
-    reads, appends, opens = "open({!r}).read()", "open({!r}, 'a').write('[]')", "os.open({!r}, os.O_RDONLY)"
-    for how, place in each(
-        [(reads, "hidden"), (reads, "public"), (reads, "results"), (appends, "results"), (opens, "hidden")]
-    ):
-        tmp_path = fresh()
-        results = tmp_path / "results" / "results.json"
-        results.parent.mkdir()
-        path = {"hidden": tags.kit.hidden / "values.json", "public": "course/public/values.json", "results": results}[
-            place
-        ]
-        body = f"try: {how.format(str(path))}\n    except OSError: pass\n    return ''"
-        folder = submission(tags, tmp_path / "curious", plain_text(body))
-        found = by_name(grade.grade(tags.kit, folder, results, ["plain"]))
-        assert found["files"].score == found["plain"].score == 0
-        assert "which belongs to the grader" in found["plain"].output
-        assert "tried to open" in found["files"].output and not results.exists()
-
-
-def test_who_writes_the_results_by_another_program_is_noticed(tags, tmp_path):
-    results = tmp_path / "results.json"
-    body = f"subprocess.run(['sh', '-c', 'echo 100 > {results}']); return ''"
-    found = by_name(grade.grade(tags.kit, submission(tags, tmp_path / "sly", plain_text(body)), results, ["plain"]))
-    assert found["files"].score == 0 or os.geteuid() == 0  # as another user it could not
-    assert not results.exists()
-
-
 # ---------------------------------------------------------------- the zip, and the command
 
 
@@ -301,11 +169,6 @@ def test_the_zip_runs_as_gradescope_runs_it(tags, tmp_path):
     assert sum(test["score"] for test in report["tests"]) == 100 - checks.probes_of(tags.module)["plain"].check.points
 
 
-def command(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["grade.py", *map(str, options)])
-    grade.main()
-
-
 def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_path, monkeypatch, capsys):
     submissions = [tags.out / "student", tags.out / "solution"]
     kit, report = tags.out / "autograder.zip", tmp_path / "report.xml"
@@ -320,9 +183,37 @@ def test_several_submissions_are_graded_into_a_table_and_junit_xml(tags, tmp_pat
 
 def test_an_assignment_is_made_in_a_folder_named_from_where_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(make.CASES, make.PUBLIC, 1)
-    make.make(1, Path("hw"), hidden_seeds=[101])
+    make.make(1, Path("hw"), hidden_seeds=[101, 102])
     assert (tmp_path / "hw" / "autograder.zip").exists()
+
+
+def test_an_assignment_that_fails_can_be_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "pack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make.make(1, tmp_path / "deep" / "hw", hidden_seeds=[101])
+    assert not [*(tmp_path / "deep").iterdir()]
+
+
+def test_pictures_and_tables_fit_a_terminal_and_say_what_is_left_out():
+    rows = [[i <= j for i in range(170)] for j in range(170)]
+    came = [[i <= j and (i, j) != (100, 120) for i in range(170)] for j in range(170)]
+    lines = checks.draw_mask(rows, came).splitlines()
+    assert max(map(len, lines)) <= 80 and "keys 63 to 125 of 170" in lines[2]
+    assert [line.split()[0] for line in lines if line.endswith("<-")] == ["120"] and "O" in lines[3 + 120][13:]
+    table = {key * 9: [*range(100)] for key in "abcdefgh"}
+    wrong = table | {"h" * 9: [*range(90), 7]}
+    lines = checks.draw_rows(table, wrong).splitlines()
+    assert max(map(len, lines)) <= 80 and "hhhhhhhhh" in lines[0] and "90 came 7 X" in "\n".join(lines)
+    assert "5     5  the other 95 of 100 points are not tested here" in grade.table(
+        [grade.Result("files", 5, 5, "")], 100
+    )
+    passes = lambda computes: {"passes": [{"computes": computes, "error": 0, "stage": "plan"}]}
+    assert len(by_hand.draw_passes(passes("0-3 70"), passes("0-3 90-999999999999"))) < 200
+    endless = checks.Check(1, "idea", lambda *_: "x" * 10**6, 1, 1e-3)
+    assert len(checks.message(endless, 1, 2, ("", 1, 2))) <= checks.LONGEST + 100
+    longer = checks.draw_rows({"a": [1]}, {"a": [1] * 10**6})
+    assert len(longer.splitlines()) == 3 and "- came 1 X" in longer
 
 
 def test_what_cannot_be_graded_is_an_error_of_one_line(tags, tmp_path, monkeypatch):
@@ -331,6 +222,13 @@ def test_what_cannot_be_graded_is_an_error_of_one_line(tags, tmp_path, monkeypat
         ([tmp_path, "--kit", ROOT / "README.md"], "expected the autograder.zip of an assignment"),
         ([tmp_path, "--kit", tags.out / "autograder.zip", "--only", "no"], "--only no: expected one of written"),
         ([tmp_path], "run this in an assignment's student folder"),
+        (
+            [tmp_path, "--kit", tags.out / "autograder.zip", "--junit", "no/j.xml"],
+            "--junit no/j.xml: expected a file in",
+        ),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--results", tmp_path], "--results .*: expected a file in"),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--junit", tags.out / "autograder.zip"], "which is read"),
+        ([tmp_path, "--kit", tags.out / "autograder.zip", "--junit", "a", "--results", "a"], "name another place"),
     ):
         with pytest.raises(ValueError, match=said):
             command(monkeypatch, *options)

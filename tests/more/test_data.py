@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import each, hostile
 
-from data import Example, read_split, write_dataset
+from data import read_split, write_dataset
 from masks import encode_example
-from tags import Round, Span, format_answer, pieces, plain_text
+from tags import Example, Round, Span, format_answer, pieces, plain_text
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

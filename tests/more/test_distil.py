@@ -6,12 +6,12 @@ import sys
 import pytest
 from conftest import OTTER, SENTENCES, each, small_model
 
-from data import Example, distil, read_split, write_dataset
+from config import SampleConfig
+from data import distil, read_split, write_dataset
 from measure.eval import EvalConfig, evaluate
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig
-from tags import parse_answer
+from tags import Example, parse_answer
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 
 @pytest.fixture

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from batches import expect_effect
-from methods import MethodConfig
+from config import MethodConfig, SampleConfig, TrainConfig
 from model import ModelConfig
-from plumbing.settings import pick
-from sample import SampleConfig
-from train import TrainConfig
+from plumbing.settings import pick, refuse_idle
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "runs"} & {*path.relative_to(ROOT).parts})
@@ -61,7 +58,9 @@ def test_each_command_of_a_page_is_taken_by_its_script(page, monkeypatch):
             continue
         options = options_of(script, arguments, monkeypatch)
         if script == "train.py":
-            expect_effect(pick(TrainConfig, options), pick(MethodConfig, options))
+            method = pick(MethodConfig, options)
+            refuse_idle(method, method)
+            refuse_idle(pick(TrainConfig, options), method)
             pick(ModelConfig, options)
         if script in ("sample.py", "measure/eval.py"):
             pick(SampleConfig, options)

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 from conftest import each, random_example, small_model
 
-from data import Example, read_split, write_dataset
+from config import MethodConfig, SampleConfig
+from data import read_split, write_dataset
 from measure import eval as evaluation
 from measure.eval import Answers, EvalConfig, answer_all, evaluate, lines
 from measure.quality import checker, distinct, row_of, score, wrong_lines
-from methods import MethodConfig
-from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.settings import ROOT, command
-from sample import SampleConfig, Sampler
-from tags import Round, Span, format_answer, plain_text
+from sample import Sampler
+from tags import Example, Round, Span, format_answer, plain_text
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 SHORT, HOT = SampleConfig(max_tokens=24), SampleConfig(max_tokens=24, temperature=1.0)
 TIMED = ("seconds_p50", "seconds_p95", "peak_memory_mb")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -75,13 +76,17 @@ def test_half_a_character_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     """A limit on the size of files is as good as a full disk: the write stops midway."""
-    script = ("import resource, signal, sys; from plumbing import files\n"
+    script = ("import resource, signal, sys, torch; from plumbing import files; from safetensors.torch import save_file\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "files.write_whole(sys.argv[1], 'old')\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-              "files.write_whole(sys.argv[1], 'new' * 1000)\n")  # fmt: skip
+              "def tensors():\n"
+              "    with files.atomic(sys.argv[1]) as path: save_file({'a': torch.zeros(1000)}, path)\n"
+              "for write in (lambda: files.write_whole(sys.argv[1], 'new' * 1000), tensors):\n"
+              "    try: write()\n"
+              "    except OSError as error: print(error)\n")  # fmt: skip
     run = subprocess.run([sys.executable, "-c", script, tmp_path / "a.txt"], cwd=ROOT, capture_output=True, text=True)
-    assert "OSError" in run.stderr
+    assert "File too large" in run.stdout and re.search(r"a.txt cannot be written .*free some space", run.stdout)
     assert files_of(tmp_path) == {"a.txt": b"old"}
 
 

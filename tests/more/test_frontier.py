@@ -15,16 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import each
 
+from config import MethodConfig, SampleConfig, TrainConfig
 from measure import code, frontier
 from measure.code import bare, fingerprint, sources
 from measure.eval import EvalConfig
 from measure.frontier import CODE, GROUPS, PRESETS, Entry, Frontier, Preset, compared
 from measure.report import quality
-from methods import MethodConfig
 from model import ModelConfig
 from plumbing.settings import ROOT, add_settings, command, pick
-from sample import SampleConfig
-from train import TrainConfig
 
 TOY = Preset("data/toy", 100, 300, "--d_model 32", "--t_min 0.5", "--d_model 16", limit=9, timed=3)
 ENTRIES = {

@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 from conftest import random_example, small_model
 
+from config import MethodConfig, SampleConfig
 from data import write_dataset
 from kernels.graphs import Replayed
 from measure import bench
 from measure.eval import EvalConfig, evaluate, lines
-from methods import MethodConfig
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig, Sampler
+from sample import Sampler
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 SHAPE = {"n_layer": 1, "d_model": 32, "n_head": 1, "n_kv_head": 1, "d_ff": 32}  # a head of 32, the kernel's smallest
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from test_sample import METHOD, PROMPTS, costs, ids, steered
 
+from config import SampleConfig
 from kernels.graphs import Replayed, bucket
 from plumbing.settings import ROOT
-from sample import SampleConfig, Sampler
+from sample import Sampler
 
 MODEL = ROOT / "checkpoints" / "tasks" / "planned.safetensors"
 QUESTIONS = (

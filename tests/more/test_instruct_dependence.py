@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import OTTER, each, random_example, small_model
 
-from data import Example, read_split, write_dataset
+from data import read_split, write_dataset
 from data.instruct.dependence import LATER, Gain, Judge, Piece, asked, gains, question, revised, table
 from data.instruct.judge import Score, docstrings, facts, judge
-from data.instruct.plans import restore
+from data.instruct.plans import cuts_of, restore
 from masks import encode_prompt
-from plumbing.checkpoint import save_checkpoint
-from tags import Round, Span, pieces
+from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = Example(
@@ -131,6 +131,21 @@ def test_a_span_that_gains_too_much_is_merged_or_waits_and_the_text_stays(tokeni
         assert done == what
         assert [[r.text, "".join(s.topic for s in r.spans)] for r in example.rounds] == expected
         assert restore(example.rounds, example.gaps) == restore(FIVE.rounds, FIVE.gaps)
+
+
+def test_the_bounds_of_gains_are_kept_and_of_four_fifths_merged(tokenizer):
+    for all_, nearest, what in each([(0.5, 0.5, "kept"), (0.501, 0, "later"), (1, 0.8, "merged"), (1, 0.79, "later"),
+                                     (5, 1, "later")]):  # fmt: skip
+        assert revised(FIVE, [gain(3, all_, nearest)], 0.5, tokenizer)[1] == what
+    lines = [*table([[gain(3, 0.5), gain(3, 0.75)]], 0.5)]
+    assert lines[1].split()[-1] == "50%"
+
+
+def test_an_answer_without_pieces_is_kept(tokenizer):
+    for rounds in each([(Round(""),), (Round("", (Span("a", ""),)),)]):
+        empty = Example("p", rounds)
+        assert restore(rounds) == "" and cuts_of(rounds) == []
+        assert revised(empty, [], 0.1, tokenizer) == (empty, "kept")
 
 
 def test_a_merged_span_holds_both_texts(tokenizer):

@@ -90,6 +90,38 @@ def test_a_conversation_is_a_record_per_reply_and_all_of_them_are_of_one_group(t
     assert first.group == second.group
 
 
+HI, YES = {"role": "user", "content": "Hi"}, {"from": "gpt", "value": "Yes?"}
+SAID = "User: Hi\n\nAssistant: Yes?\n\nUser: And?"
+READINGS = [  # fields of a record, prompt and answer of its records
+    ({"prompt": "And?", "completion": "a", "history": [["Hi", "Yes?"]]}, [(SAID, "a")]),
+    ({"prompt": "And?", "answer": "a", "history": [HI, YES], "system": "S"}, [("S\n\n" + SAID, "a")]),
+    ({"instruction": "And?", "output": "a", "history": '[["Hi", "Yes?"]]'}, [(SAID, "a")]),
+    ({"instruction": "Hi", "response": "a", "context": "c", "system_prompt": "S"}, [("S\n\nHi\n\nc", "a")]),
+    ({"conversation": [HI, YES], "system": "S"}, [("S\n\nHi", "Yes?")]),
+    ({"messages": [HI, YES], "history": [["Hi", "Yes?"]]}, [(SAID.replace("And", "Hi")[:-1], "Yes?")]),
+    ({"messages": [{"role": "system", "content": ""}, HI, YES]}, [("Hi", "Yes?")]),
+    ({"conversations": [{"from": "system", "value": None}, HI, YES]}, [("Hi", "Yes?")]),
+    ({"messages": [HI, HI, YES, YES]}, [("Hi\n\nHi", "Yes?\n\nYes?")]),
+    ({"messages": [YES, HI, YES]}, [("Assistant: Yes?\n\nUser: Hi", "Yes?")]),
+    ({"messages": [HI, YES | {"weight": 0}, HI, YES]}, [(SAID.replace("And", "Hi")[:-1], "Yes?")]),
+    ({"instruction": "Hi", "input": float("nan"), "output": "a"}, [("Hi", "a")]),
+    ({"instruction": None, "output": None, "prompt": "Hi", "completion": "a", "system": ""}, [("Hi", "a")]),
+]
+
+
+def test_what_was_said_before_is_in_the_prompt_in_every_form_and_a_null_is_no_field(tmp_path):
+    for fields, expected in each(READINGS):
+        assert pairs(write(tmp_path / "a.jsonl", [fields])) == expected
+
+
+def test_a_field_that_is_not_read_is_told_and_a_family_is_a_cell_of_a_table(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "id": 1, "category": "a|b\nc"}, {"messages": [HI | {"name": "n"}, YES]}]
+    first, second = read(write(tmp_path / "a.jsonl", [*rows]))
+    assert (first.ignored, second.ignored, first.family) == (("id",), ("messages: name",), "a/b c")
+    (alone,) = read(write(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "a", "family": "all"}]))
+    assert alone.family != "all", "which is the row of all families"
+
+
 def test_an_answer_with_tags_is_parsed_and_one_that_only_mentions_a_tag_is_text(tmp_path):
     tagged = "<topic> a 1</topic><topic> b 1</topic><async> a: x</async><async> b: y</async><eos>"
     answers = [
@@ -121,9 +153,17 @@ BROKEN = [
     ('{"prompt": "a", "completion": "\\ud800"}', "no UTF-8"),
     ('{"messages": {}}', "expected a list of objects in 'messages'"),
     ('{"messages": []}', "without a reply"),
-    ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1: expected the user"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "without a reply to learn"),
     ('{"messages": [{"role": "tool", "content": "a"}]}', "turn 1: 'role' is 'tool'"),
     ('{"messages": [{"role": "user", "content": null}]}', "turn 1: expected text in 'content'"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "before all others"),
+    ('{"conversation": "a"}', "expected a list of objects in 'conversation'"),
+    ('{"prompt": "a", "completion": "<eos>"}', "empty answer"),
+    ('{"prompt": "a", "completion": "b", "images": ["c.png"]}', "'images' cannot be read"),
+    ('{"prompt": "a", "completion": "b", "history": "c"}', "in 'history', found 'no JSON"),
+    ('{"prompt": "a", "completion": "b", "history": [["c", ""]]}', "in 'history', found ['c', '']"),
+    ('{"prompt": "a", "completion": "b", "history": [{"role": "tool"}]}', "history, turn 1: 'role' is 'tool'"),
+    ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}', "turn 1: 'tool_calls' cannot be"),
     ("[" * 100_000, "JSON"),
 ]
 
@@ -149,6 +189,83 @@ def test_bytes_that_are_no_text_are_named_in_every_kind_of_file(tmp_path):
         (tmp_path / name).write_bytes(start + bad + comma + good + end)
         found = list(read(tmp_path / name))
         assert [type(record) for record in found] == [Bad, Record] and "UTF-8" in found[0].reason
+
+
+def test_a_file_has_one_encoding_which_its_mark_tells(fresh):
+    marks = {
+        "utf-8": b"",
+        "utf-8-sig": b"",
+        "utf-16": b"",
+        "utf-16-le": b"\xff\xfe",
+        "utf-16-be": b"\xfe\xff",
+        "utf-32": b"",
+    }
+    for name in each(["a.json", "a.jsonl", "a.csv"]):
+        records = [("\u0a0d \u0d0a \u0a0a", "水獺"), ("b", "\U0001f9a6")]
+        source = write(fresh() / name, [{"prompt": p, "completion": a} for p, a in records]).read_bytes().decode()
+        for encoding, mark in each(marks.items()):
+            path = fresh() / name
+            path.write_bytes(mark + source.encode(encoding))
+            assert pairs(path) == records
+        path.write_bytes('{"prompt": "a", "completion": "水"}'.encode("utf-16-le"))  # which json would guess
+        with pytest.raises(ValueError, match="a.json.? is no text|a.csv is no text"):
+            list(read(path))
+
+
+def test_what_is_no_table_and_no_text_is_refused_by_name(tmp_path):
+    for name, content in [
+        ("a.jsonl.gz", b"{}"),
+        ("a.xlsx", b"PK"),
+        ("a.jsonl", b"\x1f\x8b\x08\0\0"),
+        ("a.csv", b"a,a\nb,c\n"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.*(expected a .json|no text|a line of names, each once)"):
+            list(read(tmp_path / name))
+
+
+GOOD, OPEN = '{"a": "1", "b": "2"}', '{"a": "1, "b": "2"}'
+LOST = [  # a file with broken records, good ones, records that are lost
+    ("a.csv", "prompt,completion\n" + "a,b\n" * 5 + 'a,"b\n' + "a,b\n" * 9, 5, 10),
+    ("a.csv", 'prompt,completion\na,"b "c" d"\na,b\n', 1, 1),
+    ("a.csv", 'prompt,completion\na,"b "c"\n d, e"\na,b\n', 1, 2),
+    ("a.csv", 'prompt,completion\na,"b\na,b"\n', 1, 0),
+    ("a.json", "[" + ", ".join([GOOD] * 3 + [OPEN] + [GOOD] * 4) + "]", 7, 1),
+    ("a.json", "[" + ",\n".join([GOOD, GOOD[:-1], GOOD, GOOD]) + "]", 3, 1),
+    ("a.json", "[" + ",\n".join([GOOD[:-2], GOOD, GOOD]) + "]", 2, 1),
+    ("a.json", "[" + ", ".join([GOOD, GOOD[:5] + ", " + GOOD]) + "]", 2, 1),
+    ("a.json", f"[{GOOD}, {GOOD}] [{GOOD}]", 3, 1),
+    ("a.json", f'[{GOOD}, {{"b": "1}}, {{"c": 1}}, {{"d": 1}}]', 1, 3),
+    ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}{GOOD}\n{GOOD}\n", 2, 3),
+]
+
+
+def test_what_a_broken_record_swallows_is_read_or_counted(tmp_path):
+    for name, content, good, lost in each(LOST):
+        (tmp_path / name).write_text(content)
+        found = [*readers.rows(tmp_path / name)]
+        assert sum(isinstance(row.fields, dict) for row in found) == good
+        assert sum(row.lost for row in found if isinstance(row.fields, str)) == lost
+
+
+def test_a_parquet_file_loses_what_is_broken_and_no_more(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path, texts = tmp_path / "a.parquet", [f"{i} {'x' * 50}".encode() for i in range(100)]
+    texts[7] = b"\xff\xfe"
+    column = pa.array(texts, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": column, "completion": column}), path, row_group_size=20, use_dictionary=False,
+                   compression="zstd", write_page_checksum=True)  # fmt: skip
+    assert [record.place for record in read(path) if isinstance(record, Bad)] == [f"{path}, row 8"]
+    content, begin = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    content[begin + 40 : begin + 90] = bytes(50)
+    path.write_bytes(content)
+    bad = [record for record in read(path) if isinstance(record, Bad)]
+    assert [(record.place, record.lost) for record in bad] == [(f"{path}, row 8", 1), (f"{path}, row 41", 20)]
+    assert sum(isinstance(record, Record) for record in read(path)) == 79
+    path.write_bytes(content[:-30])
+    with pytest.raises(ValueError, match="a.parquet is no Parquet file"):
+        list(read(path))
 
 
 def test_a_row_of_a_table_with_too_many_cells_is_named(tmp_path):
@@ -196,7 +313,9 @@ def test_records_of_an_array_have_the_line_where_they_begin(tmp_path, monkeypatc
     monkeypatch.setattr(readers, "CHUNK", 5)
     path = tmp_path / "a.json"
     path.write_text('[\n\n{"a":\n"\\n"},\n {"b": 1}, {"c": 2}\n]\n')
-    assert [row.place for row in readers.rows(path)] == [f"{path}, line {n}" for n in (3, 5, 5)]
+    assert [row.place for row in readers.rows(path)] == [
+        f"{path}, line {n}, record {i}" for i, n in enumerate((3, 5, 5), 1)
+    ]
 
 
 BROKEN_ARRAYS = [
@@ -224,10 +343,10 @@ def test_memory_does_not_grow_with_the_file(fresh, monkeypatch):
     for name in each(["a.json", "a.jsonl", "a.csv"]):
         tmp_path = fresh()
         monkeypatch.setattr(readers, "CHUNK", 1 << 14)
-        path = write(tmp_path / name, [{"prompt": f"p{i}", "completion": "word " * 100} for i in range(8000)])
+        path = write(tmp_path / name, [{"prompt": f"p{i}", "completion": "word " * 200} for i in range(4000)])
         assert path.stat().st_size > 4e6
         tracemalloc.start()
-        assert sum(1 for _ in read(path)) == 8000
+        assert sum(1 for _ in read(path)) == 4000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 1e6

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from conftest import NASTY, ODD_SPACE, SENTENCES, each
 
-from data import Example, read_split, write_dataset
-from data.instruct.annotate import COSTS, annotate, as_text
+from data import read_split, write_dataset
+from data.instruct.annotate import COSTS, annotate, as_text, named, objection
 from data.instruct.plans import Annotations, Cut, build, cuts_of, quoted, restore
 from data.instruct.structure import RULES, parts_by
-from tags import format_answer, parse_answer, pieces
+from tags import Example, Round, Span, format_answer, parse_answer, pieces
 from tokenizer import MAX_LENGTH
 
 MARKS = ["- ", "* ", "1. ", "2) ", "# ", "## ", "**Food:** ", "Pros: ", "x : int\n    ", "```\n", "| a | b |\n", "|---|\n",
@@ -181,9 +181,45 @@ def test_a_section_too_long_for_a_span_is_cut_by_a_finer_rule(tokenizer):
     assert max(tokenizer.units(span.text) for round_ in annotation.rounds for span in round_.spans) <= MAX_LENGTH
 
 
+TALK = (
+    "{0}: Where did you go in all of the days of the summer?\n{1}: To the cinema in the old town, and to the river.\n"
+)
+TALES = [
+    TALK.format("Alice", "Bob") * 2,
+    (TALK.format("Alice", "Bob") + "\nThey laugh.\n\n") * 2,
+    TALK.format("**Q**", "**A**") * 2,
+    f"## Question\n{A}\n## Answer\n{B}\n## Question\n{C}\n## Answer\n{A}",
+    f"**Question:** {A}\n\n**Answer:** {B}",
+    f"- Alice: {A}\n- Bob: {B}\n- Alice: {C}",
+    f"Alice: {A}\n\nBob: {B}\n\nAlice: {C}",
+]
+
+
+def test_labels_that_recur_are_those_of_speakers_and_of_pairs_and_stay_text(tokenizer):
+    for text in each(TALES):
+        assert annotate("Write a dialogue of Alice and Bob.", text, tokenizer) == as_text(
+            text, "text: its parts lean on each other"
+        )
+    assert annotate("p", TALK.format("Home", "Food") + f"Play: {A}", tokenizer).planned
+
+
+def test_a_plan_pays_from_the_first_token_that_it_saves(tokenizer):
+    def why(topics, *texts):
+        return objection((Round("", tuple(map(Span, topics, texts))),), tokenizer)
+
+    size = lambda text: len(tokenizer.encode(text))
+    for a, b in each([("x", "y"), ("top five", "z")]):
+        plan = 2 * 3 + size(a) + size(b)  # <topic>, length, </topic>; what is saved is the shorter span
+        short = {n: "".join(["."] * n) for n in range(200)}
+        short = {size(text): text for text in short.values()}
+        assert why((a, b), A, short[plan]) == COSTS and why((a, b), A, short[plan + 1]) == ""
+        assert why((a, b), short[plan], A) == COSTS and why((a, b), short[plan + 1], A) == ""
+
+
 def test_topics_of_a_plan_differ(tokenizer):
     (round_,) = annotate("p", f"- {A}\n- {A}\n- {A}", tokenizer).rounds
     assert len({span.topic for span in round_.spans}) == 3
+    assert named([("x", "otter"), ("y", "otter"), ("z", "otter")]) == ["otter", "otter 2", "otter 3"]
 
 
 # ---------------------------------------------------------------- plans made elsewhere
@@ -208,6 +244,10 @@ def test_quotes_become_cuts_and_those_not_in_the_text_are_errors():
     ):
         with pytest.raises(ValueError):
             build(text, quoted(text, broken))
+    again = [{"topic": topic, "begins": "An otter"} for topic in "ab"]
+    assert [cut.begin for cut in quoted("An otter. An otter.", again)] == [0, 10]
+    with pytest.raises(ValueError, match="piece 2: 'An otter' is not in the text after piece 1"):
+        quoted("An otter.", again)
 
 
 def test_annotations_are_read_along_with_the_records(tmp_path):
@@ -222,7 +262,8 @@ def test_annotations_are_read_along_with_the_records(tmp_path):
 
 def test_a_broken_line_of_annotations_is_named(fresh):
     for line, said in each([("{", "line 2"), ("[]", "'record' and 'pieces'"), ('{"record": 1}', "'pieces'"),
-                                        ('{"record": 3, "pieces": []}', "record 3 after record 3")]):  # fmt: skip
+                                        ('{"record": 3, "pieces": []}', "record 3 after record 3"),
+                       ("[" * 100_000, "JSON")]):  # fmt: skip
         tmp_path = fresh()
         path = tmp_path / "a.jsonl"
         path.write_text(json.dumps({"record": 3, "pieces": []}) + f"\n{line}\n")

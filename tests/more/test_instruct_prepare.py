@@ -1,16 +1,19 @@
 """From instruction files to a data set that trains: nothing is lost silently, splits do not mix, memory is bounded."""
 
 import json
+import os
 import runpy
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import each
 
 from data import read_split
 from data.instruct.plans import restore
-from data.instruct.prepare import PROMPT
+from data.instruct.prepare import PROMPT, PrepareConfig, Survey
 from tags import PAD, plain_text
 from tokenizer import Tokenizer
 
@@ -140,6 +143,22 @@ def test_all_that_is_known_of_one_prompt_is_in_one_split(prepare, tmp_path):
         assert sum(map(len, splits.values())) == 200 + 3 * 40
 
 
+def test_splits_do_not_overlap_and_have_the_sizes_asked_for(tmp_path):
+    path = save(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "a"} for i in range(300)])
+    for val, test in each([(1, 1), (7, 5), (20, 10), (200, 200)]):
+        survey = Survey([path], PrepareConfig(val=val, test=test))
+        assert not survey.val & survey.test
+        assert (len(survey.val), len(survey.test)) == (min(val, 30), min(test, 30))
+
+
+def test_each_record_is_as_likely_in_the_sample(tmp_path):
+    path = save(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "completion": "a"} for i in range(4)])
+    counts = Counter(
+        r.prompt for seed in range(1500) for r in Survey([path], PrepareConfig(sample=2, seed=seed)).sample
+    )
+    assert all(abs(n - 750) < 80 for n in counts.values()) and len(counts) == 4  # 80: four standard deviations
+
+
 # ---------------------------------------------------------------- what is not used
 
 
@@ -187,6 +206,40 @@ def test_tagged_answers_keep_their_plan(prepare, tmp_path):
     assert plain_text(first.rounds) == "Hi.\none\ntwo\nBye." and first.family == "tagged" and first.gaps == ()
     assert [(span.topic, span.length) for span in first.rounds[0].spans] == [("b", 1), ("a", 1)]
     assert "tagged" in out
+
+
+def test_what_is_lost_counts_and_what_is_ignored_is_told(prepare, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,prompt,completion\n" + "".join(f"{i},p,{'a' if i != 50 else chr(34)}\n" for i in range(90)))
+    code, _, _ = prepare(path, "--out", tmp_path / "set", "--max_bad", 39)
+    assert f"{path}, line 52: " in code and "40 lines" in code and not (tmp_path / "set").exists()
+    code, out, _ = prepare(path, "--max_bad", 40)
+    assert code == 0 and "50 records, 40 more cannot be used" in out and "ignored fields: id (50)" in out
+
+
+def test_reports_are_text_whatever_the_file_holds(prepare, tmp_path):
+    name = os.fsdecode(b"a\xe9.jsonl")
+    rows = [*alpaca(12), {"q\udce9\n\x1b[2J": 1}, {"prompt": "p", "completion": "\x1b[2J " * 300}]
+    code, out, err = prepare(save(tmp_path / name, rows), "--out", tmp_path / "set", "--show", 20)
+    assert code == 0 and "\x1b" not in out + err and "ignored fields" not in out
+    (line,) = (tmp_path / "set" / "rejected.txt").read_text(encoding="utf-8").splitlines()
+    assert "a?.jsonl, line 13: the fields q? ?[2J are those of no form" in line
+
+
+def test_requests_are_not_written_over_the_data_set(prepare, tmp_path):
+    path = save(tmp_path / "a.jsonl", alpaca(12))
+    for name in each(["train.jsonl", "tokenizer.json.part", "../set/rejected.txt"]):
+        code, _, _ = prepare(path, "--out", tmp_path / "set", "--requests", tmp_path / "set" / name)
+        assert "--requests" in code and "not in --out" in code and not (tmp_path / "set" / "train.jsonl").exists()
+
+
+def test_the_tokenizer_is_trained_on_what_is_not_left_out(prepare, tmp_path):
+    rows = alpaca(12)
+    long = [{"prompt": "p", "completion": text} for text in ("zq" * 20_000, "xj " * 2000)]
+    prepare(save(tmp_path / "a.jsonl", rows), "--out", tmp_path / "one", "--max_tokens", 500)
+    prepare(save(tmp_path / "b.jsonl", rows + long), "--out", tmp_path / "two", "--max_tokens", 500)
+    one, two = ((tmp_path / name / "tokenizer.json").read_text() for name in ("one", "two"))
+    assert one == two
 
 
 # ---------------------------------------------------------------- plans made elsewhere

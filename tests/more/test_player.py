@@ -13,8 +13,8 @@ from conftest import SENTENCES, each
 from naive_sampler import Token, hidden_states
 from test_show import WAYS, random_sampler, run
 
-import decode
-import demo
+from demo import demo
+from drafting import decoding
 from masks import SLOT
 from show.page import Race, data, page
 from show.record import FrameRound, FrameTopic, parts, record
@@ -26,7 +26,7 @@ from tags import EOS, SYNC, TOPIC_END
 @pytest.fixture
 def unsure(monkeypatch):
     """Drafts of a random model, which is sure of nothing."""
-    monkeypatch.setattr(decode, "DRAFT_CONFIDENCE", 0)
+    monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)
 
 
 def text_of(part, frame):
@@ -45,7 +45,7 @@ def text_of(part, frame):
 def test_each_token_is_drawn_in_the_pass_that_shows_it_or_was_forced(unsure, tokenizer):
     for method, config in each([*WAYS, ("planned", {"ahead": 4, "constrained": False})]):
         for seed in range(3):
-            frames, known = record(random_sampler(tokenizer, method, seed, **config), SENTENCES[1]), set()
+            frames, known = record(random_sampler(tokenizer, method, seed, **config).answer, SENTENCES[1]), set()
             for frame in frames:
                 written = [draw for draw in frame.draws if draw.outcome in ("new", "accepted")]
                 kept = {draw.part: draw for draw in written if draw.part}
@@ -64,7 +64,7 @@ def test_drafts_are_those_that_the_answer_counts(unsure, tokenizer):
         rejected = 0
         for seed in range(6):
             sampler = random_sampler(tokenizer, method, seed, **config)
-            draws = [draw.outcome for frame in record(sampler, SENTENCES[1]) for draw in frame.draws]
+            draws = [draw.outcome for frame in record(sampler.answer, SENTENCES[1]) for draw in frame.draws]
             (answer,) = sampler.answer([SENTENCES[1]])
             assert draws.count("accepted") == answer.accepted
             assert draws.count("rejected") == answer.drafted - answer.accepted
@@ -83,7 +83,7 @@ def test_probabilities_are_those_of_a_fresh_pass_over_the_whole_sequence(tokeniz
             tokens = [Token(i, r, None if span < 0 else span, kind == SLOT) for i, r, span, kind in rows]
             before.append((tokens, answer.phase and answer.phase.in_spans, torch.from_numpy(answer.grammar.allowed())))
 
-        frames, compared = record(sampler, SENTENCES[0], watch), 0
+        frames, compared = record(sampler.answer, SENTENCES[0], watch), 0
         for (tokens, in_spans, allowed), frame in zip(before, frames[1:]):
             hidden = hidden_states(sampler.model, tokens, attention)
             if in_spans:
@@ -98,7 +98,7 @@ def test_probabilities_are_those_of_a_fresh_pass_over_the_whole_sequence(tokeniz
 
 
 def test_the_most_certain_slots_are_filled_first(tokenizer):
-    frames = record(random_sampler(tokenizer, "planned", order="confidence", apart=False), SENTENCES[0])
+    frames = record(random_sampler(tokenizer, "planned", order="confidence", apart=False).answer, SENTENCES[0])
     compared = 0
     for frame in frames:
         for span in {draw.part[:3] for draw in frame.draws if draw.part and draw.part[0] == "slot"}:
@@ -111,7 +111,7 @@ def test_the_most_certain_slots_are_filled_first(tokenizer):
 
 
 def test_an_answer_without_a_pass_has_its_end_for_a_recording_and_a_page(tokenizer):
-    frames = record(random_sampler(tokenizer, "planned", max_tokens=1), "otter")
+    frames = record(random_sampler(tokenizer, "planned", max_tokens=1).answer, "otter")
     assert [(frame.passes, frame.ending) for frame in frames] == [(0, "cut")]
     assert data([Race("otter", [("Planned", "planned", frames)])])[0]["answers"][0]["passes"] == []
 
@@ -127,8 +127,8 @@ def race(tokenizer):
     """A prompt made to break a page, and four answers to it."""
     ways = {"planned": {}, "parallel-ar": {"ahead": 3}, "ar": {"ahead": 3}, "block": {"threshold": 0.5}}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(decode, "DRAFT_CONFIDENCE", 0)
-        recordings = {way: record(random_sampler(tokenizer, way, **ways[way]), SENTENCES[0]) for way in ways}
+        monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)
+        recordings = {way: record(random_sampler(tokenizer, way, **ways[way]).answer, SENTENCES[0]) for way in ways}
     return Race(NASTY, [(f"<i>{way}", way, frames) for way, frames in recordings.items()])
 
 

@@ -8,8 +8,8 @@ from conftest import each
 
 from measure import plot
 from measure.plot import draw, gather, named, read
-from plumbing.bookkeeping import Log
 from plumbing.settings import command
+from training.bookkeeping import Log
 
 FIGURE = pytest.importorskip("matplotlib.figure").Figure
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import each, small_model
 from naive_model import naive_forward
-from published import KINDS, SIZES, library, published, published_tensors
+from published import AWKWARD, KINDS, SIZES, library, published, published_tensors
 from safetensors.torch import load_file, save_file
 
 from model import ModelConfig
-from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.settings import ROOT, command
 from pretrained import export, llama
 from pretrained.llama import load, look
 from tokenizer import MAX_LENGTH
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def causal(token):
@@ -87,6 +87,16 @@ def test_the_config_is_read_as_both_versions_of_transformers_write_it():
         assert (config.tied, config.qk_norm, config.qkv_bias, config.head_dim) == (True, False, False, 8)
 
 
+def test_what_a_config_leaves_out_is_what_transformers_takes():
+    sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
+    for kind, head_dim, shared in each((("llama", 8, 4), ("qwen2", 8, 32), ("qwen3", 128, 32))):
+        wide = sizes | {"hidden_size": 8 * 64, "num_attention_heads": 64} if shared == 32 else sizes
+        made = llama.model_config(wide | {"model_type": kind}, 400)
+        assert (made.head_dim, made.n_kv_head, made.norm_eps, made.rope_theta) == (head_dim, shared, 1e-6, 1e4)
+        same = llama.model_config(wide | {"model_type": kind, "num_key_value_heads": None, "rms_norm_eps": 3e-5}, 400)
+        assert (same.n_kv_head, same.norm_eps) == (same.n_head, 3e-5)
+
+
 def test_every_row_of_the_embedding_is_its_tokens_and_a_sequence_begins_and_ends_as_it_did(tmp_path):
     pretrained, tensors = look(published(tmp_path, "llama")), published_tensors(KINDS["llama"])
     model, tokenizer = load(pretrained), pretrained.tokenizer
@@ -94,6 +104,20 @@ def test_every_row_of_the_embedding_is_its_tokens_and_a_sequence_begins_and_ends
         assert torch.equal(ours.weight[: tokenizer.pad], tensors[theirs][pretrained.rows[: tokenizer.pad]])
         assert torch.equal(ours.weight[[tokenizer.user, tokenizer.eos]], tensors[theirs][[1, 2]])
     assert len(model.embedding.weight) == tokenizer.vocab_size == model.config.vocab_size
+
+
+def test_a_tag_past_the_embedding_begins_as_a_new_token(tmp_path):
+    """As where [PAD] was added to a tokenizer, and no row to the model."""
+    folder = published(tmp_path)
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for row, new in each([(399, False), (400, True)]):  # of 400
+        added = [*saved["added_tokens"], saved["added_tokens"][0] | {"id": row, "content": "[PAD]"}]
+        path.write_text(json.dumps(saved | {"added_tokens": added}))
+        pretrained = look(folder)
+        assert pretrained.rows[pretrained.tokenizer.pad] == (None if new else row)
+        weight = load(pretrained).embedding.weight[pretrained.tokenizer.pad]
+        assert torch.equal(weight, published_tensors(KINDS["qwen2"])["model.embed_tokens.weight"][399]) != new
 
 
 def test_new_tokens_begin_near_the_mean_of_the_pieces_of_their_names_each_elsewhere(tmp_path):
@@ -127,7 +151,9 @@ def test_transformers_loads_what_is_exported_with_the_same_logits_and_tokens(tmp
     token = torch.tensor([[tokenizer.user, *tokenizer.encode("it's 12 rivers"), tokenizer.assistant, tokenizer.topic]])
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("<user>it's 12 rivers<assistant><topic>").input_ids == token[0].tolist()
-    assert (again.eos_token, again.pad_token_id) == ("<eos>", tokenizer.pad)
+    assert (again.eos_token, again.pad_token_id, len(again)) == ("<eos>", tokenizer.pad, tokenizer.vocab_size)
+    for text in {text.strip() for text in AWKWARD} - {"<eos>", "[PAD]"}:  # special tokens of the published model, too
+        assert again(text).input_ids == tokenizer.encode(text), repr(text)
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(token).logits
     torch.testing.assert_close(our_logits(model, token), theirs, atol=1e-4, rtol=1e-4)
@@ -146,6 +172,26 @@ def test_a_model_of_this_project_is_exported_by_the_command_and_loaded_by_transf
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(token).logits
     torch.testing.assert_close(our_logits(model, token), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_what_transformers_would_do_otherwise_is_told(tmp_path, monkeypatch, capsys):
+    """It gives a Qwen2 folder an unknown token, unless it is null, and cuts texts as Qwen2 does."""
+    for cut in each(("qwen", "smollm")):
+        folder = published(tmp_path / cut, "qwen2", cut)
+        monkeypatch.setattr(sys, "argv", ["export.py", "--model", str(folder), "--out", str(tmp_path / "out")])
+        export.main()
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["unk_token"] is None
+        assert ("PreTrainedTokenizerFast" in capsys.readouterr().out) == (cut == "smollm")
+
+
+def test_a_weight_that_the_type_cannot_hold_is_not_exported(tmp_path, tok):
+    model = small_model(tok.vocab_size)
+    model.blocks[1].down.weight.data[3, 2] = 1e5
+    with pytest.raises(ValueError, match="model.layers.1.mlp.down_proj.weight is not finite in float16"):
+        export.export(model, tok, tmp_path, "float16")
+    assert not list(tmp_path.iterdir())
+    for dtype in each(("bfloat16", "float32")):
+        export.export(model, tok, tmp_path, dtype)
 
 
 def test_what_is_exported_is_read_again_exactly_tags_included(fresh):
@@ -208,8 +254,16 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"partial_rotary_factor": 0.5}, "partial_rotary"),
     ({"hidden_size": None}, "config.json"), ({"num_attention_heads": 0}, "config.json"), ({"num_hidden_layers": "x"}, "config"),
-    ({"hidden_size": 64}, "[None, 64]"), ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
+    ({"hidden_size": 64}, "[400, 64]"), ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
     ({"num_hidden_layers": 1}, "model.layers.1"), ({"intermediate_size": 50}, "gate_proj.weight has the shape"),
+    ({"tie_word_embeddings": "false"}, 'tie_word_embeddings "false": expected true'),
+    ({"num_key_value_heads": 3}, "num_attention_heads 4: expected a multiple of num_key_value_heads 3"),
+    ({"rope_scaling": [1]}, "expected an object"), ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"vocab_size": 328}, "vocab_size 328, but tokenizer.json has a token 328: it is of another model"),
+    ({"vocab_size": 329}, "its config.json asks for [329, 32]"),
+    ({"vocab_size": 401}, "its config.json asks for [401, 32]"), ({"bos_token_id": "1"}, 'bos_token_id "1": expected'),
+    ({"eos_token_id": 400}, "eos_token_id 400: expected a whole number below vocab_size 400"),
+    ({"eos_token_id": [-1]}, "eos_token_id -1: expected"), ({"eos_token_id": 2.5}, "eos_token_id 2.5: expected"),
     ({"model_type": "llama"}, "k_proj.bias"), ({"model_type": "qwen3"}, "bias"), ({"tie_word_embeddings": False}, "lm_head"),
 ]  # fmt: skip
 
@@ -223,13 +277,32 @@ def test_a_config_that_is_not_this_models_is_refused_by_name(fresh):
         assert words in refused(folder)
 
 
+def test_each_number_of_a_config_is_what_it_may_be_or_refused_by_name():
+    whole, llama3 = SIZES | KINDS["llama3"] | {"head_dim": 8, "rope_theta": 1e4}, KINDS["llama3"]["rope_scaling"]
+    huge, nan = 10**400, float("nan")
+    bad = dict.fromkeys(SIZES, ["8", 8.5, -8, 0, True, 2**63, huge, nan, [8]])
+    bad |= {"head_dim": [*bad["hidden_size"], 7], "rms_norm_eps": ["1e-6", -1, 0, nan, huge, float("inf"), True]}
+    bad |= {"rope_theta": ["1e4", 0, 1, -2.0, nan, huge]} | dict.fromkeys(llama3, ["8", 0, -2, nan, huge, True])
+    for name in each(sorted({*bad} - {"rope_type"})):
+        for value in each(bad[name]):
+            change = {"rope_scaling": llama3 | {name: value}} if name in llama3 else {name: value}
+            with pytest.raises(ValueError, match=rf"^{name} .*: expected a (whole )?number"):
+                llama.number(whole | change, "vocab_size"), llama.model_config(whole | change, 400)
+    for name in each(("hidden_size", "num_hidden_layers", "vocab_size")):  # required
+        with pytest.raises(ValueError, match=f"^{name} null: expected"):
+            llama.number({name: None}, name)
+    with pytest.raises(ValueError, match="high_freq_factor 1.0: expected more than low_freq_factor"):
+        llama.model_config(whole | {"rope_scaling": llama3 | {"high_freq_factor": 1.0}}, 400)
+
+
 def test_a_folder_without_config_weights_or_a_shard_is_refused(tmp_path):
     assert "config.json does not exist" in refused(tmp_path)
     folder = published(tmp_path / "model", shards=2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors does not exist, but its index names it" in refused(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
-    assert "weight_map" in refused(folder)
+    for files in each(({"a": "../other.safetensors"}, {"a": ".."}, {"a": ""}, {"a": 3}, {}, [1], 3, None)):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        assert "weight_map" in refused(folder)
     (folder / "model.safetensors.index.json").unlink()
     assert "expected model.safetensors" in refused(folder)
 
@@ -248,7 +321,10 @@ def test_weights_that_are_cut_garbage_or_of_another_tokenizer_are_refused(tmp_pa
         path.write_bytes(content)
         assert "copy it again" in refused(folder)
     save_file(tensors | {"model.embed_tokens.weight": torch.zeros(300, 32)}, path)
-    assert "has 300 rows, but tokenizer.json a token" in refused(folder)
+    assert "has the shape [300, 32], its config.json asks for [400, 32]" in refused(folder)
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, path)
+    assert "model.norm.weight holds NaN or infinity" in refused(folder)
 
 
 def test_a_config_that_is_no_object_is_refused(fresh):

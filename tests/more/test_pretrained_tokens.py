@@ -188,6 +188,7 @@ REFUSED = [
     ({"model": {"byte_fallback": True}}, "SentencePiece"), ({"decoder": METASPACE}, "SentencePiece"),
     ({"model": {"type": "Unigram"}}, "Unigram"), ({"model": {"type": "WordPiece"}}, "WordPiece"),
     ({"normalizer": PREPEND}, "normalizer is Prepend"), ({"pre_tokenizer": METASPACE}, "pre_tokenizer"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, "NFC, NFKC, expected a"),
     ({"pre_tokenizer": None}, "pre_tokenizer"), ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "prefix space"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"String": " "}}, BYTES]}}, "Split"),
     ({"model": {"vocab": {"▁the": 1}}}, "▁"), ({"model": {"end_of_word_suffix": "</w>"}}, "BPE"),
@@ -204,12 +205,39 @@ def test_another_kind_of_tokenizer_is_refused_by_name(fresh):
         assert words in message and ("Qwen3" in message or "expected" in message)
 
 
+def test_an_id_that_is_no_whole_number_is_refused_with_its_token(tmp_path):
+    for value in each(["97", 97.5, -1, True, None, 2**63, 10**400]):
+        saved = tokenizer_json()
+        saved["model"]["vocab"]["a"] = value
+        assert "the token 'a' has the id" in refused(saved_in(tmp_path, saved))
+        saved = tokenizer_json()
+        saved["added_tokens"][1]["id"] = value
+        assert "the token '<|im_start|>' has the id" in refused(saved_in(tmp_path, saved))
+
+
+def of_merges(merges):
+    """A tokenizer of bytes and these merges."""
+    vocab = {CHARACTER[b]: b for b in range(256)}
+    for pair in merges:
+        vocab.setdefault("".join(pair), len(vocab))
+    saved = tokenizer_json("gpt2")
+    return saved | {"added_tokens": [], "model": saved["model"] | {"vocab": vocab, "merges": merges}}
+
+
+def test_of_a_pair_that_comes_twice_the_last_place_counts(tmp_path):
+    """So in the library: b c is merged before a b."""
+    tokenizer, _ = tokens.read(saved_in(tmp_path, of_merges([["a", "b"], ["b", "c"], ["a", "b"]])))
+    assert [tokenizer.tokens[i] for i in tokenizer.encode("abc")] == [b"a", b"bc"]
+    theirs = library("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("abc").tokens == ["a", "bc"]
+
+
 def test_merges_that_ranks_cannot_express_are_refused(tmp_path):
-    """Of "abc" the merges first make bc, and then no pair applies; ranks would go on to abc."""
-    saved = tokenizer_json()
-    saved["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
-    saved["model"]["vocab"] = {CHARACTER[b]: b for b in range(256)} | {"bc": 256, "ab": 257, "abc": 258}
-    assert "tiktoken" in refused(saved_in(tmp_path, saved))
+    """Of "abc" the merges first make bc, and then no pair applies; ranks would go on to abc. Of "cbacb" they make
+    cb and acb, ranks cbac and b: there, two merges that are neighbours are in the other order. Of "ccc" they make cc c."""
+    for merges in each([[["c", "cc"], ["c", "c"]], [["b", "c"], ["a", "b"], ["ab", "c"]],
+                        [["a", "c"], ["c", "b"], ["b", "ac"], ["c", "bac"], ["ac", "b"], ["cb", "ac"]]]):  # fmt: skip
+        assert "tiktoken" in refused(saved_in(tmp_path, of_merges(merges)))
 
 
 def test_files_that_are_missing_cut_or_something_else_are_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Downloading (from a server of the test's own), computed memory, and the commands of docs/your-own-model.md."""
 
+import contextlib
 import json
+import os
 import re
 import runpy
 import shlex
@@ -11,37 +13,53 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import each, small_model
 from published import published
+from safetensors.torch import save
 
+from config import TrainConfig
 from loss import JointLoss
 from measure import memory
 from model import ModelConfig
-from optim import Optimizer
 from plumbing.settings import ROOT
 from pretrained import download
 from pretrained.llama import load, look
 from pretrained.lora import adapt
-from train import TrainConfig
+from training.optim import Optimizer
 
 # ---------------------------------------------------------------- download
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    tokens = []  # that came with requests
+
+    def do_GET(self):
+        Quiet.tokens.append(self.headers["Authorization"])
+        self.answer()
+
+    def answer(self):
+        super().do_GET()
+
     def log_message(self, *_):
         pass
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server of its own."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A server of models, and the folder whose `owner/model/resolve/main` it serves."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("no_proxy", "*")
-    yield tmp_path
-    server.shutdown()
-    server.server_close()
+    with serving(partial(Quiet, directory=str(tmp_path))) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("no_proxy", "*")
+        yield tmp_path
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -77,6 +95,61 @@ def test_what_the_hub_lacks_and_a_hub_that_cannot_be_reached_are_said(hub, tmp_p
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot be reached.*on a machine with a network.*copy the folder here"):
         download.download("owner/other", tmp_path / "there")
+
+
+RAW = {  # answers of a server that are not what was asked for
+    "shorter than announced": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}",
+    "cut in a chunk": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"a"',
+    "cut, without a length": b'HTTP/1.1 200 OK\r\n\r\n{"a": [1, ',
+    "without a number": b'HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n{"a": [1, ',
+    "a page to log in": b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>",
+    "garbage": b"\x1b[31mhello\r\n\r\n{}",
+    "nothing": b"",
+}
+
+
+def test_what_comes_cut_or_as_something_else_is_said_in_a_line_and_not_kept(fresh, monkeypatch):
+    class Raw(Quiet):
+        pass
+
+    with serving(Raw) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address), monkeypatch.setenv("no_proxy", "*")
+        cut = save({"a": torch.zeros(9)})[:-1]
+        for file, answer in each([*(("config.json", answer) for answer in RAW.values()),
+                                  ("model.safetensors", b"HTTP/1.1 200 OK\r\n\r\n" + cut)]):  # fmt: skip
+            Raw.answer = lambda self, answer=answer: self.wfile.write(answer)
+            folder = fresh()
+            with pytest.raises(
+                ValueError, match=rf"main/{file} [^\n\x1b]*broke off[^\n\x1b]*give the same command again"
+            ):
+                download.fetch("owner/model", file, folder)
+            assert not list(folder.iterdir())
+
+
+def test_an_index_names_files_of_the_folder_or_is_refused(hub, fresh):
+    there = published(hub / "owner" / "model" / "resolve" / "main")
+    for index in each([{}, {"weight_map": [1]}, {"weight_map": 3}, {"weight_map": None}, [], None,
+                       {"weight_map": {"a": "sub/model.safetensors"}}, {"weight_map": {"a": ".."}}]):  # fmt: skip
+        (there / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="index.json: expected (an object|a 'weight_map' .* in this folder)"):
+            download.download("owner/model", fresh() / "here")
+
+
+def test_the_token_is_sent_to_the_hub_and_not_to_where_it_redirects(hub, tmp_path, monkeypatch):
+    there, elsewhere = published(hub / "owner" / "model" / "resolve" / "main"), os.environ["HF_ENDPOINT"]
+
+    class Redirecting(Quiet):
+        def answer(self):
+            self.send_response(302)
+            self.send_header("Location", elsewhere + self.path)
+            self.end_headers()
+
+    monkeypatch.setattr(Quiet, "tokens", [])
+    with serving(Redirecting) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address), monkeypatch.setenv("HF_TOKEN", "secret")
+        assert download.fetch("owner/model", "config.json", tmp_path / "here")
+    assert (tmp_path / "here" / "config.json").read_bytes() == (there / "config.json").read_bytes()
+    assert Quiet.tokens == ["Bearer secret", None]
 
 
 # ---------------------------------------------------------------- memory

@@ -12,18 +12,17 @@ import torch
 from conftest import each, random_example, small_model
 from naive_sampler import Token, hidden_states
 
-from data import Example, read_split, write_dataset
+from config import MethodConfig, SampleConfig
+from data import read_split, write_dataset
 from data.recipes.consistency import Recipe, count, ingredient_words, words
 from masks import encode_prompt
 from measure import readers
 from measure.eval import EvalConfig, evaluate, lines
 from measure.readers import compare, doubled, figures, fingerprint, interval, judged_by, overlap, table, value
-from methods import MethodConfig
-from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from plumbing.settings import ROOT, command
-from sample import SampleConfig
-from tags import Round, Span, plain_text
+from tags import Example, Round, Span, plain_text
 from tokenizer import Tokenizer
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def example(text: str) -> Example:

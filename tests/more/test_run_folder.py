@@ -15,8 +15,9 @@ from conftest import each
 from runs import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
 
 import train
-from plumbing.checkpoint import load_checkpoint
-from train import Log
+from training import run as run_module
+from training.bookkeeping import Log
+from training.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +49,12 @@ def test_validations_and_checkpoints_come_when_they_are_due_whatever_the_log_doe
     for log_every, rows in each([(1, [1, 2, 3, 4, 5, 6, 7]), (3, [2, 3, 4, 6, 7]), (50, [2, 4, 6, 7])]):
         tmp_path = fresh()
         with monkeypatch.context() as patch:
-            saved, save = [], train.save_checkpoint
+            saved, save = [], run_module.save_checkpoint
             noting = lambda path, model, tokenizer, info, *a, **k: (
                 saved.append(info["step"]),
                 save(path, model, tokenizer, info, *a, **k),
             )
-            patch.setattr(train, "save_checkpoint", noting)
+            patch.setattr(run_module, "save_checkpoint", noting)
             run(folder, tmp_path, steps=7, validate_every=2, log_every=log_every)
             assert [int(row["step"]) for row in losses(tmp_path)] == rows
             assert [int(row["step"]) for row in losses(tmp_path) if row["val_plan"]] == [2, 4, 6, 7]

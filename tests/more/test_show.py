@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 from conftest import SENTENCES, each, small_model
 
-import decode
-from decode import DECODERS
-from demo import PROMPTS
-from methods import METHODS, MethodConfig
-from sample import SampleConfig, Sampler
-from show import svg
+from config import METHODS, MethodConfig, SampleConfig
+from demo import svg
+from demo.demo import PROMPTS
+from drafting import decoding
+from methods import DECODERS
+from sample import Sampler
 from show.mask import otter, seen
 from show.mask import show as mask_lines
 from show.record import Frame, FrameRound, FrameTopic, frame, record
@@ -66,7 +66,7 @@ WAYS += [("planned", {"threshold": 0.9, "temperature": 1.0})]
 def test_the_last_frame_is_the_answer_and_each_pass_has_a_frame(tokenizer):
     for method, config in each(WAYS):
         sampler = random_sampler(tokenizer, method, **config)
-        frames, (answer,) = record(sampler, SENTENCES[0]), sampler.answer([SENTENCES[0]])
+        frames, (answer,) = record(sampler.answer, SENTENCES[0]), sampler.answer([SENTENCES[0]])
         result, last = answer.result(), frames[-1]
         assert [frame.passes for frame in frames] == [*range(1, len(frames) + 1)]
         for name in ("plan_passes", "denoise_passes", "critical_path", "positions"):
@@ -90,7 +90,7 @@ def test_the_last_frame_is_the_answer_and_each_pass_has_a_frame(tokenizer):
 
 def test_what_a_frame_knows_stays_so_drafts_are_in_none(monkeypatch, tokenizer):
     for method, config in each(WAYS):
-        monkeypatch.setattr(decode, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
+        monkeypatch.setattr(decoding, "DRAFT_CONFIDENCE", 0)  # a random model is sure of nothing
         rejected = 0
         for seed in range(12 if "ahead" in config else 3):
             frames = []
@@ -118,7 +118,7 @@ def grows(before, after):
 
 
 def test_a_broken_answer_says_so(tokenizer):
-    ending = record(random_sampler(tokenizer, "planned", constrained=False), "otter")[-1].ending
+    ending = record(random_sampler(tokenizer, "planned", constrained=False).answer, "otter")[-1].ending
     assert ending == "broken"
 
 
@@ -186,7 +186,7 @@ def words_in(elements):
 def race():
     """(recordings by method, answers, the picture's text) of a prompt that both shipped models answer."""
     samplers = {name: Sampler.load(path, SampleConfig()) for name, path in MODELS.items()}
-    frames = {name: record(sampler, RIVER) for name, sampler in samplers.items()}
+    frames = {name: record(sampler.answer, RIVER) for name, sampler in samplers.items()}
     answers = {name: sampler.answer([RIVER])[0].result() for name, sampler in samplers.items()}
     return frames, answers, svg.draw(RIVER, [*frames.items()])
 
@@ -243,7 +243,7 @@ def test_the_picture_needs_nothing_else_and_fits_its_size(race):
 
 def test_every_method_has_a_picture(tokenizer):
     for method in each(DECODERS):
-        frames = record(random_sampler(tokenizer, method), SENTENCES[0])
+        frames = record(random_sampler(tokenizer, method).answer, SENTENCES[0])
         picture = Picture(svg.draw(SENTENCES[0], [(method, frames)]))
         assert tokens_in(picture.at(None)) == tokens_of(frames[-1])
 
@@ -306,7 +306,7 @@ def run(monkeypatch, script, *args):
 
 def test_the_command_writes_the_picture(monkeypatch, capsys, tmp_path, race):
     frames, _, text = race
-    assert run(monkeypatch, "show/svg.py", "--prompt", RIVER, "--out", tmp_path / "a.svg", "--device", "cpu") is None
+    assert run(monkeypatch, "demo/svg.py", "--prompt", RIVER, "--out", tmp_path / "a.svg", "--device", "cpu") is None
     written = Picture((tmp_path / "a.svg").read_text(encoding="utf-8"))
     assert words_in(written.at(None)) == words_in(Picture(text).at(None))
     assert f"{len(frames['planned'])} passes and {len(frames['ar'])} passes" in capsys.readouterr().out
@@ -320,7 +320,7 @@ WRONG = [
 
 def test_the_command_says_in_one_line_what_is_wrong(monkeypatch):
     for args, said in each(WRONG):
-        code = run(monkeypatch, "show/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
+        code = run(monkeypatch, "demo/svg.py", "--prompt", RIVER, "--device", "cpu", *args)
         assert code.startswith("svg.py: ") and said in code and "\n" not in code
 
 

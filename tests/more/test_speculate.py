@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import SENTENCES, each, small_model
 
-from measure.speculate import Drafter
-from methods import MethodConfig
-from plumbing.checkpoint import save_checkpoint
-from sample import SampleConfig, Sampler
+from config import MethodConfig, SampleConfig
+from measure.speculate import Drafter, drafted_by
+from sample import Sampler
 from tokenizer import Tokenizer
+from training.checkpoint import save_checkpoint
 
 AR = MethodConfig("ar")
 
@@ -31,7 +31,9 @@ def both(tokenizer, large, small, prompts, ahead=4, method=AR, **settings):
     """The answers of the large model alone, and with the small one's drafts."""
     alone = Sampler(large, tokenizer, SampleConfig(**settings), method).answer(prompts)
     drafter = Drafter(small)
-    return alone, Sampler(large, tokenizer, SampleConfig(ahead=ahead, **settings), method, drafter).answer(prompts)
+    return alone, Sampler(large, tokenizer, SampleConfig(ahead=ahead, **settings), method, drafted_by(drafter)).answer(
+        prompts
+    )
 
 
 def test_the_text_is_what_the_larger_model_writes_alone(tokenizer):

@@ -9,7 +9,7 @@ import pytest
 from conftest import SENTENCES, each
 from test_show import random_sampler, run
 
-from decode import DECODERS
+from methods import DECODERS
 from show.terminal import Screen
 
 

@@ -63,7 +63,7 @@ AS_ON_A_GPU = dict(shape=dict(n_layer=1, d_model=64, n_head=2, n_kv_head=1, d_ff
 def test_the_whole_of_a_training_works_with_the_kernel_in_bfloat16(folder, tmp_path, monkeypatch):
     """Training, validation, saving and going on, as a GPU does it: the kernel is emulated."""
     monkeypatch.setattr(train, "fast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr("model.choose", lambda *args: "kernel")
+    monkeypatch.setattr("kernels.backends.choose", lambda *args: "kernel")
     run(folder, tmp_path / "whole", **AS_ON_A_GPU)
     interrupt(make(folder, tmp_path / "stopped", **AS_ON_A_GPU), 2, lambda: signal.raise_signal(signal.SIGINT))
     run(folder, tmp_path / "stopped", **AS_ON_A_GPU)

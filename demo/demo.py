@@ -6,12 +6,17 @@ Uses the trained checkpoints that come with the project; `make demo` runs it.
 import argparse
 import math
 import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
 import torch
 
+from config import SampleConfig
 from plumbing.device import find, name_of
 from plumbing.settings import command
-from sample import SampleConfig, Sampler
+from sample import Sampler
 from show.page import Race, write_page
 from show.record import record
 from show.terminal import Screen
@@ -57,7 +62,7 @@ def show(data: str, prompt: str, delay: float, device: torch.device) -> Race:
                 for name, (file, config) in RUNS.items()}  # fmt: skip
     for name, sampler in samplers.items():
         print(f"\n=== {data}: {name}\n")
-        answers.append((name.capitalize(), sampler.method.method, record(sampler, prompt, Screen(delay=delay))))
+        answers.append((name.capitalize(), sampler.method.method, record(sampler.answer, prompt, Screen(delay=delay))))
     where = f"CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else name_of(device)
     print(f"\n=== {data}: side by side (seconds: median of 5 answers after a warm-up, {where})\n")
     print("\n".join(table({name: measure(sampler, prompt) for name, sampler in samplers.items()})))

@@ -1,45 +1,29 @@
 """Which examples train when: a data set's splits as sequences, and the micro-batches of each update."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import Example, read_split
-from methods import MethodConfig, encode
-from noise import Batch, Sequence, make_batch
-from plumbing.settings import locate, refuse_idle
-from pretrained.llama import look
+from config import MethodConfig, TrainConfig
+from methods import encode, fitted
+from noise import Arrange, Batch, Sequence, make_batch
+from tags import Example
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from train import TrainConfig
 
 
 class TrainingData:
     """The train and validation splits of a data set, and the noised micro-batches of each update."""
 
-    def __init__(self, config: "TrainConfig", method_config: MethodConfig, say: Callable[[str], None] = print):
-        """Read and encode everything, so that a bad example is found before the training starts.
+    def __init__(self, config: TrainConfig, method: MethodConfig, tokenizer: Tokenizer, train: list[Example],
+                 validation: list[Example], arrange: Arrange, say: Callable[[str], None] = print):  # fmt: skip
+        """Encode everything, so that a bad example is found before the training starts.
 
-        `say` is told how far that is. Raises ValueError that names the file, example or setting that is wrong.
+        `say` is told how far that is. Raises ValueError that names the example or setting that is wrong.
         """
-        expect_effect(config, method_config)
-        folder, self.config = locate(config.data), config
-        say(f"reading {folder}")
-        self.tokenizer, init = Tokenizer.load(folder / "tokenizer.json"), locate(config.init or ".")
-        self.pretrained = look(init, self.tokenizer.unit) if config.init and init.is_dir() else None
-        if self.pretrained:
-            self.tokenizer = self.pretrained.tokenizer
-        train, validation = (read_split(folder / f"{split}.jsonl", self.tokenizer) for split in ("train", "val"))
-        if not train or not validation:
-            raise ValueError(f"{folder} has {len(train)} training and {len(validation)} validation examples: "
-                             "expected some of each")  # fmt: skip
-        self.digest = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
-        train = train[: config.train_on or None]
-        self.method = method_config.fitted(train, self.tokenizer)
+        self.config, self.tokenizer, train = config, tokenizer, train[: config.train_on or None]
+        self.method = fitted(method, train, tokenizer)
+        self.arrange = arrange  # what a row of a batch trains
         self.train = list(self._encoded(train, say, config.extra_pads))
         self.validation = list(self._encoded(validation[: config.validate_on], say))
         self.batches = Batches(self.train, config.batch, config.seed, config.even_rounds)
@@ -61,25 +45,8 @@ class TrainingData:
             sequences, rounds = self.batches[step * c.accumulate + i]
             rng = np.random.default_rng([c.seed, step, i])
             noise = c.weight, c.t_min, c.history
-            batches.append(make_batch(sequences, rounds, self.tokenizer, rng, *noise, self.method.causal, c.ahead))
+            batches.append(make_batch(sequences, rounds, self.tokenizer, rng, *noise, self.method.causal, self.arrange))
         return batches
-
-
-def expect_effect(config: "TrainConfig", method: MethodConfig) -> None:
-    """Raise ValueError for a setting that would change nothing in training by this method."""
-    planned, noised = method.plan == "written", method.plan != "none" and method.causal < 1
-    acts = {"writes no plan": (planned, "extra_pads", "topics", "repeat_topic", "rounds", "span_weight"),
-            "denoises no spans": (noised, "weight", "t_min"),
-            "has no earlier rounds that are noised": (planned and noised, "history"),
-            "has no blocks": (method.plan == "given", "block"),
-            "writes nothing left to right": (method.plan != "given", "ahead"),
-            "has one round": (planned, "even_rounds")}  # fmt: skip
-    acts = {f"--method {method.method} {reason}": value for reason, value in acts.items()}
-    acts |= {"nothing is drafted without --ahead": (config.ahead, "draft_weight"),
-             "with --rounds one an answer has no other rounds": (method.rounds == "many", "history", "even_rounds"),
-             "there are no adapters without --lora": (config.lora, "lora_alpha"),
-             "adapters are trained by AdamW alone, without decay": (not config.lora, "lr", "weight_decay")}  # fmt: skip
-    refuse_idle((method, config), acts)
 
 
 class Batches:

@@ -1,15 +1,12 @@
 """Muon for the matrices of the blocks, AdamW for embedding and norms, one schedule for both."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
+from config import TrainConfig
 from model import Transformer
 from plumbing.device import fast_dtype
-
-if TYPE_CHECKING:
-    from train import TrainConfig
 
 
 class Muon(torch.optim.Optimizer):
@@ -71,7 +68,7 @@ class Optimizer:
     A model with adapters (pretrained/lora.py) has AdamW alone.
     """
 
-    def __init__(self, model: Transformer, config: "TrainConfig"):
+    def __init__(self, model: Transformer, config: TrainConfig):
         self.config, self.peaks = config, (config.lr, config.adam_lr)
         trained = [p for p in model.parameters() if p.requires_grad]
         if len(trained) < len([*model.parameters()]):

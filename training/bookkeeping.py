@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drafts import TERMS
 from loss import JointLoss
+from noise import TERMS, Batch
 from plumbing.device import find, utilization
 from plumbing.files import write_whole
 
@@ -45,13 +45,30 @@ class Processes:
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
-    def exchanging_gradients(self, loss: JointLoss) -> nn.Module:
+    def totals(self, *numbers: int) -> list[int]:
+        """The sums of some numbers over all processes."""
+        return self.sum(torch.tensor(numbers)).tolist()
+
+    def exchanging_gradients(self, loss: nn.Module) -> nn.Module:
         """The loss as a module whose backward pass averages gradients over the processes."""
         return nn.parallel.DistributedDataParallel(loss) if self.count > 1 else loss
 
     def close(self) -> None:
         if self.count > 1:
             dist.destroy_process_group()
+
+
+def flops_of(loss: JointLoss, batch: Batch) -> float:
+    """Floating-point operations of an update with a batch: forward, and twice that backward; multiply-adds count 2.
+
+    Padding, keys that the mask hides and logits that no target needs are not counted.
+    """
+    c, (any_token, slot_token) = loss.model.config, batch.places
+    n_keys = int((batch.ranges[..., 0] + batch.ranges[..., 2] - batch.ranges[..., 1]).sum())  # that all tokens see
+    looked_up = c.vocab_size * c.d_model * (1 if c.tied else 2)  # embedding and output layer, counted below
+    blocks = 2 * batch.n_tokens * (loss.model.n_params() - looked_up) + 4 * c.n_layer * c.n_head * c.head_dim * n_keys
+    logits = 2 * c.d_model * (len(any_token) * c.vocab_size + len(slot_token) * loss.slot_tokens)
+    return 3 * (blocks + logits)
 
 
 class Progress:

@@ -10,11 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import ModelConfig, Transformer
-from plumbing.files import atomic
+from plumbing.files import UNREADABLE, atomic
 from tokenizer import Tokenizer
-
-# what a file that is something else, cut or made up may raise; RuntimeError: also JSON nested too deeply
-UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
 
 
 class CheckpointError(ValueError):

@@ -18,12 +18,13 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo import PROMPTS
+from config import METHODS, SampleConfig
+from demo.demo import PROMPTS
 from plumbing import device as devices
 from plumbing.files import write_whole
 from plumbing.settings import command
-from sample import SampleConfig, Sampler
-from show.record import TITLES, Frame, FrameTopic, action, counted, denoises, printable, record, since
+from sample import Sampler
+from show.record import Frame, FrameTopic, action, counted, denoises, printable, record, since
 
 START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
 WIDTH, MARGIN, GAP = 900, 20, 32  # pixels: of the picture, around it, and between the panels
@@ -152,7 +153,7 @@ class Panel:
         self.since = since(frames)
 
     def draw(self) -> None:
-        self.film.add(text(self.x, self.y, TITLES[self.method], "strong"))
+        self.film.add(text(self.x, self.y, METHODS[self.method].title, "strong"))
         self.count()
         self.narrate()
         for r, round_ in enumerate(self.frames[-1].rounds):
@@ -251,7 +252,7 @@ def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
     y = max(panel.y for panel in panels) + 10
     legend(film, y)
     size = f'width="{WIDTH}" height="{y + MARGIN:.0f}"'
-    summary = (f"{TITLES[method].lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers)
+    summary = (f"{METHODS[method].title.lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y + MARGIN:.0f}" role="img">',
         f"<title>{escape(printable(f'{prompt} Answered by ' + ', by '.join(summary)))}</title>",
@@ -274,7 +275,7 @@ def main() -> None:
     answers = []
     for path in (args.planned, args.ar):
         sampler = Sampler.load(path, SampleConfig(), devices.find(args.device))
-        answers.append((sampler.method.method, record(sampler, args.prompt)))
+        answers.append((sampler.method.method, record(sampler.answer, args.prompt)))
     write_whole(Path(args.out), draw(args.prompt, answers))
     counts = " and ".join(counted(len(frames), "pass", "passes") for _, frames in answers)
     print(f"{args.out}: {counts}")

@@ -1,4 +1,4 @@
-"""Attention under the mask of three integers per query, computed in one of three ways; `--attention` picks.
+"""Attention under the mask of three integers per query, computed in one of four ways; `--attention` picks.
 
 | backend  | what computes it                                               | where                       |
 |----------|----------------------------------------------------------------|-----------------------------|
@@ -8,28 +8,20 @@
 | `kernel` | our fused CUDA kernel (kernels/README.md)                      | a GPU, bfloat16 and float16 |
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kernels
-from masks import sees, visible
-
-
-def dense_mask(ranges, n_keys):
-    return visible(ranges, n_keys)[:, None]  # (B, 1, T, S)
-
-
-def dense(q, k, v, mask):
-    dtype = v.dtype if v.is_cuda else torch.float32  # on a CPU bfloat16 takes three times as long
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, enable_gqa=True)
-    return y.type_as(v)
+from masks import sees
+from model import DENSE, Backend, Transformer, dense, dense_mask
 
 
 @torch.compiler.disable
-def block_mask(ranges, n_keys):
+def block_mask(ranges: Tensor, n_keys: int) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
     prefix, begin, end = ranges.unbind(-1)
@@ -41,26 +33,26 @@ def block_mask(ranges, n_keys):
 
 
 @cache
-def compiled_flex():
+def compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex(q, k, v, mask):
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves normed queries and keys in float32
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def kernel_ranges(ranges, n_keys):
+def kernel_ranges(ranges: Tensor, n_keys: int) -> Tensor:
     return ranges.int()
 
 
-def kernel(q, k, v, ranges):
+def kernel(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
     return kernels.attention(q.to(v.dtype), k.to(v.dtype), v, ranges)
 
 
-def spans_of_queries(ranges, n_keys):
+def spans_of_queries(ranges: Tensor, n_keys: int) -> list[tuple] | Tensor:
     """For each row of the batch its R runs of queries that see the same keys: (R, N) where the queries are, (R, S)
     where their keys are, (R, 1, 1, S) which of these are no padding, and where the T queries are among the R * N.
     Or the dense mask, where the runs are too short to pay."""
@@ -70,7 +62,7 @@ def spans_of_queries(ranges, n_keys):
     return [places_of_runs(runs, lengths, ranges.shape[1]) for runs, lengths in rows]
 
 
-def places_of_runs(runs, lengths, n_queries):
+def places_of_runs(runs: Tensor, lengths: Tensor, n_queries: int) -> tuple[Tensor | None, ...]:
     """`runs` (R, 3): what each sees, `lengths` (R,): how many queries it has. None for what needs no padding."""
     prefix, begin, end = runs[:, :, None].unbind(1)  # (R, 1) each
     begin = begin.maximum(prefix)  # what lies in both parts is seen once
@@ -88,7 +80,7 @@ def places_of_runs(runs, lengths, n_queries):
     )
 
 
-def by_span(q, k, v, rows):
+def by_span(q: Tensor, k: Tensor, v: Tensor, rows: list[tuple] | Tensor) -> Tensor:
     """Each run of queries with just the keys that it sees: spans do not pay for their siblings."""
     if torch.is_tensor(rows):
         return dense(q, k, v, rows)
@@ -101,16 +93,22 @@ def by_span(q, k, v, rows):
     return torch.stack(outputs).transpose(1, 2)  # (B, H, T, hd)
 
 
-BACKENDS = {  # what a backend makes of (ranges, n_keys) once per pass, and what it computes with that in each layer
-    "dense": (dense_mask, dense),
-    "spans": (spans_of_queries, by_span),
-    "flex": (block_mask, flex),
-    "kernel": (kernel_ranges, kernel),
+BACKENDS = {
+    "dense": DENSE,
+    "spans": Backend(spans_of_queries, by_span),
+    "flex": Backend(block_mask, flex),
+    "kernel": Backend(kernel_ranges, kernel),
 }
 
 
+def attend_by(model: Transformer, name: str, dtype: torch.dtype, sampling: bool = False) -> None:
+    """Have a model compute attention, of queries in `dtype`, by the backend of a name; see `choose`."""
+    device = model.embedding.weight.device
+    model.backend = BACKENDS[choose(name, device, dtype, model.config.head_dim, sampling)]
+
+
 def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size: int, sampling: bool = False) -> str:
-    """The backend of a name; `auto` takes the fastest that works here.
+    """The name of a backend; `auto` takes the fastest that works here.
 
     sampling: without FlexAttention, which takes long to begin with each new shape.
     Raises ValueError if the name is unknown, or if that backend does not work for this device, type or head size.
@@ -120,7 +118,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_size:
         raise ValueError(f"--attention {name}: expected one of auto, {', '.join(BACKENDS)}")
     if name == "flex" and not on_gpu:
         raise ValueError(f"--attention flex: trains on a CUDA GPU only, not on {device}: take auto or dense")
-    if name == "spans" and on_gpu:
+    if name == "spans" and torch.device(device).type != "cpu":
         raise ValueError(f"--attention spans: computes on a CPU only, not on {device}: take auto or dense")
     if name == "kernel" and not on_gpu:
         raise ValueError(f"--attention kernel: computes on a CUDA GPU, not on {device} (tests emulate it there, thousands "

@@ -1,0 +1,1 @@
+"""The project at work, in the terminal and as a picture."""

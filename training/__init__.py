@@ -1,0 +1,1 @@
+"""What a training needs beside the update: its data, optimizer, folder, log and checkpoints."""

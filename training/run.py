@@ -1,0 +1,147 @@
+"""A run's folder: the checkpoint from which an interrupted run goes on, the log, and the finished model."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import MethodConfig, TrainConfig
+from model import Transformer
+from plumbing.settings import locate
+from tokenizer import Tokenizer
+from training.bookkeeping import Log, Processes, Progress
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.optim import Optimizer
+
+
+class Weights:
+    """How a run keeps its model: whole. With adapters it is another (pretrained/lora.py)."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def restore(self, path: Path, data: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+        """Take the weights of a checkpoint. Returns its info, its state and its unit of length.
+
+        Raises ValueError if its tokenizer is not that of `data`, or its model is of another shape.
+        """
+        model, tokenizer, info, state = load_checkpoint(path, self.model.embedding.weight.device)
+        if tokenizer.tokens != self.tokenizer.tokens:
+            raise ValueError(f"{path} has another tokenizer than {data}: take the --data it was trained on")
+        ours, theirs = asdict(self.model.config), asdict(model.config)
+        if other := [f"{name} ({value}, not {ours[name]})" for name, value in theirs.items() if ours[name] != value]:
+            raise ValueError(f"{path} is a model of other {', '.join(other)}: give this run the same")
+        self.model.load_state_dict(model.state_dict())
+        return info, state, tokenizer.unit
+
+    def kept(self) -> dict[str, Any]:
+        """What `save_checkpoint` is told so that the run can go on."""
+        return {}
+
+    def finished(self, out: Path) -> dict[str, Any]:
+        """What it is told of a finished model: weights in 16 bits."""
+        return {"dtype": getattr(torch, self.model.config.half)}
+
+
+@dataclass
+class State:
+    """All that a run needs to go on, and what its examples and its method were."""
+
+    weights: Weights
+    optimizer: Optimizer
+    progress: Progress
+    method: MethodConfig
+    examples: str  # digest of the training examples
+
+
+class Run:
+    """A training from its first or last checkpoint to its end. The folder `out` holds all that is needed to go on."""
+
+    def __init__(self, config: TrainConfig, state: State, processes: Processes):
+        """Go on with what is in `out`, or begin with `init`. Raises ValueError if neither can be."""
+        self.config, self.state, self.processes, self.progress = config, state, processes, state.progress
+        self.out, self.say = Path(config.out), processes.say
+        self.checkpoint, self.model = self.out / "checkpoint.safetensors", self.out / "model.safetensors"
+        self.log: Log | None = None
+        if self.checkpoint.exists():
+            self.resume()
+        elif self.model.exists():
+            raise ValueError(f"{self.out} holds a finished model but no checkpoint to go on from: take another --out")
+        elif config.init and not locate(config.init).is_dir():
+            state.weights.restore(locate(config.init), config.data)
+
+    def resume(self) -> None:
+        """Go on with an interrupted run. Raises ValueError if it had other settings."""
+        state, path, data = self.state, self.checkpoint, self.config.data
+        info, tensors, unit = state.weights.restore(path, data)
+        if unit != (given := state.weights.tokenizer.unit):
+            raise ValueError(f"{path} counts lengths in units of {unit} tokens, {data} in units of {given}: "
+                             "prepare the data as it was, or take another --out")  # fmt: skip
+        if info.get("examples", state.examples) != state.examples:  # older files do not say
+            raise ValueError(f"{data} has other training examples than when {path} was saved: prepare the "
+                             "data as it was, or take another --out")  # fmt: skip
+        new = asdict(self.config) | asdict(state.method)
+        defaults = {f.name: f.default for cls in (TrainConfig, MethodConfig) for f in fields(cls)}
+        try:
+            old = {**defaults, **info["train"], **info["method"]}
+            free = {"out", "device"} | ({"data"} if "examples" in info else set())  # its examples were compared
+            changed = [name for name in new if old[name] != new[name] and name not in free]
+            other = [f"{name} ({old[name]}, not {new[name]})" for name in changed]
+            if not other:
+                state.optimizer.load(tensors)
+                self.progress.load(info)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no run that can go on ({error!r}): take another --out") from None
+        if other:
+            raise ValueError(f"{path} is of a run with other {', '.join(other)}: take those or another --out")
+        self.say(f"going on with {path} after {self.progress.step} updates")
+
+    def __enter__(self) -> "Run":
+        """The first process keeps the log. A row that is in it already is not written again."""
+        if self.processes.rank == 0:
+            self.log = Log(self.out / "log.csv", self.progress.step)
+            if self.log.last == self.progress.step:
+                self.progress.recent = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.log:
+            self.log.close()
+
+    def due(self, every: int) -> bool:
+        """Whether what comes every so many updates comes now; at the end all of it does."""
+        return self.progress.step % every == 0 or self.progress.step == self.config.steps
+
+    def end_update(self, validate: Callable[[], dict[str, float]]) -> None:
+        """Write the row of an update that has one, validating first if that is due; all of it after saving."""
+        c, progress = self.config, self.progress
+        if progress.recent and (self.due(c.log_every) or self.due(c.validate_every)):
+            if self.log:
+                row = progress.row()
+                if self.due(c.validate_every):
+                    losses = validate()
+                    row |= {f"val_{name}": value for name, value in losses.items()}
+                    said = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                    self.say(f"validation: {said} nats per token")
+                self.log.write(row)
+            progress.recent = []
+        if self.log and progress.step == c.steps and not self.model.exists():  # the run was killed before it wrote that
+            self.write(self.model, **self.state.weights.finished(self.out))
+
+    def save(self) -> None:
+        """Write all that the run needs to go on, after what a finished run leaves."""
+        if self.log:
+            self.progress.row()  # refuses losses that are not finite
+            self.log.to_disk()
+            if self.progress.step == self.config.steps:
+                self.write(self.model, **self.state.weights.finished(self.out))
+            self.write(self.checkpoint, state=self.state.optimizer.state(), **self.state.weights.kept())
+
+    def write(self, path: Path, **more: Any) -> None:
+        """Save the model and how it was made; `more` goes to save_checkpoint."""
+        state = self.state
+        info = {"train": asdict(self.config), "method": asdict(state.method), "examples": state.examples}
+        info |= self.progress.state()
+        save_checkpoint(path, state.weights.model, state.weights.tokenizer, info, **more)
