@@ -39,11 +39,11 @@ class Forgetful(Perfect):
 
 
 @pytest.mark.parametrize("method", WRITERS, ids=lambda m: m.method)
-@pytest.mark.parametrize("ahead", [1, 3, 8])
+@pytest.mark.parametrize("ahead", [1, 8])
 def test_greedy_drafted_text_is_the_undrafted_text(tokenizer, method, ahead):
     """With a random model, most of whose drafts are wrong, and at any limit."""
     model = steered(tokenizer, topic=8.0, length=9.0, sync=6.0, eos=4.0, pad=9.0)
-    for limit in (1, 2, 7, 33, 90):
+    for limit in (1, 2, 7, 80):
         plain = Sampler(model, tokenizer, SampleConfig(max_tokens=limit), method).answer(PROMPTS)
         drafted = Sampler(model, tokenizer, SampleConfig(max_tokens=limit, ahead=ahead), method).answer(PROMPTS)
         assert [(ids(a), a.cut, a.layout) for a in drafted] == [(ids(a), a.cut, a.layout) for a in plain]

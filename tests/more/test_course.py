@@ -26,6 +26,9 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an assignm
 
 @pytest.fixture(scope="module", params=make.assignments(), ids="hw{}".format)
 def assignment(request, tmp_path_factory):
+    if request.param == 1:
+        yield request.getfixturevalue("tags")
+        return
     if request.param == 6 and not shutil.which("g++"):
         pytest.skip("needs g++, which emulates the kernel")
     yield from made(request.param, tmp_path_factory.mktemp("course"))

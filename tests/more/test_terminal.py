@@ -3,12 +3,11 @@
 import io
 import itertools
 import re
-import subprocess
 import sys
 
 import pytest
 from conftest import SENTENCES, each
-from test_show import ROOT, random_sampler, run
+from test_show import random_sampler, run
 
 from methods import DECODERS
 from show.terminal import Screen
@@ -125,11 +124,3 @@ def test_a_terminal_without_utf8_shows_what_it_can(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert run(monkeypatch, "sample.py", *SHORT) is None
     assert b"prompt  Stra?e ??" in sys.stdout.buffer.getvalue()
-
-
-def test_output_to_a_closed_pipe_ends_quietly():
-    command = [sys.executable, ROOT / "sample.py", *map(str, SHORT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(timeout=120) == 1
