@@ -25,9 +25,6 @@ ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
 LINKED = ("dense",)  # of these, where spans see siblings: they share a noise level, and stay computed until all are full
 
 
-# ---------------------------------------------------------------- layout
-
-
 @dataclass
 class Layout:
     """A sequence built from left to right, one column per fact; `attention` is one of ATTENTION.
