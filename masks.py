@@ -22,7 +22,7 @@ from tokenizer import Tokenizer
 
 PROMPT, PLAN, GIVEN, SLOT = range(4)  # kinds of token; PLAN is plan or text, GIVEN a span's tags and topic
 ATTENTION = ("sparse", "dense", "causal")  # how span tokens see spans
-LINKED = ("dense",)  # of these, where spans see siblings: they share a noise level, and stay computed until all are full
+LINKED = ("dense",)  # where spans see siblings: they share a noise level, and stay computed until all are full
 
 
 @dataclass
