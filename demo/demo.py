@@ -15,7 +15,8 @@ import torch
 
 from config import SampleConfig
 from plumbing.device import find, name_of
-from plumbing.settings import command
+from plumbing.files import refuse_overwriting
+from plumbing.settings import command, locate
 from sample import Sampler
 from show.page import Race, write_page
 from show.record import record
@@ -81,6 +82,8 @@ def main() -> None:
         parser.error(f"--prompt needs --data {' or '.join(PROMPTS)}: each model knows one data set")
     if not 0 <= args.delay < math.inf:
         raise ValueError(f"--delay {args.delay}: expected 0 or more")
+    shipped = [locate(f"checkpoints/{data}/{file}.safetensors") for data in PROMPTS for file, _ in RUNS.values()]
+    refuse_overwriting(shipped, html=args.html or "")
     device = find(args.device)
     torch.set_num_threads(1)  # these models are so small that more threads wait longer than they work
     datasets = [args.data] if args.data else PROMPTS

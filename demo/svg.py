@@ -252,7 +252,9 @@ def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
     y = max(panel.y for panel in panels) + 10
     legend(film, y)
     size = f'width="{WIDTH}" height="{y + MARGIN:.0f}"'
-    summary = (f"{METHODS[method].title.lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers)
+    summary = (
+        f"{METHODS[method].title.lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers
+    )
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y + MARGIN:.0f}" role="img">',
         f"<title>{escape(printable(f'{prompt} Answered by ' + ', by '.join(summary)))}</title>",
