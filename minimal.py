@@ -1,6 +1,6 @@
 """Planned diffusion in one file: data, layout, hybrid mask, transformer, joint loss, training, plan, denoising, rounds.
 
-    python minimal.py        trains for about a minute on one CPU core, then answers prompts that it has never seen
+    python minimal.py        trains for 1 to 2 minutes on one CPU core, then answers prompts that it has never seen
 
 Planned diffusion (Israel et al., arXiv 2510.18087) writes an answer in two stages with one transformer. First it plans,
 token by token: which spans the answer has, what each is about, how long it is. Then it fills all spans at once, by
@@ -90,7 +90,7 @@ def scaffold(spans, round_):
     return tokens
 
 
-def write(prompt, answer=()):
+def write_example(prompt, answer=()):
     """All tokens of an example, or of a prompt alone. The tag that ends a round counts as the first of the next."""
     tokens = [Token(i, 0) for i in (USER, *encode(prompt), ASSISTANT)]
     start = len(tokens)
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
 def make_batch(examples, rounds):
     """Noised tokens, their rounds and spans, targets, and which tokens are slots of the round trained; (B, T) each."""
     # A sequence shows what sampling will have shown in its round: earlier rounds finished, later ones not there.
-    rows = [[t for t in write(*example) if t.round <= round_] for example, round_ in zip(examples, rounds)]
+    rows = [[t for t in write_example(*example) if t.round <= round_] for example, round_ in zip(examples, rounds)]
     T = max(map(len, rows))
     rows = [row + [Token(PAD, round=99)] * (T - len(row)) for row in rows]  # of a far round, so no token sees it
     token, round_, span, slot, target = torch.tensor(rows).unbind(-1)  # (B, T) each
@@ -226,7 +226,7 @@ def allowed(plan, full):
 @torch.no_grad()
 def answer(model, prompt):
     """Answer a prompt. A generator: after each forward pass it yields the pass's stage and the tokens so far."""
-    tokens, round_, plan = write(prompt), 0, [SYNC]
+    tokens, round_, plan = write_example(prompt), 0, [SYNC]
     predict = lambda: model(*torch.tensor([tokens]).unbind(-1)[:3])[0]  # one pass over all tokens: logits (T, V)
     while plan[-1] == SYNC:
         # Stage 1: write the plan or text of a round, token by token, up to the tag that ends the round.
@@ -282,13 +282,13 @@ def main(seed=0):
     torch.manual_seed(seed)
     rng, model = random.Random(seed), Transformer()
     unseen = dict(make_example(rng) for _ in range(50))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {UPDATES} updates: about a minute on one core")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {UPDATES} updates: 1 to 2 minutes on one core")
     train(model, rng, unseen, UPDATES)
     answers = [[(stage, [*tokens]) for stage, tokens in answer(model, prompt)] for prompt in unseen]
     for passes in answers[:2]:
         show(passes)
     stages = [stage for passes in answers for stage, _ in passes]
-    expected, found = [write(*example) for example in unseen.items()], [passes[-1][1] for passes in answers]
+    expected, found = [write_example(*example) for example in unseen.items()], [passes[-1][1] for passes in answers]
     right = [span in spans_of(b) for a, b in zip(expected, found) for span in spans_of(a)]
     n_valid = sum(len(tokens) < MAX_TOKENS for tokens in found)  # not cut off; the grammar sees to all else
     n_tokens = sum(t.slot * (t.id != PAD) + (t.round > 0) for tokens in expected for t in tokens)  # all but the plans

@@ -1,6 +1,6 @@
-"""The ladder's first rung holds the others: minimal.py and the fast code have the same masks, targets, losses and passes.
+"""minimal.py and the fast code are one method: the same layouts, masks, targets, losses and passes.
 
-Both get the same examples, random numbers and weights; whatever then differs is a mistake in one of them.
+Both get the same examples, random numbers and weights. What then differs is a mistake in one of them.
 """
 
 import ast
@@ -11,21 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import each
 from torch.testing import assert_close
 
 import minimal
 from config import SampleConfig
+from grammar import Grammar
 from loss import JointLoss, counts
 from masks import encode_example, visible
 from model import ModelConfig, Transformer
 from noise import IGNORE, Sequence, Term, make_batch
 from sample import Sampler
-
-# The fast code.
 from tags import Example, Round, Span
 from tokenizer import Tokenizer
-
-FAR = 99  # the round of padding in minimal.py
 
 
 class Words(Tokenizer):
@@ -33,7 +31,6 @@ class Words(Tokenizer):
 
     def __init__(self):
         self.tokens, self.unit = [word.encode() for word in minimal.WORDS], minimal.UNIT
-        self.pattern = self.normal = None
         self.vocab_size, n = len(minimal.VOCABULARY), len(minimal.WORDS)
         self.pad, self.mask, self.user, self.assistant, self.topic, self.topic_end = range(n, n + 6)
         self.async_, self.async_end, self.sync, self.eos = range(n + 6, n + 10)
@@ -53,73 +50,80 @@ class TorchNumbers:
         return torch.rand(n).numpy()
 
 
-def words(rng, fewest, most):
+# ---------------------------------------------------------------- the same examples, batches and weights for both
+
+
+def some_words(rng, fewest, most):
     return " ".join(rng.choices(minimal.WORDS, k=rng.randint(fewest, most)))
 
 
 def random_examples(seed, n=5):
     """Examples of two rounds, with up to three spans of any length each; and the round that each of them trains.
 
-    One has spans in both rounds and trains the second, so there is always a history that might be noised.
+    The first trains its second round and has spans in both: there is always a history that might be noised.
     """
     rng, examples = random.Random(seed), []
     for number in range(n):
-        fewest, rounds = 2 if number == 0 else 0, []
+        rounds = []
         for _ in range(2):
-            topics = [words(rng, 1, minimal.MAX_NAME) for _ in range(rng.randint(fewest, 3))]
-            spans = [(topic, words(rng, 1, minimal.LONGEST * minimal.UNIT)) for topic in topics]
-            rounds.append((words(rng, 0, 4), spans))
-        examples.append((words(rng, 1, 6), rounds))
+            topics = [some_words(rng, 1, minimal.MAX_NAME) for _ in range(rng.randint(2 if number == 0 else 0, 3))]
+            spans = [(topic, some_words(rng, 1, minimal.LONGEST * minimal.UNIT)) for topic in topics]
+            rounds.append((some_words(rng, 0, 4), spans))
+        examples.append((some_words(rng, 1, 6), rounds))
     return examples, [1, *(rng.randint(0, 1) for _ in range(n - 1))]
 
 
-def fast_example(prompt, rounds, tokenizer):
-    spans = [[Span(topic, text, tokenizer.units(text)) for topic, text in pairs] for _, pairs in rounds]
-    return Example(prompt, tuple(Round(text, tuple(s)) for (text, _), s in zip(rounds, spans)))
+def fast_layout(prompt, rounds, tokenizer):
+    spans = [tuple(Span(topic, text, tokenizer.units(text)) for topic, text in pairs) for _, pairs in rounds]
+    rounds = tuple(Round(text, mine) for (text, _), mine in zip(rounds, spans))
+    return encode_example(Example(prompt, rounds), tokenizer)
 
 
 def both_batches(seed, tokenizer):
-    """A batch of minimal.py, the same batch of the fast code, and how many tokens each row has."""
+    """A batch of minimal.py, the same batch of the fast code, and how many tokens of each row are no padding."""
     examples, rounds = random_examples(seed)
     torch.manual_seed(seed)
     batch = minimal.make_batch(examples, rounds)
-    layouts = [encode_example(fast_example(*example, tokenizer), tokenizer) for example in examples]
+    sequences = [Sequence(fast_layout(*example, tokenizer)) for example in examples]
     torch.manual_seed(seed)
-    fast = make_batch([Sequence(y) for y in layouts], rounds, tokenizer, TorchNumbers(), weight="uniform")
-    return batch, fast, (batch[1] != FAR).sum(1).tolist()
+    fast = make_batch(sequences, rounds, tokenizer, TorchNumbers(), weight="uniform")
+    sizes = [sum(token.round <= r for token in minimal.write_example(*e)) for e, r in zip(examples, rounds)]
+    return batch, fast, sizes
 
 
 def fast_model(model):
     """The fast transformer with the weights of minimal.py's."""
-    c = minimal
-    config = ModelConfig(len(c.VOCABULARY), c.LAYERS, c.HEADS, c.HEADS, c.WIDTH, c.HIDDEN)
-    weights = model.state_dict()
+    m, weights = minimal, model.state_dict()
     for part in ("qkv", "out", "q_norm", "k_norm"):
         weights = {name.replace(f".{part}.", f".attention.{part}."): weight for name, weight in weights.items()}
+    config = ModelConfig(
+        len(m.VOCABULARY), n_layer=m.LAYERS, n_head=m.HEADS, n_kv_head=m.HEADS, d_model=m.WIDTH, d_ff=m.HIDDEN
+    )
     fast = Transformer(config)
     fast.load_state_dict(weights)
     return fast.eval()
 
 
-@pytest.fixture(scope="module")
-def words_tokenizer():
-    return Words()
-
-
 def easy_example(rng):
-    """An example that is learnt in a second: two rounds, of them both with spans of different lengths."""
+    """An example that is learnt in a second: two rounds, both with spans of different lengths."""
     subject = rng.choice(minimal.SUBJECTS.split())
     first = [(f"river {subject}", "The river flows past the tower and down to the sea with salt , wool and barges ."),
-             ("tower", "Climb the tower ."), (f"dish {subject}", "In the tower they bake from rye and plums .")]  # fmt: skip
+             ("tower", "Climb the tower ."),
+             (f"dish {subject}", "In the tower they bake from rye and plums .")]  # fmt: skip
     second = [("feast", f"Each year {subject} keeps"), ("ruler", "with a light hand and plays chess with anyone .")]
     return f"Tell me about {subject} .", [("", first), ("Come for the view :", second)]
 
 
 @pytest.fixture(scope="module")
+def words():
+    return Words()
+
+
+@pytest.fixture(scope="module")
 def learnt():
-    """A small model that has learnt the easy examples, and its losses on some before and after."""
+    """A small model that has learnt to plan the easy examples, and its losses on some before and after."""
+    small = dict(WIDTH=32, LAYERS=2, HEADS=2, HIDDEN=64, BATCH=6, WARM_UP=5, RATE=1e-2, SECOND_ROUND=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        small = dict(WIDTH=32, LAYERS=2, HEADS=2, HIDDEN=64, BATCH=6, WARM_UP=5, RATE=1e-2, SECOND_ROUND=0.5)
         for name, value in {**small, "make_example": easy_example}.items():
             patch.setattr(minimal, name, value)
         torch.manual_seed(0)
@@ -143,7 +147,7 @@ def test_it_is_short_and_needs_torch_alone():
     assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
 
 
-def test_importing_it_does_nothing(capsys):
+def test_importing_it_does_not_train(capsys):
     runpy.run_path(minimal.__file__, run_name="minimal")
     assert capsys.readouterr() == ("", "")
 
@@ -156,47 +160,48 @@ def test_a_few_updates_reduce_both_losses(learnt):
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_layouts_are_the_same(seed, words_tokenizer):
-    for prompt, rounds in [*random_examples(seed)[0], minimal.make_example(random.Random(seed))]:
-        layout = encode_example(fast_example(prompt, rounds, words_tokenizer), words_tokenizer)
-        assert [token.id for token in minimal.write(prompt, rounds)] == layout.token
+def test_layouts_are_the_same(words):
+    for seed in each(range(10)):
+        for prompt, rounds in [*random_examples(seed)[0], minimal.make_example(random.Random(seed))]:
+            tokens = [token.id for token in minimal.write_example(prompt, rounds)]
+            assert tokens == fast_layout(prompt, rounds, words).token
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_masks_are_the_same(seed, words_tokenizer):
-    (token, round_, span, _, _), fast, sizes = both_batches(seed, words_tokenizer)
-    mask, fast_mask = minimal.hybrid_mask(round_, span), visible(fast.ranges, fast.token.shape[1])
-    for b, n in enumerate(sizes):
-        assert torch.equal(mask[b, :n, :n], fast_mask[b, :n, :n])
-        assert not mask[b, :n, n:].any() and not fast_mask[b, :n, n:].any()
-        assert torch.equal(fast.position[b, :n], torch.arange(n))
+def test_masks_are_the_same(words):
+    for seed in each(range(10)):
+        (_, round_, span, _, _), fast, sizes = both_batches(seed, words)
+        mask, fast_mask = minimal.hybrid_mask(round_, span), visible(fast.ranges, fast.token.shape[1])
+        for b, n in enumerate(sizes):
+            assert torch.equal(mask[b, :n, :n], fast_mask[b, :n, :n])
+            assert not mask[b, :n, n:].any() and not fast_mask[b, :n, n:].any()  # nothing sees padding
+            assert torch.equal(fast.position[b, :n], torch.arange(n))
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_same_slots_are_noised_and_targets_are_the_same(seed, words_tokenizer):
-    (token, _, _, target, noised), fast, sizes = both_batches(seed, words_tokenizer)
-    for b, n in enumerate(sizes):
-        assert torch.equal(token[b, :n], fast.token[b, :n])
-        assert torch.equal(target[b, :n], fast.target[b, :n])
-        assert torch.equal(noised[b, :n], fast.term[b, :n] == Term.SPAN)
-        assert (target[b, n:] == IGNORE).all() and (fast.target[b, n:] == IGNORE).all()
+def test_the_same_slots_are_noised_and_targets_are_the_same(words):
+    for seed in each(range(10)):
+        (token, _, _, target, noised), fast, sizes = both_batches(seed, words)
+        for b, n in enumerate(sizes):
+            assert torch.equal(token[b, :n], fast.token[b, :n])
+            assert torch.equal(target[b, :n], fast.target[b, :n])
+            assert torch.equal(noised[b, :n], fast.term[b, :n] == Term.SPAN)
+            assert (target[b, n:] == IGNORE).all() and (fast.target[b, n:] == IGNORE).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_losses_are_the_same(seed, words_tokenizer, learnt):
-    batch, fast, _ = both_batches(seed, words_tokenizer)
-    with torch.no_grad():
-        sums = JointLoss(fast_model(learnt[0]), words_tokenizer.pad + 1)(fast)
-        losses = torch.stack(minimal.joint_loss(learnt[0], *batch))
-    assert_close((sums / counts(fast, "uniform"))[[Term.PLAN, Term.SPAN]].float(), losses, rtol=1e-4, atol=1e-4)
+def test_losses_are_the_same(words, learnt):
+    model = learnt[0]
+    joint_loss = JointLoss(fast_model(model), words.pad + 1)
+    for seed in each(range(5)):
+        batch, fast, _ = both_batches(seed, words)
+        with torch.no_grad():
+            means, losses = joint_loss(fast) / counts(fast, "uniform"), minimal.joint_loss(model, *batch)
+        assert_close(means[[Term.PLAN, Term.SPAN]].float(), torch.stack(losses), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def naive_passes(model, prompt):
-    """What each pass reads and predicts (ids, logits), and all ids of the answer."""
+    """Before each pass the ids of all tokens, and what it predicts: (ids, logits) per pass; and all ids at the end."""
     passes = []
 
     def watched(token, round_, span):
@@ -205,37 +210,51 @@ def naive_passes(model, prompt):
         return logits
 
     *_, (_, tokens) = minimal.answer(watched, prompt)
-    return passes, tokens
+    return passes, [token.id for token in tokens]
 
 
 def fast_passes(model, tokenizer, prompts, steps_ratio):
-    """Of each prompt what each pass knows, and what it predicts where (ids, entries, logits); and the answers."""
+    """The same of each prompt, (ids, where predictions are read, logits) per pass; and the answers."""
     config = SampleConfig(steps_ratio=steps_ratio, apart=False, pads_last=False, max_tokens=1000)
     passes = {prompt: [] for prompt in prompts}
 
     def probe(answer, replies, logits):
         entries = [entry for reply in replies for entry in reply.reading.entries]
-        passes[answer.prompt].append(([*answer.layout.token], entries, logits))
+        passes[answer.prompt].append(([*answer.layout.token], entries, logits.clone()))
 
     return passes, Sampler(model, tokenizer, config).answer(prompts, probe=probe)
 
 
-@pytest.mark.parametrize("steps_ratio", [0.25, 0.5, 1.0])
-def test_passes_are_the_same(steps_ratio, words_tokenizer, learnt, monkeypatch):
-    """Before each pass the same tokens are known, so the last one filled the same slots; and it predicts the same."""
-    monkeypatch.setattr(minimal, "STEPS_RATIO", steps_ratio)
+def test_passes_are_the_same(words, learnt, monkeypatch):
+    """Each pass knows the same tokens, so the one before filled the same slots; and it predicts the same."""
     monkeypatch.setattr("grammar.MAX_NAME", minimal.MAX_NAME)
-    prompts, model = [f"Tell me about {subject} ." for subject in minimal.SUBJECTS.split()[:6]], learnt[0]
-    passes, answers = fast_passes(fast_model(model), words_tokenizer, prompts, steps_ratio)
+    prompts = [f"Tell me about {subject} ." for subject in minimal.SUBJECTS.split()[:6]]
     telling = 0
-    for prompt, answer in zip(prompts, answers):
-        naive, tokens = naive_passes(model, prompt)
-        assert len(tokens) < minimal.MAX_TOKENS
-        assert [ids for ids, _ in naive] == [ids for ids, _, _ in passes[prompt]]
-        assert [token.id for token in tokens[:-1]] == answer.layout.token and tokens[-1].id == minimal.EOS
-        for (_, logits), (_, entries, fast_logits) in zip(naive, passes[prompt]):
-            allowed = fast_logits.isfinite()  # -inf: what may not be drawn
-            assert_close(logits[entries][:, : allowed.shape[1]][allowed], fast_logits[allowed], rtol=1e-3, atol=1e-3)
-        lengths = {len(answer.slots(span)) for span in answer.rounds[0].spans}
-        telling += len(lengths) > 1 and len(answer.rounds) > 1 and answer.denoise_passes > 1
+    for steps_ratio in each([0.25, 0.5, 1.0]):
+        monkeypatch.setattr(minimal, "STEPS_RATIO", steps_ratio)
+        passes, answers = fast_passes(fast_model(learnt[0]), words, prompts, steps_ratio)
+        for answer in each(answers):
+            naive, ids = naive_passes(learnt[0], answer.prompt)
+            fast = passes[answer.prompt]
+            assert len(ids) < minimal.MAX_TOKENS
+            assert [known for known, _ in naive] == [known for known, _, _ in fast]
+            assert ids == [*answer.layout.token, words.eos]
+            for (_, logits), (_, entries, fast_logits) in zip(naive, fast):
+                seen = fast_logits.isfinite()  # the others, the grammar forbids
+                assert_close(logits[entries][:, : seen.shape[1]][seen], fast_logits[seen], rtol=1e-3, atol=1e-3)
+            lengths = {len(answer.slots(span)) for span in answer.rounds[0].spans}
+            telling += len(lengths) > 1 and len(answer.rounds) > 1
     assert telling  # spans that finish at different times, and a round that reads them
+
+
+def test_the_same_tokens_may_come_next_in_a_plan(words, monkeypatch):
+    """The two grammars allow the same along random plans and texts."""
+    monkeypatch.setattr("grammar.MAX_NAME", minimal.MAX_NAME)
+    for seed in each(range(20)):
+        rng, grammar, plan = random.Random(seed), Grammar(words, 1_000_000), []
+        while not plan or plan[-1] not in (minimal.SYNC, minimal.EOS):
+            choices = minimal.allowed(plan, full=False)
+            assert sorted(choices) == grammar.allowed().nonzero()[0].tolist()
+            tags = [i for i in choices if i >= minimal.PAD]
+            plan.append(rng.choice(tags if tags and rng.random() < 0.5 else choices))
+            grammar.advance(plan[-1])
