@@ -29,7 +29,7 @@ depends on has changed.
 
 1. README.md, "The method". The mask's table tells which keys a query sees: the cache rests on it.
 2. The paper, section 4: [Planned Diffusion](https://arxiv.org/abs/2510.18087).
-3. `minimal.py`: `write_plan`, `denoise` and `answer`, the loop that you build, without a cache.
+3. `minimal.py`: `allowed` and `answer`, the loop that you build, without a cache.
 4. `grammar.py`, only the docstrings of `Grammar`, `allowed`, `forced` and `advance`.
 5. `masks.py`, only `Layout`: entry i of the layout is entry i of the KV cache.
 6. `sample.py`, only `Sampler.answer` and `Sampler.step`. A pass asks each answer's phase for `entries` (what to
