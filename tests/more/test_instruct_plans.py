@@ -190,6 +190,7 @@ TALES = [
     TALK.format("**Q**", "**A**") * 2,
     f"## Question\n{A}\n## Answer\n{B}\n## Question\n{C}\n## Answer\n{A}",
     f"**Question:** {A}\n\n**Answer:** {B}",
+    f"Q: {A}\nA: {B}",
     f"- Alice: {A}\n- Bob: {B}\n- Alice: {C}",
     f"Alice: {A}\n\nBob: {B}\n\nAlice: {C}",
 ]
