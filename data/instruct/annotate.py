@@ -207,7 +207,8 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
     label, _ = lead(text)
     if (
         label in REPLIES
-        or label == "a" and "q" in [lead(other)[0] for other in before]
+        or label == "a"
+        and "q" in [lead(other)[0] for other in before]
         or SUMS_UP.fullmatch(label)
         or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE)
     ):
