@@ -1,6 +1,6 @@
 """Draw one prompt being answered twice, planned and token by token, as an animated picture (SVG, no scripts).
 
-    python show/svg.py --out docs/answer.svg
+    python demo/svg.py --out docs/answer.svg
 
 Both answers advance in lockstep, one pass of the network per step. The picture needs no network and no fonts, follows
 light and dark mode, and stands still on its last frame for a reader who prefers reduced motion.
