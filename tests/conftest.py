@@ -140,6 +140,24 @@ def random_example(seed, tokenizer, rounds=None, spans=None):
     return Example(random_text(rng, 6), tuple(random_round(rng, tokenizer, spans) for _ in range(rounds)))
 
 
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A small data set to train on."""
+    from runs import data_set  # which imports this file
+
+    return data_set(tmp_path_factory.mktemp("data"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run of 12 updates without interruption: (method, losses)."""
+    from runs import losses, run
+
+    out = tmp_path_factory.mktemp("whole")
+    run(folder, out)
+    return "planned", losses(out)
+
+
 def in_span(batch):
     """(B, T) bool: slots of the noised round, masked or not, and the tokens that predict those of causal spans."""
     return (batch.term == Term.SPAN) | (batch.term == Term.CAUSAL) & (batch.target != IGNORE)

@@ -5,26 +5,13 @@ import signal
 import pytest
 import torch
 from conftest import each
-from runs import Crash, assert_same, crash, data_set, interrupt, losses, make, run
+from runs import Crash, assert_same, crash, interrupt, losses, make, run
 
 import train
 from loss import validate
 from training import run as run_module
 from training.bookkeeping import Log
 from training.checkpoint import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """A run of 12 updates without interruption: (method, losses)."""
-    out = tmp_path_factory.mktemp("whole")
-    run(folder, out)
-    return "planned", losses(out)
 
 
 def test_a_run_logs_its_losses_and_leaves_its_weights(whole):

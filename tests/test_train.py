@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import WORDS, each, in_span
 from runs import (
-    data_set,
     examples,
     losses,
     make,
@@ -34,11 +33,6 @@ from training.optim import Optimizer
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
     return [Sequence(encode_example(e, tokenizer)) for e in examples(tokenizer, 12)]
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"), tokenizer)
 
 
 def noised(sequences, tokenizer, weight="elbo", seed=0):

@@ -12,25 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import each
-from runs import SHAPE, Crash, assert_same, crash, data_set, interrupt, losses, make, options_of, run, said
+from runs import SHAPE, Crash, assert_same, crash, interrupt, losses, make, options_of, run, said
 
 import train
 from training import run as run_module
 from training.bookkeeping import Log
 from training.checkpoint import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """A run of 12 updates without interruption: (method, losses)."""
-    out = tmp_path_factory.mktemp("whole")
-    run(folder, out)
-    return "planned", losses(out)
 
 
 def test_a_run_speaks_at_its_first_update_and_then_as_often_as_it_logs(folder, tmp_path, capsys):

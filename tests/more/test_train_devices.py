@@ -11,7 +11,6 @@ import pytest
 import torch
 from runs import (
     assert_same,
-    data_set,
     interrupt,
     losses,
     make,
@@ -20,12 +19,6 @@ from runs import (
 )
 
 import train
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return data_set(tmp_path_factory.mktemp("data"), tokenizer)
-
 
 RANKS = """
 import os, sys, train
