@@ -177,6 +177,7 @@ class Sampler:
         Raises ValueError if it cannot be sampled from, or if a setting would change nothing.
         """
         model, tokenizer, info, _ = load_checkpoint(locate(path), device)
+        devices.use_threads(model.n_params())
         method = decoded_as(trained_by(info, path), config.decode)
         refuse_idle(config, method)
         dtype = devices.sampling_dtype(device)

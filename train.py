@@ -24,7 +24,7 @@ from kernels.backends import attend_by
 from loss import JointLoss, counts, term_weights, validate
 from model import ModelConfig, Transformer
 from noise import TERMS, Arrange
-from plumbing.device import fast_dtype
+from plumbing.device import fast_dtype, use_threads
 from plumbing.settings import add_settings, command, locate, pick, refuse_idle
 from pretrained.llama import Pretrained, load, look
 from pretrained.lora import Adapters
@@ -62,7 +62,7 @@ class Trainer:
         self.device, say, folder = self.processes.device, self.processes.say, locate(config.data)
         if config.accumulate % (count := self.processes.count):
             raise ValueError(f"--accumulate {config.accumulate}: expected a multiple of the {count} processes")
-        say(f"reading {folder}")
+        say(f"reading {folder}. {use_threads()}")
         self.tokenizer, pretrained, *splits = read(folder, config.init)
         self.examples = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
         arrange = ArrangeDrafts(config.ahead) if config.ahead else Arrange()

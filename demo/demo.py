@@ -85,7 +85,6 @@ def main() -> None:
     shipped = [locate(f"checkpoints/{data}/{file}.safetensors") for data in PROMPTS for file, _ in RUNS.values()]
     refuse_overwriting(shipped, html=args.html or "")
     device = find(args.device)
-    torch.set_num_threads(1)  # these models are so small that more threads wait longer than they work
     datasets = [args.data] if args.data else PROMPTS
     races = [show(data, PROMPTS[data] if args.prompt is None else args.prompt, args.delay, device) for data in datasets]
     if args.html:

@@ -146,7 +146,7 @@ def bench_sampling(args: argparse.Namespace) -> None:
         f"\nSampling {len(prompts)} answers: ms per answer, median and quartiles of {args.repeats}; tokens/s; passes;"
     )
     print("the time beside that of the bare matrix products, and beside that of reading all weights once per pass,")
-    print(f"at {rate / 1e9:.0f} GB/s, as fast as the device copies")
+    print(f"at {rate / 1e9:.0f} GB/s, as fast as the device copies. CPU threads: {torch.get_num_threads()}")
     for batch in args.batch:
         answers = {}
 
@@ -197,7 +197,7 @@ def main() -> None:
     args = options()
     device, cpu = find(args.device), platform.processor() or platform.machine()
     named = f"{cpu} CPU" if device.type == "cpu" else name_of(device)
-    print(f"{named}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{named}, torch {torch.__version__}")
     if args.part != "training":  # first: after training, the same sampling took twice as long on a CPU
         bench_sampling(args)
     if args.part != "sampling":

@@ -1,11 +1,13 @@
-"""Where to compute, and in which type: the one place that decides."""
+"""Where to compute, in which type, and with how many threads: the one place that decides."""
 
 import contextlib
+import os
 from collections.abc import Callable
 
 import torch
 
 CHOICES = ("auto", "cpu", "cuda", "mps")
+SMALL = 20_000_000  # parameters of models so small that threads wait for each other longer than they work
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s in bfloat16, dense, from the data sheets
 
 
@@ -24,6 +26,18 @@ def find(name: str = "auto") -> torch.device:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)
+
+
+def use_threads(parameters: int = 0) -> str:
+    """Choose a number of CPU threads that is never far from the best, on idle cores and on busy ones.
+
+    One for sampling models of up to SMALL `parameters`; for larger ones and for training (0) half of the cores, from 1
+    to 4: where a core is shared, threads wait for the slowest. OMP_NUM_THREADS wins. Returns the number in words.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(1 if 0 < parameters <= SMALL else max(1, min(4, cores // 2)))
+    return f"CPU threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)"
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

@@ -229,7 +229,7 @@ def test_reading_and_encoding_say_how_far_they_are(folder, monkeypatch, capsys):
     monkeypatch.setattr(batches.time, "monotonic", lambda: next(clock))
     training_data(folder)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"reading {folder}"
+    assert said[0].startswith(f"reading {folder}. CPU threads: ")
     assert said[1:4] == [f"encoded {n} of 60 examples" for n in (3, 6, 9)]
 
 

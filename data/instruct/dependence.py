@@ -225,6 +225,7 @@ def main() -> None:
         write_questions(data, config)
         return
     model, tokenizer, info, _ = load_checkpoint(locate(config.model), devices.find(config.device))
+    devices.use_threads(model.n_params())
     same = tokenizer.tokens == Tokenizer.load(data / "tokenizer.json").tokens
     if not same or trained_by(info, config.model).plan != "none":
         raise ValueError(f"--model {config.model}: expected a model trained with --method ar on what --questions wrote")
