@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import each
+
 from plumbing import device
 
 
