@@ -1,10 +1,9 @@
 "use strict";
-// Plays recordings. Each answer is built once, as it is at its end, so nothing moves: a pass only changes which tokens
-// are hidden, masked, new or known. #frame=12 in the address opens the page after pass 12, standing still.
+// Plays recordings, those of the page or others: load(races). Each answer is built once, as it is at its end: a pass only
+// changes which tokens are hidden, masked, new or known. #frame=12 in the address opens it after pass 12, standing still.
 
-const races = JSON.parse(document.getElementById("recording").textContent);
 const $ = (id) => document.getElementById(id);
-let lanes = [], pass = 0, last = 0, timer = 0;
+let races = [], lanes = [], pass = 0, last = 0, timer = 0;
 
 function element(tag, kind, ...children) {
   const node = document.createElement(tag);
@@ -23,28 +22,31 @@ class Lane {
     this.tokens = [];
     this.later = []; // [node, the pass after which it is seen]
     this.at = new Map(); // name of a part -> its token
-    this.counts = element("p", "counts");
-    this.doing = element("p", "doing");
-    this.drafts = element("p", "drafts");
-    this.bar = element("div", "bar");
+    this.count = element("b");
+    this.doing = element("span");
+    this.costs = element("span", "costs");
+    this.bar = element("div", "bar", ...this.passes.map(({ denoises }) => element("i", denoises ? "denoise" : "")));
     this.bar.style.setProperty("--longest", longest);
-    this.bar.append(...this.passes.map(({ denoises }) => element("i", denoises ? "denoise" : "")));
     this.bar.setAttribute("aria-hidden", true);
-    this.node = element("section", "answer", element("h2", "", this.title), this.counts, this.bar,
-      this.doing, this.drafts);
+    this.words = element("div", "words", ...this.rounds.flatMap((round) => [...this.round(round)]));
+    Object.assign(this.words, { tabIndex: 0, role: "group", ariaLabel: "Answer" }); // the keyboard scrolls it
+    this.node = element("section", "answer", this.bar, element("div", "head", element("h2", "", this.title), this.count),
+      element("p", "doing", this.doing, this.costs), this.words);
     this.node.setAttribute("aria-label", this.title);
-    for (const round of this.rounds) this.node.append(...this.round(round));
   }
 
   *round({ text, topics, spans }) {
     if (text.length) yield element("p", "text", ...text.flatMap((token) => this.token(token)));
     if (topics.length) {
       yield element("ul", "plan", ...topics.map(({ since, name, length }) =>
-        this.from(since, element("li", "", ...[...name, length].flatMap((token) => this.token(token))))));
+        this.from(since, element("li", "topic", ...[...name, length].flatMap((token) => this.token(token))))));
     }
     for (const { since, topic, slots } of spans) {
       const head = topic ? [element("strong", "", `${topic}:`)] : [];
-      yield this.from(since, element("p", "span", ...head, ...slots.flatMap((token) => this.token(token, since))));
+      const span = element("div", "", ...head, ...slots.flatMap((token) => this.token(token, since)));
+      const final = element("div", "final", span.textContent);
+      final.ariaHidden = true;
+      yield this.from(since, element("div", "span", span, final));
     }
   }
 
@@ -53,7 +55,7 @@ class Lane {
     return node;
   }
 
-  // A token and the space before it; a slot is masked from the pass `masked` on, until the token is known.
+  // The space before a token, and the token; a slot is masked from the pass `masked` on, until its token is known.
   token(data, masked = Infinity) {
     const [, space, text] = /^(\s*)(.*)$/s.exec(data.text || "·");
     const word = element("span", "word", text || space);
@@ -62,14 +64,17 @@ class Lane {
     const sure = data.probability === undefined ? "the grammar or the end of a span left no choice"
       : `probability ${data.probability}${data.draft ? ", an accepted draft" : ""}`;
     word.title = `${data.text ? `“${data.text.trim()}”` : "[PAD]"}: pass ${data.since}, ${sure}`;
-    const token = { ...data, node, masked, since: data.since ?? Infinity };
+    const gap = new Text(text ? space : "");
+    const token = { ...data, node, gap, space: gap.data, masked, since: data.since ?? Infinity };
     this.tokens.push(token);
     this.at.set(data.part, token);
-    return text ? [space, node] : [node];
+    return [gap, node];
   }
 
   show(now) {
     const n = Math.min(now, this.passes.length);
+    if (n === this.shown) return;
+    this.shown = n;
     for (const [node, since] of this.later) node.classList.toggle("future", n < since);
     for (const token of this.tokens) this.update(token, n);
     for (const [part, text, probability] of n ? this.passes[n - 1].rejected : []) {
@@ -79,28 +84,38 @@ class Lane {
       node.title = `✗ draft “${text.trim()}”: probability ${probability}`;
     }
     [...this.bar.children].forEach((step, i) => step.classList.toggle("done", i < n));
-    this.count(n);
+    this.tell(n);
   }
 
-  update({ node, since, masked, probability, unsure }, n) {
+  update({ node, gap, space, since, masked, probability, unsure }, n) {
     const state = n > since ? "known" : n === since ? "new" : n >= masked ? "masked" : "hidden";
     const sure = { known: probability, new: probability, masked: unsure?.at(n - since) }[state] ?? 0;
     node.dataset.state = state;
+    gap.data = state === "masked" ? " " : space; // masks do not tell where a word begins
     node.style.setProperty("--p", sure);
     delete node.dataset.rejected;
     node.removeAttribute("title");
   }
 
-  count(n) {
+  tell(n) {
     const done = this.passes.slice(0, n), { critical_path = 0, positions = 0 } = done.at(-1) ?? {};
     const accepted = done.reduce((sum, step) => sum + step.accepted, 0);
     const rejected = done.reduce((sum, step) => sum + step.rejected.length, 0);
-    this.drafts.textContent = accepted + rejected ? `${accepted} drafts accepted ✓, ${rejected} rejected ✗` : "";
-    const costs = ` · critical path ${critical_path} · ${counted(positions, "position", "positions")}`;
-    this.counts.replaceChildren(element("b", "", counted(n, "pass", "passes")), costs);
     const over = n === this.passes.length;
-    this.doing.textContent = over ? `${this.ending} after ${counted(n, "pass", "passes")}` : this.passes[n].action;
     this.node.dataset.pass = n;
+    this.node.classList.toggle("over", over);
+    this.count.textContent = counted(n, "pass", "passes");
+    this.doing.textContent = over ? this.ending : this.passes[n].action;
+    this.costs.textContent = `critical path ${critical_path} · ${counted(positions, "position", "positions")}`
+      + (accepted + rejected ? ` · drafts ${accepted} ✓ ${rejected} ✗` : "");
+    this.follow(over);
+  }
+
+  // Scrolls to what is new; a finished answer, to its beginning.
+  follow(over) {
+    const node = this.words.querySelector('[data-state="new"]'), { scrollTop, clientHeight } = this.words;
+    const top = node?.offsetTop ?? 0, below = top + (node?.offsetHeight ?? 0) + 4;
+    if (over || top < scrollTop || below > scrollTop + clientHeight) this.words.scrollTop = over ? 0 : below - clientHeight;
   }
 }
 
@@ -111,6 +126,7 @@ function choose(race) {
   lanes = race.answers.map((answer) => new Lane(answer, last));
   $("prompt").textContent = race.prompt;
   $("answers").replaceChildren(...lanes.map(({ node }) => node));
+  $("drafts").hidden = !race.answers.some(({ passes }) => passes.some((p) => p.accepted + p.rejected.length));
   $("slider").max = last;
   $("speed").value = last > 60 ? 10 : 3;
 }
@@ -173,8 +189,13 @@ function start() {
   if (!frame && !still) play(true);
 }
 
-races.forEach(({ prompt }, i) => $("race").append(new Option(prompt, i)));
-$("choice").hidden = races.length === 1;
-$("prompt").hidden = !$("choice").hidden;
-choose(races[0]);
-start();
+function load(recordings) {
+  races = recordings;
+  $("race").replaceChildren(...races.map(({ prompt }, i) => new Option(prompt, i)));
+  $("choice").hidden = races.length === 1;
+  $("prompt").hidden = !$("choice").hidden;
+  choose(races[0]);
+  start();
+}
+
+load(JSON.parse($("recording").textContent));

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +202,9 @@ def test_text_stays_text_and_the_page_needs_nothing_else(race):
     text = page([race])
     assert text.count("<script") == text.count("</script>") == 2 and "<!--" not in text
     assert "<" not in HELD.search(text)[1] and "<title>&lt;/script&gt;" in text
-    assert not re.search(r"https?:|url\(|@import|\ssrc=|href|fetch\(|XMLHttpRequest|import\(|innerHTML|eval\(", text)
+    assert re.findall(r'href="(.*?)"', text) == ["https://arxiv.org/abs/2510.18087"], "one link, to the paper"
+    assert not re.search(r"http:|url\(|@import|\ssrc=|fetch\(|XMLHttpRequest|import\(|innerHTML|eval\(", text)
+    assert text.count("https:") == 1
     assert "default-src 'none'" in text
     text.encode()  # also a prompt that is no Unicode text
     assert len(text) < 300_000
@@ -232,6 +235,7 @@ def test_a_page_and_json_are_one_too_many(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- what a browser shows
 
+TOUR = Path(__file__).resolve().parents[2] / "course/tour.ipynb"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 STEP_THROUGH = """<pre id="log"></pre><script>
 const seen = [];
@@ -239,12 +243,12 @@ for (let n = 0; n <= slider.max; n++) {
   slider.value = n;
   slider.dispatchEvent(new Event("input"));
   seen.push([...document.querySelectorAll(".answer")].map((lane) => ({
-    counts: lane.querySelector(".counts").textContent, doing: lane.querySelector(".doing").textContent,
-    drafts: lane.querySelector(".drafts").textContent, bar: lane.querySelectorAll(".bar .done").length,
+    count: lane.querySelector(".head b").textContent, doing: lane.querySelector(".doing").firstChild.textContent,
+    costs: lane.querySelector(".costs").textContent, bar: lane.querySelectorAll(".bar .done").length,
     tokens: [...lane.querySelectorAll("[data-part]")].map((token) => ({
       part: token.dataset.part, state: token.dataset.state, rejected: token.dataset.rejected,
       p: +token.style.getPropertyValue("--p"), accepted: token.classList.contains("draft"),
-      words: getComputedStyle(token.firstChild).visibility === "visible" ? token.textContent : null })),
+      words: token.firstChild.checkVisibility({checkVisibilityCSS: true}) ? token.textContent : null })),
     topics: [...lane.querySelectorAll(".plan li")].filter((n) => getComputedStyle(n).visibility === "visible").length,
   })));
 }
@@ -267,6 +271,11 @@ setTimeout(() => { seen.later = [$("now").textContent, $("play").ariaLabel]; log
 </script>"""
 
 
+def tour_height():
+    """Of the frame in which the notebook shows the page."""
+    return int(re.search(r'<iframe.*? height=\\"(\d+)\\"', TOUR.read_text(encoding="utf-8"))[1])
+
+
 @pytest.fixture
 def browse(tmp_path):
     """A function that opens a page in a browser and returns its elements, as HTML, when its scripts have run."""
@@ -284,6 +293,30 @@ def browse(tmp_path):
     return open_page
 
 
+LOOK = """<pre id="log"></pre><iframe id="frame" style="width: %dpx; height: %dpx"></iframe><script>
+frame.srcdoc = %s;
+frame.onload = () => {
+  const page = frame.contentDocument, all = (selector) => [...page.querySelectorAll(selector)];
+  const box = (node) => { const {left, top, right, bottom, width} = node.getBoundingClientRect();
+                          return {left, top, right, bottom, width}; };
+  const style = (node, name) => frame.contentWindow.getComputedStyle(node)[name];
+  const masks = [], unlike = [];
+  for (let n = 0, last = +page.getElementById("slider").max; n <= last; n++) {
+    frame.contentWindow.go(n);
+    masks.push(...all('.words [data-state="masked"]:not([data-rejected])')
+      .map((node) => `${box(node).width}${node.previousSibling.data}`));
+    page.getAnimations().forEach((animation) => animation.finish());
+    for (const node of all('.words [data-state="known"], .over [data-state="new"]'))
+      unlike.push(style(node, "backgroundColor"), style(node, "backgroundImage"), style(node, "outlineStyle"),
+        style(node, "textDecorationLine"));
+  }
+  log.textContent = JSON.stringify({masks: [...new Set(masks)], marks: [...new Set(unlike)], link: box(all("header a")[0]),
+    legend: box(page.getElementById("legend")), lanes: all(".answer").map(box), words: all(".words").map(box),
+    controls: all("#controls > *").map(box), footer: box(all("footer")[0]), width: page.documentElement.scrollWidth});
+};
+</script>"""
+
+
 def log_in(dom):
     return json.loads(html.unescape(re.search(r'<pre id="log">(.*?)</pre>', dom, re.S)[1]))
 
@@ -298,8 +331,7 @@ def test_a_browser_shows_after_each_pass_what_the_recording_holds_and_nothing_el
             passes = min(n, len(frames))
             check_lane(lane, frames[passes - 1] if passes else None, frames[passes - 2] if passes > 1 else None)
             assert lane["bar"] == passes
-            over = f"{frames[-1].ending} after {passes} passes"
-            assert (lane["doing"] == over) == (passes == len(frames))
+            assert (lane["doing"] == frames[-1].ending) == (passes == len(frames))
             rejected += sum("rejected" in token for token in lane["tokens"])
     assert rejected
 
@@ -328,8 +360,8 @@ def check_lane(lane, frame, before):
             assert token["rejected"] == draw.text.strip()
         elif token:
             assert token["p"] == round(draw.probability, 3) and token["accepted"] == (draw.outcome == "accepted")
-    count = f"{frame.passes} pass" if frame else "0 passes"
-    assert lane["counts"].startswith(count) and f"· {frame.positions if frame else 0} position" in lane["counts"]
+    assert lane["count"].startswith(f"{frame.passes if frame else 0} pass")
+    assert f"· {frame.positions if frame else 0} position" in lane["costs"]
 
 
 def test_the_page_opens_at_a_frame_and_stands_still(browse, race):
@@ -347,3 +379,21 @@ def test_keys_and_buttons_move_through_the_passes(browse, race):
         "onSlider": at(1), "onSelect": at(1), "again": at(0, "Pause"), "playing": at(1, "Pause"), "paused": at(1), "forth": at(2),
         "back": at(1), "later": at(last),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844), (900, tour_height())])
+def test_all_lanes_race_in_view_below_the_legend_and_tell_nothing_too_early(browse, race, width, height):
+    three = Race("otter", race.answers[:3])
+    look = log_in(browse(LOOK % (width, height, json.dumps(page([three])).replace("<", "\\u003c"))))
+    assert len(look["masks"]) == 1, "all masks are alike, whatever word comes"
+    assert set(look["marks"]) == {"none", "rgba(0, 0, 0, 0)"}, "neither words read nor a finished lane are marked"
+    assert look["link"]["bottom"] <= look["legend"]["top"]
+    assert len(look["lanes"]) == 3 and look["width"] <= width
+    for lane, words in zip(look["lanes"], look["words"]):
+        assert look["legend"]["bottom"] <= lane["top"] and lane["bottom"] <= look["footer"]["top"]
+        assert words["bottom"] - words["top"] > 90, "some lines of its text"
+    assert look["footer"]["bottom"] <= height
+    middles = [(box["top"] + box["bottom"]) / 2 for box in look["controls"]]
+    assert max(middles) - min(middles) < 2, "one row of controls"
+    assert all(a["right"] <= b["left"] for a, b in zip(look["controls"], look["controls"][1:]))
+    assert look["controls"][-1]["right"] <= width
