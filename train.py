@@ -33,7 +33,7 @@ from tokenizer import Tokenizer
 from training.batches import TrainingData
 from training.bookkeeping import CtrlC, Processes, Progress, flops_of
 from training.optim import Optimizer, only_new_tokens
-from training.run import Run, State, Weights
+from training.run import Run, State, Weights, introduce
 
 
 def read(folder: Path, init: str) -> tuple[Tokenizer, Pretrained | None, list[Example], list[Example]]:
@@ -65,6 +65,7 @@ class Trainer:
         say(f"reading {folder}. {use_threads()}")
         self.tokenizer, pretrained, *splits = read(folder, config.init)
         self.examples = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
+        self.trained_on = introduce(folder, splits[1])
         arrange = ArrangeDrafts(config.ahead) if config.ahead else Arrange()
         self.data = TrainingData(config, method_config, self.tokenizer, *splits, arrange, say)
         torch.manual_seed(config.seed)
@@ -133,7 +134,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, or until Ctrl-C, which ends the run between two updates and saves."""
         c, progress, say = self.config, self.progress, self.processes.say
-        state = State(self.weights, self.optimizer, progress, self.data.method, self.examples)
+        state = State(self.weights, self.optimizer, progress, self.data.method, self.examples, self.trained_on)
         with ExitStack() as at_the_end:
             at_the_end.callback(self.processes.close)
             run = at_the_end.enter_context(Run(c, state, self.processes))

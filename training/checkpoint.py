@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from model import ModelConfig, Transformer
 from plumbing.files import UNREADABLE, atomic
+from plumbing.settings import one_line
 from tokenizer import Tokenizer
 
 
@@ -44,6 +45,9 @@ def load_checkpoint(
 
     The shapes in the file are compared with what its config says before anything of that size is made.
     """
+    if Path(path).is_dir():
+        file = max(Path(path).glob("*.safetensors"), default=Path(path) / "model.safetensors")
+        raise CheckpointError(f"{path} is a folder: name a file in it, such as {file}")
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
@@ -66,6 +70,19 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: {diverged} is not finite, its training diverged: take an earlier checkpoint")
     model.load_state_dict(weights, assign=True)
     return model.to(device), tokenizer, info, {name: value.to(device) for name, value in state.items()}
+
+
+def introduction(path: str | Path) -> str:
+    """Lines that say what a checkpoint was trained on, with prompts to try; empty if an older file does not say."""
+    try:
+        with safe_open(path, "pt") as file:
+            known = json.loads(file.metadata()["info"]).get("trained_on")
+        if not known:
+            return ""
+        prompts = "".join(f"  {one_line(prompt)}\n" for prompt in known["prompts"])
+        return f"This model was trained on {one_line(known['data'])!r}. It can answer prompts such as:\n{prompts}"
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} does not say as it should what it was trained on ({error})") from None
 
 
 def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transformer:

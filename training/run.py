@@ -10,6 +10,7 @@ import torch
 from config import MethodConfig, TrainConfig
 from model import Transformer
 from plumbing.settings import locate
+from tags import Example
 from tokenizer import Tokenizer
 from training.bookkeeping import Log, Processes, Progress
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -54,6 +55,15 @@ class State:
     progress: Progress
     method: MethodConfig
     examples: str  # digest of the training examples
+    trained_on: dict[str, Any]  # what a checkpoint says of its data
+
+
+def introduce(folder: Path, examples: list[Example]) -> dict[str, Any]:
+    """What a checkpoint says of its data: their name, and three short prompts, of as many families as there are."""
+    shortest = sorted((e for e in examples if e.prompt), key=lambda e: len(e.prompt))
+    of_families = {e.family: e.prompt for e in reversed(shortest)}.values()
+    prompts = dict.fromkeys([*sorted(of_families, key=len), *(e.prompt for e in shortest)])
+    return {"data": folder.resolve().name, "prompts": [*prompts][:3]}
 
 
 class Run:
@@ -143,5 +153,5 @@ class Run:
         """Save the model and how it was made; `more` goes to save_checkpoint."""
         state = self.state
         info = {"train": asdict(self.config), "method": asdict(state.method), "examples": state.examples}
-        info |= self.progress.state()
+        info |= {"trained_on": state.trained_on} | self.progress.state()
         save_checkpoint(path, state.weights.model, state.weights.tokenizer, info, **more)
