@@ -20,7 +20,7 @@ from config import MethodConfig, SampleConfig
 from grammar import Grammar
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from tags import Round, Span, format_answer, plain_text
-from tokenizer import Tokenizer, span_slots
+from tokenizer import Tokenizer, loops, span_slots
 from unmask import Generators, draw, fill, probabilities
 
 # ---------------------------------------------------------------- an answer
@@ -64,6 +64,12 @@ class Answer:
         self.drafted = self.accepted = 0  # tokens
         self.seconds = 0.0
 
+    @property
+    def looping(self) -> bool:
+        """Whether what is written so far repeats itself."""
+        written = zip(self.layout.token, self.layout.kind)
+        return loops([token for token, kind in written if kind != PROMPT and token != self.tokenizer.pad])
+
     def scaffold(self, spans: list[tuple[list[int], int]]) -> None:
         """Append spans of [MASK] to the layout; `spans` holds pairs of topic tokens and number of slots."""
         masked = [(topic, [self.tokenizer.mask] * n_slots) for topic, n_slots in spans]
@@ -93,20 +99,17 @@ class Answer:
         rounds = self.decoded()
         contents = [i for round_ in self.rounds for span in round_.spans for i in self.contents(span)]
         pads = contents.count(self.tokenizer.pad)
-        plans = [[{"topic": s.topic, "length": s.length} for s in r.spans] for r in rounds]
-        costs = ("cut", "broken", "plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted",
+        facts = ("cut", "broken", "looping", "plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted",
                  "critical_path", "positions")  # fmt: skip
         return {
             "prompt": self.prompt,
             "text": plain_text(rounds),
             "tagged": format_answer(rounds),
-            "rounds": [{"text": r.text, "plan": plan, "spans": [s.text for s in r.spans]}
-                       for r, plan in zip(rounds, plans)],
-            **{name: getattr(self, name) for name in costs},
+            "rounds": [{"text": r.text, "plan": [{"topic": s.topic, "length": s.length} for s in r.spans],
+                        "spans": [s.text for s in r.spans]} for r in rounds],
+            **{name: getattr(self, name) for name in facts},
             "content_tokens": sum(len(round_.text) for round_ in self.rounds) + len(contents) - pads,
-            "slots": len(contents),
-            "pads": pads,
-            "seconds": round(self.seconds, 4),
+            "slots": len(contents), "pads": pads, "seconds": round(self.seconds, 4),
         }  # fmt: skip
 
 

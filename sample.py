@@ -8,6 +8,7 @@ that its phase (decode.py) asks for.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import LONGEST, METHODS, MethodConfig, SampleConfig
-from decode import Answer, Decoder, Phase, Reading, Reply, next_round
+from decode import Answer, Decoder, Reading, Reply, next_round
 from drafting.decoding import DECODERS_AHEAD
 from kernels.backends import attend_by
 from kernels.graphs import Replayed, bucket
@@ -32,7 +33,7 @@ from show.page import Race, write_page
 from show.record import record
 from show.terminal import Screen
 from tokenizer import Tokenizer
-from training.checkpoint import load_checkpoint
+from training.checkpoint import introduction, load_checkpoint
 
 # ---------------------------------------------------------------- a pass
 
@@ -73,8 +74,7 @@ class Passes:
         inputs = [table, torch.tensor(rows)]
         if width > 1:
             inputs.append(self.columns_read(entries, readings, size))
-        inputs = [tensor.to(self.device) for tensor in inputs]
-        return self.compute(*inputs, n_keys=n_keys, first=rows == list(range(size)))
+        return self.compute(*(i.to(self.device) for i in inputs), n_keys=n_keys, first=rows == list(range(size)))
 
     def columns_read(self, entries: list[list[int]], readings: list[list[Reading]], size: int) -> Tensor:
         """(B, R) where in a pass the entries are that are read."""
@@ -130,7 +130,8 @@ class Predictions:
         phase, config, asked = live[0].phase, live[0].config, [reading for mine in readings for reading in mine]
         counts = [sum(len(reading.entries) for reading in mine) for mine in readings]
         generators = [(answer.generator, n) for answer, n in zip(live, counts)]
-        logits = self.logits(phase, torch.cat([states[:n] for states, n in zip(hidden, counts)]))
+        states = torch.cat([states[:n] for states, n in zip(hidden, counts)])
+        logits = self.model.logits(states, self.tokenizer.pad + 1 if phase.in_spans else None).float()
         cut = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         if any(reading.allowed is not None for reading in asked):
             likeliest = self.only([reading.endless for reading in asked], logits).argmax(-1, keepdim=True)
@@ -141,10 +142,6 @@ class Predictions:
             logits = logits.where(finite[:, None], 0)
         token, kept = phase.draw(logits, asked, config, generators, self.tokenizer.pad)
         return torch.stack([token, kept.long(), cut.long(), finite.long()], dim=1), logits.split(counts)
-
-    def logits(self, phase: Phase, hidden: Tensor) -> Tensor:
-        """(N, V) float32 predictions of a phase at hidden states (N, D)."""
-        return self.model.logits(hidden, self.tokenizer.pad + 1 if phase.in_spans else None).float()
 
     def only(self, masks: list[Tensor | None], logits: Tensor) -> Tensor:
         """The logits (N, V); -inf where a reading's mask leaves a token out. None leaves out none."""
@@ -186,10 +183,9 @@ class Sampler:
 
     def begin(self, prompts: Sequence[str]) -> list[Answer]:
         """Answers to prompts in their first phase. Raises ValueError if a prompt is too long."""
-        answers, config, method = [], self.config, self.method
+        answers, config, method, decoder = [], self.config, self.method, self.decoders[self.method.method]
         for i, prompt in enumerate(prompts):
-            seed, decoder = config.seed + i, self.decoders[method.method]
-            answer = Answer(prompt, self.tokenizer, config, method, decoder, seed, self.device)
+            answer = Answer(prompt, self.tokenizer, config, method, decoder, config.seed + i, self.device)
             if answer.max_length > LONGEST:
                 raise ValueError(f"the prompt {prompt[:40]!r}... has {len(answer.layout)} tokens: "
                                  f"with --max_tokens {config.max_tokens} that is more than {LONGEST}")  # fmt: skip
@@ -243,12 +239,12 @@ def main() -> None:
     output.add_argument("--html", metavar="FILE", help="also write a page that plays the answers pass by pass")
     add_settings(parser, SampleConfig)
     args = parser.parse_args()
-    config = pick(SampleConfig, args)
-    refuse_overwriting([locate(args.checkpoint)], html=args.html or "")
-    sampler = Sampler.load(args.checkpoint, config, devices.find(args.device))
+    config, path = pick(SampleConfig, args), locate(args.checkpoint)
+    refuse_overwriting([path], html=args.html or "")
+    sampler = Sampler.load(path, config, devices.find(args.device))
+    sys.stderr.write(introduction(path))
     if args.json:
-        for answer in sampler.answer(args.prompt):
-            print(json.dumps(answer.result(), ensure_ascii=False))
+        print(*(json.dumps(a.result(), ensure_ascii=False) for a in sampler.answer(args.prompt)), sep="\n")
         return
     races, method = [], sampler.method.method
     for n, prompt in enumerate(args.prompt):
