@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -27,16 +27,20 @@ from sample import Sampler
 from show.record import Frame, FrameTopic, action, counted, denoises, record, since
 
 START, STEP, END = 0.8, 0.1, 5.0  # seconds: before the first pass, per pass, and after the last
-WIDTH, MARGIN, GAP = 900, 20, 32  # pixels: of the picture, around it, and between the panels
+WIDTH, MARGIN, GAP = 760, 16, 24  # pixels: of the picture, around it, and between the panels
 CHARACTER, LINE = 7.8, 18  # pixels: width of a character and height of a line, at font size 13
 PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
 PAD = "\u00b7"
-LEGEND = [  # a sample, the kind of box around it, and what it is
-    ("craft 4", "topic", "topic, length of its span"),
-    ("    ", "slot", "masked slot"),
-    ("word", "new", "new"),
-    (PAD, "", "[PAD]"),
-    ("positions", "", "tokens computed so far"),
+LEGEND = [  # kind of box, what is in it, and what it means
+    ("topic", "craft 4", "topic, length in units of 10 slots"),
+    ("rule", "", "span"),
+    ("new", "word", "new in this pass"),
+    ("", PAD, "[PAD]"),
+    ("slot", "", "masked slot, as wide as its token"),
+    ("", "positions", "tokens computed so far"),
+    ("write", "", "pass that writes plan or text"),
+    ("denoise", "", "pass that fills spans"),
+    ("empty", "", "no pass"),
 ]
 STYLE = """
 .page{fill:#fff;stroke:#d1d9e0}
@@ -88,9 +92,16 @@ class Film:
         still = ".until{visibility:hidden}@media(prefers-reduced-motion:reduce){.from,.until{animation:none!important}}"
         return "\n".join([f".from,.until{{animation:{self.seconds:.6g}s step-end infinite}}", *named, still])
 
+    def layers(self) -> list[tuple]:
+        """The shapes, those that go again below those that stay: (first and last pass, shapes)."""
+        return sorted(self.shapes.items(), key=lambda item: item[0][1] is None)
+
+    def at(self, n: int) -> list[str]:
+        """The shapes that are visible after pass n."""
+        return [shape for (first, last), shapes in self.layers() if first <= n < (last or n + 1) for shape in shapes]
+
     def groups(self) -> Iterator[str]:
-        """The shapes, those that go again below those that stay."""
-        for (first, last), shapes in sorted(self.shapes.items(), key=lambda item: item[0][1] is None):
+        for (first, last), shapes in self.layers():
             moving = f' class="{"from" if last is None else "until"}" style="animation-name:{self.name(first, last)}"'
             yield f"<g{moving if (first, last) != (0, None) else ''}>" + "".join(shapes) + "</g>"
 
@@ -144,6 +155,21 @@ class Word(NamedTuple):
     kind: str = ""
 
 
+def place(film: Film, words: Sequence[Word], x: float, y: float, columns: int) -> float:
+    """Draw words from the base line `y` on. Returns the height of their lines."""
+    line = -1
+    for n, line, column, content in flow([word.text for word in words], columns):
+        _, since, slot, kind = words[n]
+        left, base, width = x + column * CHARACTER, y + line * LINE, len(content) * CHARACTER
+        if slot is not None:
+            film.add(box(left, base - 11, width - 1, 14, "slot"), slot, since)
+        if since:
+            film.add(box(left - 1, base - 12, width + 2, 16, "new"), since, since + 1)
+        if since is not None:
+            film.add(text(left, base, content, kind), since)
+    return (line + 1) * LINE
+
+
 class Panel:
     """One answer, drawn onto a film from top to bottom; `y` is the base line of what comes next."""
 
@@ -158,7 +184,7 @@ class Panel:
         self.narrate()
         for r, round_ in enumerate(self.frames[-1].rounds):
             words = [Word(token, self.since["text", r, n]) for n, token in enumerate(round_.text)]
-            self.y += LINE * self.place(words, self.x, int(PANEL / CHARACTER))
+            self.y += place(self.film, words, self.x, self.y, int(PANEL / CHARACTER))
             self.plan(r, round_.topics)
             for k, span in enumerate(round_.spans):
                 topic = "".join(round_.topics[k].name).strip() + ":" if round_.topics else ""
@@ -198,7 +224,7 @@ class Panel:
             if x > self.x and x + (columns + 1) * CHARACTER > end:
                 x, self.y = self.x, self.y + LINE + 8
             self.film.add(box(x, self.y - 14, (columns + 1) * CHARACTER, 20, "topic", 4), self.since["topic", r, k])
-            self.place(words, x + CHARACTER / 2, columns)
+            place(self.film, words, x + CHARACTER / 2, self.y, columns)
             x += (columns + 2) * CHARACTER
         self.y += (LINE + 12) * bool(topics)
 
@@ -208,61 +234,55 @@ class Panel:
         words = [Word(topic, scaffold, kind="strong")]
         since = [self.since.get(("slot", r, k, n)) for n, _ in enumerate(slots)]
         words += [Word(shown.get(slot, slot), known, scaffold) for slot, known in zip(slots, since)]
-        height = LINE * self.place(words, self.x + 10, int((PANEL - 10) / CHARACTER))
+        height = place(self.film, words, self.x + 10, self.y, int((PANEL - 10) / CHARACTER))
         self.film.add(box(self.x, self.y - 12, 3, height - 3, "rule", 1), scaffold)
         self.y += height + 6
 
-    def place(self, words: Sequence[Word], x: float, columns: int) -> int:
-        """Draw words from the base line on. Returns the number of lines."""
-        line = -1
-        for n, line, column, content in flow([word.text for word in words], columns):
-            _, since, slot, kind = words[n]
-            left, y, width = x + column * CHARACTER, self.y + line * LINE, len(content) * CHARACTER
-            if slot is not None:
-                self.film.add(box(left, y - 11, width - 1, 14, "slot"), slot, since)
-            if since is not None:
-                self.film.add(box(left - 1, y - 12, width + 2, 16, "new"), since, since + 1)
-                self.film.add(text(left, y, content, kind), since)
-        return line + 1
 
-
-def legend(film: Film, y: float) -> None:
-    """One line that says what the picture's signs mean."""
-    x = MARGIN
-    for sample, kind, meaning in LEGEND:
+def legend(film: Film, y: float, rows: Sequence[tuple[str, str, str]] = LEGEND, width: int = WIDTH) -> float:
+    """Lines that say what the picture's signs mean. Returns the height of the picture."""
+    x, bar = MARGIN, (9, 24, 8, 0)  # of a box: its top above the base line, width, height and radius
+    boxes = {"rule": (12, 3, 15, 1), "slot": (11, 30, 14), "write": bar, "denoise": bar, "empty": bar}
+    for kind, sample, meaning in rows:
+        up, wide, *size = boxes.get(kind, (13, len(sample) * CHARACTER + 8, 18, 4))
+        if x + wide + 6 + len(meaning) * CHARACTER > width - MARGIN:
+            x, y = MARGIN, y + LINE + 6
         if kind:
-            film.add(box(x, y - 13, len(sample) * CHARACTER + 8, 18, kind, 4))
-        if sample.strip():
-            film.add(text(x + 4 * bool(kind), y, sample))
-        x += len(sample) * CHARACTER + (14 if kind else 8)
-        film.add(text(x, y, meaning, "note"))
-        x += (len(meaning) + 2) * CHARACTER
+            film.add(box(x, y - up, wide, *size[:1], kind, *size[1:]))
+        if sample:
+            film.add(text(x + 4, y, sample))
+        film.add(text(x + wide + 6, y, meaning, "note"))
+        x += wide + 6 + (len(meaning) + 2) * CHARACTER
+    return y + MARGIN
+
+
+def page(title: str, width: int, height: float, style: str, shapes: Iterable[str]) -> str:
+    """A picture as SVG text."""
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height:.0f}" '
+        f'viewBox="0 0 {width} {height:.0f}" role="img">',
+        f"<title>{escape(printable(title))}</title>",
+        f"<style>{style}</style>",
+        f'<rect class="page" x=".5" y=".5" width="{width - 1}" height="{height - 1:.0f}" rx="6"/>',
+        *shapes,
+        "</svg>\n",
+    ])  # fmt: skip
 
 
 def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
     """The picture as SVG text; `answers`: (method, frames) of the panels, from left to right."""
     film, y = Film(max(len(frames) for _, frames in answers)), MARGIN + 14
-    lines = -1
-    for _, lines, column, content in flow([prompt], int((WIDTH - 2 * MARGIN) / CHARACTER)):
-        film.add(text(MARGIN + column * CHARACTER, y + lines * LINE, content, "strong"))
-    y += (lines + 1) * LINE + 18
+    words = [Word(prompt, 0, kind="strong")]
+    y += place(film, words, MARGIN, y, int((WIDTH - 2 * MARGIN) / CHARACTER)) + 18
     panels = [Panel(film, *answer, MARGIN + n * (PANEL + GAP), y) for n, answer in enumerate(answers)]
     for panel in panels:
         panel.draw()
-    y = max(panel.y for panel in panels) + 10
-    legend(film, y)
-    size = f'width="{WIDTH}" height="{y + MARGIN:.0f}"'
-    summary = (
+    height = legend(film, max(panel.y for panel in panels) + 10)
+    ways = (
         f"{METHODS[method].title.lower()} in {counted(len(frames), 'pass', 'passes')}" for method, frames in answers
     )
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {y + MARGIN:.0f}" role="img">',
-        f"<title>{escape(printable(f'{prompt} Answered by ' + ', by '.join(summary)))}</title>",
-        f"<style>{STYLE}{film.style()}</style>",
-        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y + MARGIN - 1:.0f}" rx="6"/>',
-        *film.groups(),
-        "</svg>\n",
-    ])  # fmt: skip
+    title = f"{prompt} Answered by {', by '.join(ways)}"
+    return page(title, WIDTH, height, STYLE + film.style(), film.groups())
 
 
 def main() -> None:

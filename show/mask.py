@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,12 +19,13 @@ from plumbing.settings import command
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
-KINDS = {  # of a key: its name, how it is drawn, as what where blocks cannot be, and its colour in a terminal
-    PROMPT: ("prompt", "░░", "pp", 37),
-    PLAN: ("plan and text", "▒▒", "tt", 36),
-    GIVEN: ("tags and topic of a span", "▓▓", "gg", 33),
-    SLOT: ("slot", "██", "ss", 32),
+KINDS = {  # of a key: its name, how a terminal draws it, as what where blocks cannot be, its colour there and in a picture
+    PROMPT: ("prompt", "░░", "pp", 37, "#8c959f"),
+    PLAN: ("plan and text", "▒▒", "tt", 36, "#218bff"),
+    GIVEN: ("tags and topic of a span", "▓▓", "gg", 33, "#d4a72c"),
+    SLOT: ("slot", "██", "ss", 32, "#2da44e"),
 }
+INK = "#747c86"  # text that can be read on light and on dark pages
 
 
 def otter(attention: str) -> tuple[Layout, Tokenizer]:
@@ -48,9 +48,9 @@ def show(layout: Layout, tokenizer: Tokenizer, colours: bool = False, blocks: bo
 
     blocks: whether what is written to can encode block characters.
     """
-    ink = {kind: block if blocks else letters for kind, (_, block, letters, _) in KINDS.items()}
+    ink = {kind: block if blocks else letters for kind, (_, block, letters, *_) in KINDS.items()}
     if colours:
-        ink = {kind: f"\x1b[{KINDS[kind][-1]}m{cell}\x1b[0m" for kind, cell in ink.items()}
+        ink = {kind: f"\x1b[{KINDS[kind][3]}m{cell}\x1b[0m" for kind, cell in ink.items()}
     none = "· " if blocks else ". "
     for token, row in zip(layout.token, seen(layout).tolist()):
         cells = (ink[kind] if sees else none for sees, kind in zip(row, layout.kind))
@@ -67,23 +67,38 @@ def encodes_blocks(encoding: str | None) -> bool:
 
 
 def save_png(path: str, layouts: dict[str, Layout], tokenizer: Tokenizer) -> None:
-    """Draw the masks of several layouts (name -> Layout) side by side. Raises ValueError without matplotlib."""
+    """Draw the masks of up to three layouts (name -> Layout) and a key, on no background.
+
+    Raises ValueError without matplotlib.
+    """
     try:
+        from matplotlib.colors import to_rgba
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
 
-    palette = np.array([[1, 1, 1], [0.6, 0.6, 0.6], [0.2, 0.6, 0.75], [0.9, 0.7, 0.25], [0.35, 0.7, 0.35]])
-    figure = Figure(figsize=(6 * len(layouts), 6.6), layout="tight")
-    axes = figure.subplots(1, len(layouts), squeeze=False)
-    for axis, (name, layout) in zip(axes[0], layouts.items()):
-        axis.imshow(palette[seen(layout).numpy() * (np.array(layout.kind) + 1)])
+    colours = {kind: to_rgba(colour) for kind, (*_, colour) in KINDS.items()}
+    figure = Figure(figsize=(8.4, 8.6), layout="constrained", facecolor="none")
+    *axes, last = figure.subplots(2, 2).flat
+    for axis, (name, layout) in zip(axes, layouts.items()):
+        sees, n = seen(layout), len(layout)
+        axis.imshow(
+            [[colours[kind] if see else to_rgba(INK, 0.1) for see, kind in zip(row, layout.kind)] for row in sees]
+        )
         names = [tokenizer.name(token).strip() for token in layout.token]
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_title(f"{name}: rows see columns")
+        axis.set_xticks(range(n), names, rotation=90)
+        axis.set_yticks(range(n), names)
+        axis.tick_params(labelsize=7, length=0, pad=2, colors=INK)
+        axis.set_title(name, color=INK, fontweight="bold")
+        axis.set_frame_on(False)
+    last.set_axis_off()
+    key = [Patch(color=colours[kind], label=label) for kind, (label, *_) in KINDS.items()]
+    key.append(Patch(color=to_rgba(INK, 0.1), label="not seen"))
+    last.legend(handles=key, loc="center", labelcolor=INK, frameon=False, fontsize=11, title="A row sees a column that is",
+                ).get_title().set_color(INK)  # fmt: skip
     with atomic(Path(path)) as part:
-        figure.savefig(part, dpi=110, format="png")
+        figure.savefig(part, dpi=160, format="png")
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from config import METHODS, MethodConfig, SampleConfig
 from demo import svg
 from demo.demo import PROMPTS
 from drafting import decoding
+from masks import ATTENTION
 from methods import DECODERS
 from sample import Sampler
-from show.mask import otter, seen
+from show.mask import INK, KINDS, otter, seen
 from show.mask import show as mask_lines
 from show.record import Frame, FrameRound, FrameTopic, frame, record
 
@@ -159,7 +160,7 @@ class Picture:
 def tokens_in(elements):
     """The texts of tokens among the elements of a picture: neither legend nor headings nor what passes do."""
     texts = [element for element in elements if element.tag.endswith("text")]
-    legend = max(float(element.get("y")) for element in texts)
+    (legend,) = (float(element.get("y")) for element in texts if element.text == svg.LEGEND[0][-1])
     texts = [element.text for element in texts if not element.get("class") and float(element.get("y")) < legend]
     return Counter(text for text in texts if not re.match(r"(writes|denoises|extends) .", text))
 
@@ -204,6 +205,16 @@ def test_after_each_pass_the_picture_shows_both_frames_and_nothing_else(race):
         counts = [e.text for e in visible if e.get("class") == "strong" and re.fullmatch(r"\d+ pass(es)?", e.text)]
         assert [*map(int, re.findall(r"\d+", " ".join(counts)))] in ([frame.passes for frame in now] or [0, 0],
                                                                      [frame.passes for frame in now[::-1]])  # fmt: skip
+
+
+def test_all_marks_of_a_picture_are_in_its_legend():
+    meanings = {meaning for *_, meaning in svg.LEGEND}
+    for path in each(("docs/answer.svg", "docs/stages.svg")):
+        shapes = [*ElementTree.parse(ROOT / path).iter()]
+        legend = min(float(e.get("y")) for e in shapes if e.text in meanings) - svg.LINE
+        boxes = [e for e in shapes if e.tag.endswith("rect") and e.get("class") != "page"]
+        above, below = ({e.get("class") for e in boxes if (float(e.get("y")) > legend) == is_} for is_ in (False, True))
+        assert {"slot", "new", "rule"} <= above == below
 
 
 def test_each_pass_has_its_own_step_of_equal_length(race):
@@ -347,3 +358,29 @@ def test_without_matplotlib_a_picture_of_the_mask_says_what_to_install(monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code = run(monkeypatch, "show/mask.py", "--png", tmp_path / "mask.png")
     assert code == "mask.py: --png needs matplotlib: pip install matplotlib"
+
+
+def test_the_picture_of_the_mask_has_a_key_and_can_be_read_on_light_and_dark_pages(monkeypatch, tmp_path):
+    figures = pytest.importorskip("matplotlib.figure")
+    colors = pytest.importorskip("matplotlib.colors")
+    drawn, save = [], figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda figure, *a, **b: drawn.append(figure) or save(figure, *a, **b)
+    )
+    assert run(monkeypatch, "show/mask.py", "--png", tmp_path / "mask.png") is None
+    *axes, last = drawn[0].axes
+    key = last.get_legend()
+    names = dict(zip((text.get_text() for text in key.get_texts()), (p.get_facecolor() for p in key.get_patches())))
+    assert [*names] == [*(name for name, *_ in KINDS.values()), "not seen"] and len({*names.values()}) == 5
+    for axis in axes:
+        used = {tuple(cell) for row in axis.images[0].get_array().tolist() for cell in row}
+        assert used == {*names.values()} and axis.get_title() in ATTENTION
+    assert drawn[0].get_facecolor()[3] == 0 and not any(axis.get_frame_on() and axis.axison for axis in drawn[0].axes)
+    light = [
+        sum(
+            w * (c / 12.92 if c < 0.04 else ((c + 0.055) / 1.055) ** 2.4)
+            for w, c in zip((0.2126, 0.7152, 0.0722), colors.to_rgb(colour))
+        )
+        for colour in ("#fff", INK, "#0d1117")
+    ]
+    assert light[0] + 0.05 > 4 * (light[1] + 0.05) > 16 * (light[2] + 0.05)
