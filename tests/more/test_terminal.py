@@ -10,58 +10,117 @@ from conftest import SENTENCES, each
 from test_show import random_sampler, run
 
 from methods import DECODERS
-from show.terminal import Screen
+from show.record import counted
+from show.terminal import BOLD, FADED, NEW, PAUSE, Screen
 
 
 class Terminal(io.StringIO):
-    """A terminal of `columns`: keeps the lines that are on it, obeying cursor up and erase below."""
+    """A terminal: keeps the lines that are on it, and those before each jump up."""
 
-    def __init__(self, columns):
+    def __init__(self):
         super().__init__()
-        self.columns, self.lines, self.row, self.widest, self.redrawn = columns, [""], 0, 0, 0
+        self.lines, self.row, self.column, self.widest, self.styles, self.frames = [""], 0, 0, 0, set(), []
+        self.written = ""
 
     def isatty(self):
         return True
 
     def write(self, text):
-        for part in re.split(r"(\x1b\[\d+A|\x1b\[J|\x1b\[[\d;]*m|\n)", text):
+        self.written += text
+        for part in re.split(r"(\x1b\[\d+A|\x1b\[K|\x1b\[[\d;]*m|\n)", text):
             if up := re.fullmatch(r"\x1b\[(\d+)A", part):
-                self.row, self.redrawn = self.row - int(up[1]), self.redrawn + 1
+                self.frames.append([*self.lines])
+                self.row -= int(up[1])
                 assert self.row >= 0
-            elif part == "\x1b[J":
-                self.lines[self.row :] = [""]
+            elif part == "\x1b[K":
+                self.lines[self.row] = self.lines[self.row][: self.column]
             elif part == "\n":
-                self.row += 1
+                self.row, self.column = self.row + 1, 0
                 self.lines += [""] * (self.row + 1 - len(self.lines))
-            elif not part.startswith("\x1b"):
-                self.lines[self.row] += part
-                self.widest = max(self.widest, len(self.lines[self.row]))
+            elif part.startswith("\x1b"):
+                self.styles.add(part)
+            else:
+                line, self.column = self.lines[self.row], self.column + len(part)
+                self.lines[self.row] = line[: self.column - len(part)] + part + line[self.column :]
+                self.widest = max(self.widest, self.column)
 
 
-@pytest.fixture(scope="module")
-def drawn(tokenizer):
-    return random_sampler(tokenizer, "planned")
+def watched(monkeypatch, tokenizer, method, prompt=SENTENCES[0], columns=80, delay=0):
+    """An answer of a random model, the terminal that it was shown in, and the last frame."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "99")
+    terminal = Terminal()
+    (answer,) = random_sampler(tokenizer, method).answer([prompt], watch=Screen(terminal, delay=delay))
+    return answer, terminal, terminal.lines[: -2 if answer.cut else -1]
 
 
-def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, drawn):
-    for columns, prompt in each(itertools.product([40, 100], [SENTENCES[0], "", "long" * 40])):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setenv("LINES", "50")
-        terminal = Terminal(columns)
-        (answer,) = drawn.answer([prompt], watch=Screen(terminal, delay=0))
-        assert answer.denoise_passes and terminal.redrawn == answer.plan_passes + answer.denoise_passes - 1
-        assert sum(line.strip().startswith("prompt") for line in terminal.lines) == 1, "the last frame alone is left"
-        assert "____" not in "".join(terminal.lines)
-        assert terminal.widest <= columns
+def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, tokenizer):
+    for columns, prompt in each(itertools.product([40, 60, 80], [SENTENCES[0], "", "long" * 40])):
+        answer, terminal, end = watched(monkeypatch, tokenizer, "planned", prompt, columns)
+        assert answer.denoise_passes and len(terminal.frames) == answer.plan_passes + answer.denoise_passes
+        assert sum(line.strip().startswith("prompt") for line in end) == 1, "the last frame alone is left"
+        assert "".join(end).count("____") == 1, "in the legend"
+        assert terminal.widest < columns
 
 
-def test_piped_frames_are_few_and_plain(drawn):
+def test_no_line_moves_and_each_slot_keeps_its_columns_while_its_span_fills(monkeypatch, tokenizer):
+    for method, columns in each(itertools.product(DECODERS, [40, 80])):
+        _, terminal, (*end, _) = watched(monkeypatch, tokenizer, method, columns=columns)
+        for *lines, _, _ in terminal.frames:
+            assert len(lines) == len(end)
+            for line, ended in zip(lines, end):
+                assert len(line) <= len(ended)
+                assert all(c in (" ", "_", known) for c, known in zip(line, ended)), (line, ended)
+
+
+def test_the_last_line_counts_passes_and_says_what_they_do(monkeypatch, tokenizer):
+    for method, verb in each(
+        [("planned", "denoises"), ("parallel-ar", "extends"), ("ar", "writes"), ("block", "denoises")]
+    ):
+        answer, terminal, end = watched(monkeypatch, tokenizer, method)
+        total = answer.plan_passes + answer.denoise_passes
+        for n, frame in enumerate(terminal.frames, 1):
+            assert re.fullmatch(rf" {{14}}pass {n} of {total}: (writes|{verb}) [\w ]+", frame[-2])
+        assert verb in "".join(frame[-2] for frame in terminal.frames)
+        assert end[-1].strip().startswith(counted(total, "pass", "passes"))
+
+
+def test_a_legend_says_what_the_number_in_a_plan_is(monkeypatch, tokenizer):
+    answer, _, end = watched(monkeypatch, tokenizer, "planned", columns=200)
+    topic = next(round_ for round_ in answer.decoded() if round_.spans).spans[0]
+    said = (
+        f"({topic.topic} {topic.length}: {topic.length} x {tokenizer.unit} slots, a token each; ____ masked, · empty)"
+    )
+    assert [line.strip() for line in end].count(said) == 1
+    assert "masked" in "".join(watched(monkeypatch, tokenizer, "block")[2])
+    assert "masked" not in "".join(watched(monkeypatch, tokenizer, "ar")[2])
+
+
+def test_a_terminal_may_be_of_any_colour_and_what_was_new_does_not_stay_marked(monkeypatch, tokenizer):
+    _, terminal, _ = watched(monkeypatch, tokenizer, "planned")
+    assert terminal.styles == {"\x1b[0m", *(f"\x1b[{style}m" for style in (FADED, BOLD, NEW))}
+    assert {FADED, BOLD, NEW} <= {"1", "2", "4", "7"}, "a colour is hard to read on some background"
+    assert f"\x1b[{NEW}m" in terminal.written and f"\x1b[{NEW}m" not in re.split(r"\x1b\[\d+A", terminal.written)[-1]
+
+
+def test_frames_stay_longer_before_what_passes_do_changes(monkeypatch, tokenizer):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    _, terminal, _ = watched(monkeypatch, tokenizer, "planned", delay=1)
+    says = [*(frame[-2].partition(": ")[2] for frame in terminal.frames), ""]
+    assert slept == [PAUSE if now != then else 1 for now, then in zip(says, says[1:])] + [1]
+
+
+def test_piped_frames_are_few_and_plain(tokenizer):
     stream = io.StringIO()
-    (answer,) = drawn.answer([SENTENCES[0]], watch=Screen(stream, delay=9))
-    frames = stream.getvalue().count("-- after")
-    assert 2 <= frames < answer.plan_passes + answer.denoise_passes
-    assert "____" in stream.getvalue() and "____" not in stream.getvalue().rpartition("-- after")[2]
-    assert "\x1b" not in stream.getvalue()
+    (answer,) = random_sampler(tokenizer, "planned").answer([SENTENCES[0]], watch=Screen(stream, delay=9))
+    heads = re.findall("^-- (.*)", stream.getvalue(), re.MULTILINE)
+    assert 2 <= len(heads) < answer.plan_passes + answer.denoise_passes
+    assert re.fullmatch(r"pass \d+ of \d+: .*", heads[0]) and re.fullmatch(r"\d+ passes: .*", heads[-1])
+    first, last = stream.getvalue().split("-- ")[1 :: len(heads) - 1]
+    masked = lambda text: "__" in text.replace("____ masked", "")
+    assert masked(first) and not masked(last)
+    assert "\x1b" not in stream.getvalue() and max(map(len, stream.getvalue().splitlines())) <= 80
 
 
 class Tty(io.StringIO):
@@ -72,7 +131,7 @@ class Tty(io.StringIO):
 
 
 def plain(text):
-    return re.sub(r"\x1b\[[\d;]*[mAJ]", "", text)
+    return re.sub(r"\x1b\[[\d;]*[mAK]", "", text)
 
 
 def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer):
@@ -82,12 +141,12 @@ def test_the_terminal_ends_with_all_text_of_an_answer(monkeypatch, tokenizer):
         monkeypatch.setenv("LINES", "3")
         stream = stream()
         (answer,) = random_sampler(tokenizer, method).answer([SENTENCES[0]], watch=Screen(stream, delay=0))
-        last = re.split(r"\x1b\[J|-- after.*\n", stream.getvalue())[-1]
+        last = re.split(r"\x1b\[\d+A|-- .*\n", stream.getvalue())[-1].replace("·", "")
         margin = [line[14:] for line in plain(last).splitlines()]
         joined = "".join("".join(margin).split())
         for piece in (SENTENCES[0], *answer.result()["text"].split("\n")):
             assert "".join(piece.split()) in joined
-        assert "____" not in last
+        assert "____" not in last.replace("____ masked", "")
 
 
 def test_one_screen_can_show_one_answer_after_another(tokenizer):
@@ -96,7 +155,7 @@ def test_one_screen_can_show_one_answer_after_another(tokenizer):
     for prompt in ("one", "two"):
         sampler.answer([prompt], watch=screen)
     second = stream.getvalue().index("two")
-    assert "\x1b[J" not in stream.getvalue()[stream.getvalue().rindex("one") : second]
+    assert not re.search(r"\x1b\[\d+A", stream.getvalue()[stream.getvalue().rindex("one") : second])
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Tty])
@@ -113,7 +172,7 @@ def test_letters_that_take_two_columns_do_not_overrun_a_line(monkeypatch, tokeni
     stream = Tty()
     random_sampler(tokenizer, "ar", max_tokens=2).answer(["水獺吃魚" * 20], watch=Screen(stream, delay=0))
     lines = [line for line in plain(stream.getvalue()).splitlines() if "水" in line or "魚" in line]
-    assert sum(len(re.findall("[水獺吃魚]", line)) for line in lines) == 80
+    assert sum(len(re.findall("[水獺吃魚]", line)) for line in lines) == 2 * 80, "in two frames"
     assert all(14 + 2 * len(line[14:]) < 40 for line in lines)
 
 
