@@ -32,7 +32,7 @@ COLUMNS = int((WIDTH - 2 * MARGIN) / CHARACTER)
 PLAN = "One token per pass. The grammar forces </topic>, which takes no pass; the last pass chooses <sync/>."
 SPANS = ("{0} steps (--steps_ratio {1}). After step s at least s/{0} of each span's slots are filled, the most certain "
          "first. Spans do not see each other; prompt and plan do not see them.")  # fmt: skip
-NEXT = "The pass that reads <sync/> computes the finished spans once more. Then the text sees them."
+NEXT = "The pass that reads <sync/> computes the finished spans once more: the text sees them without masks."
 
 
 class Stages:

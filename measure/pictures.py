@@ -44,7 +44,8 @@ def tidy(axis, **scales: str) -> None:
 def write_labels(axis, labels: list[Label], points: Iterable[tuple[float, float]]) -> None:
     """Write each label as near to its point as it covers no other label and none of the points.
 
-    A thin line leads to labels that are far from their points. The figure has to be laid out (`draw_without_rendering`) and its limits have to be final.
+    A thin line leads to labels that are far from their points. The figure has to be laid out (`draw_without_rendering`)
+    and its limits have to be final.
     """
     dots, boxes = [axis.transData.transform(point) for point in points], []
     for label in labels:

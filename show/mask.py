@@ -19,7 +19,7 @@ from plumbing.settings import command
 from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
-KINDS = {  # of a key: its name, how a terminal draws it, as what where blocks cannot be, its colour there and in a picture
+KINDS = {  # of a key: its name, how a terminal draws it, with letters alone, its colour there and in a picture
     PROMPT: ("prompt", "░░", "pp", 37, "#8c959f"),
     PLAN: ("plan and text", "▒▒", "tt", 36, "#218bff"),
     GIVEN: ("tags and topic of a span", "▓▓", "gg", 33, "#d4a72c"),
@@ -95,8 +95,9 @@ def save_png(path: str, layouts: dict[str, Layout], tokenizer: Tokenizer) -> Non
     last.set_axis_off()
     key = [Patch(color=colours[kind], label=label) for kind, (label, *_) in KINDS.items()]
     key.append(Patch(color=to_rgba(INK, 0.1), label="not seen"))
-    last.legend(handles=key, loc="center", labelcolor=INK, frameon=False, fontsize=11, title="A row sees a column that is",
-                ).get_title().set_color(INK)  # fmt: skip
+    box = last.legend(handles=key, loc="center", labelcolor=INK, frameon=False, fontsize=11)
+    box.set_title("A row sees a column that is")
+    box.get_title().set_color(INK)
     with atomic(Path(path)) as part:
         figure.savefig(part, dpi=160, format="png")
 
