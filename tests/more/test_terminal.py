@@ -2,13 +2,17 @@
 
 import io
 import itertools
+import json
 import re
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from conftest import SENTENCES, each
-from test_show import random_sampler, run
+from test_show import ROOT, random_sampler, run
 
+from demo import demo
 from methods import DECODERS
 from show.record import counted
 from show.terminal import BOLD, FADED, NEW, PAUSE, Screen
@@ -183,3 +187,41 @@ def test_a_terminal_without_utf8_shows_what_it_can(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert run(monkeypatch, "sample.py", *SHORT) is None
     assert b"prompt  Stra?e ??" in sys.stdout.buffer.getvalue()
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_fits_the_terminal(monkeypatch):
+    """Also one of 60 columns; and all of it is there: each run with what it is, and its numbers side by side."""
+    for data, columns in each([("tasks", 60), ("recipes", 80)]):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        monkeypatch.setattr(demo, "measure", partial(demo.measure, repeats=1))
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--data", data, "--delay", "0", "--device", "cpu"])
+        demo.main()
+        assert terminal.widest <= columns
+        said, *table = "\n".join(terminal.lines).split("side by side\n")
+        runs = demo.RUNS[data]
+        assert all(f"=== {data}: {run.title}\n" in said and run.what in " ".join(said.split()) for run in runs)
+        passes = re.search(r"passes(( +\d+)+)\n", table[0])[1].split()
+        assert passes == re.findall(r"^ {14}(\d+) pass", said, re.MULTILINE) and len(passes) == len(runs)
+
+
+def test_who_waits_is_told_how_far_it_is(monkeypatch):
+    """In one line, which goes away; and only in a terminal."""
+    monkeypatch.setenv("COLUMNS", "40")
+    for stream in (Tty(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        sampler = SimpleNamespace(answer=lambda prompts: [SimpleNamespace(result=lambda: {"seconds": 1.0})])
+        assert demo.measure(sampler, "otters " * 9, "?", repeats=2)["seconds"] == 1
+        lines = stream.getvalue().split("\r\x1b[K")
+        assert lines == (["", *[f"timing {'otters ' * 9}"[:39]] * 2, ""] if stream.isatty() else [""])
+
+
+def test_the_recipe_is_the_first_of_its_test_split():
+    path = ROOT / "data/recipes/test.jsonl"
+    if not path.exists():
+        pytest.skip("needs `make data`")
+    with path.open(encoding="utf-8") as lines:
+        assert json.loads(next(lines))["prompt"] == demo.PROMPTS["recipes"]
