@@ -55,14 +55,11 @@ def hidden_states(model, tokens, attention):
     return model.norm(x)[0]
 
 
-def certainty(p, token, order):
-    if order == "confidence":
-        return float(p[token])
-    if order == "margin":
-        first, second = p.sort(descending=True).values[:2]
-        return float(first - second)
-    assert order == "entropy", f"the oracle knows no order {order!r}"
-    return float((p[p > 0] * p[p > 0].log()).sum())  # of negative sign
+CERTAINTY = {  # by the order: how certain the slot at a place is, by its probabilities and the token it would get
+    "entropy": lambda p, token, place: float((p[p > 0] * p[p > 0].log()).sum()),  # of negative sign
+    "confidence": lambda p, token, place: float(p[token]),
+    "margin": lambda p, token, place: float(p.max() - p.sort().values[-2]),
+}
 
 
 class NaiveSampler:
@@ -205,7 +202,7 @@ class NaiveSampler:
         logits = self.slot_logits(hidden[left])
         for i, p, token in zip(left, logits.softmax(-1), self.draw(logits)):
             sure = float(p[token])
-            guess[i] = token, sure if self.config.threshold else certainty(p, token, self.config.order), sure
+            guess[i] = token, sure if self.config.threshold else CERTAINTY[self.config.order](p, token, i), sure
         waiting = [(self.config.apart, self.beside_its_like), (self.config.pads_last, self.before_text)]
         first = [i for i in left if not any(waits(i, guess) for asked, waits in waiting if asked)]
         first.sort(key=lambda i: -guess[i][1])

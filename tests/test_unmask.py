@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import each
-from naive_sampler import Token, certainty, hidden_states
+from naive_sampler import CERTAINTY, NaiveSampler, Token, hidden_states
 from test_sample import PROMPTS, ids, steered
 
 from config import ORDERS, MethodConfig, SampleConfig
@@ -23,22 +23,20 @@ def planner(tokenizer):
     return steered(tokenizer)
 
 
+DEFINITE = [order for order in ORDERS if order != "random"]
 GROUPS = [[5, 1, 3], [4], [2, 2, 6, 0, 7]]  # sizes of groups: a batch has several, of one answer or of more
 
 
 def test_of_each_group_the_most_certain_are_kept_and_all_above_a_threshold():
-    for sizes, threshold, order, apart, pads_last in each(
-        itertools.product(
-            GROUPS, [0.0, 0.4], [order for order in ORDERS if order != "random"], [False, True], [False, True]
-        )
-    ):
+    cases = itertools.product(GROUPS, [0.0, 0.4], DEFINITE, [False, True], [False, True])
+    for sizes, threshold, order, apart, pads_last in each(cases):
         torch.manual_seed(sum(sizes))
         n, pad = sum(sizes), 2
         config = SampleConfig(order=order, threshold=threshold, apart=apart, pads_last=pads_last)
         probs, entry = (torch.randn(n, 4) * 2).softmax(-1), torch.arange(n) + (torch.rand(n) < 0.3).cumsum(0)
         group = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
         kind, guess = "confidence" if threshold else order, probs.argmax(-1).tolist()
-        sure = [certainty(p, token, kind) for p, token in zip(probs, guess)]
+        sure = [CERTAINTY[kind](*slot) for slot in zip(probs, guess, entry.tolist())]
 
         def waits(i):
             """By the definitions: a neighbour would get the same text token and is more certain (of equals the left one is);
@@ -105,6 +103,14 @@ def test_of_equally_certain_slots_the_first_are_kept():
     )[1]
     assert fills(False).tolist() == [1, 1, 0, 1, 0]
     assert fills(True).tolist() == [1, 0, 0, 1, 0]  # all would get token 0
+
+
+@pytest.mark.parametrize("method, attention", [("planned", "sparse"), ("dense", "dense")])
+def test_answers_filled_in_any_order_are_the_naive_ones(planner, tokenizer, method, attention):
+    for order in each(DEFINITE):
+        config = SampleConfig(max_tokens=60, steps_ratio=0.6, order=order)
+        (answer,) = Sampler(planner, tokenizer, config, MethodConfig(method)).answer(PROMPTS[:1])
+        assert ids(answer) == NaiveSampler(planner, tokenizer, config, attention).answer(PROMPTS[0])["rounds"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -200,7 +206,7 @@ def test_one_slot_a_step_in_random_order_draws_what_the_order_free_model_says(to
 
 def test_certainty_does_not_depend_on_how_tokens_are_drawn():
     """It is the model's at temperature 1: a low temperature or a small nucleus would make every token certain."""
-    for order, threshold in each(itertools.product([order for order in ORDERS if order != "random"], [0.0, 0.3, 0.6])):
+    for order, threshold in each(itertools.product(DEFINITE, [0.0, 0.3, 0.6])):
         torch.manual_seed(0)
         logits, group, quota = torch.randn(12, 9), torch.arange(12) // 6, torch.full((12,), 2)
         entry = torch.arange(12)
