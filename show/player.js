@@ -43,7 +43,7 @@ class Lane {
     }
     for (const { since, topic, slots } of spans) {
       const head = topic ? [element("strong", "", `${topic}:`)] : [];
-      const span = element("div", "", ...head, ...slots.flatMap((token) => this.token(token, since)));
+      const span = element("p", "", ...head, ...slots.flatMap((token) => this.token(token, since)));
       const final = element("div", "final", span.textContent);
       final.ariaHidden = true;
       yield this.from(since, element("div", "span", span, final));
@@ -129,6 +129,7 @@ function choose(race) {
   $("drafts").hidden = !race.answers.some(({ passes }) => passes.some((p) => p.accepted + p.rejected.length));
   $("slider").max = last;
   $("speed").value = last > 60 ? 10 : 3;
+  start();
 }
 
 function show(n) {
@@ -175,7 +176,7 @@ $("back").addEventListener("click", () => go(pass - 1));
 $("forth").addEventListener("click", () => go(pass + 1));
 $("slider").addEventListener("input", () => go(+$("slider").value));
 $("speed").addEventListener("change", () => timer && play(true));
-$("race").addEventListener("change", () => { play(false); choose(races[$("race").value]); show(last); });
+$("race").addEventListener("change", () => choose(races[$("race").value]));
 $("answers").addEventListener("click", ({ target }) => {
   const node = target.closest(".token");
   if (node && node.dataset.state !== "masked") $("detail").textContent = node.title || node.firstChild.title;
@@ -195,7 +196,6 @@ function load(recordings) {
   $("choice").hidden = races.length === 1;
   $("prompt").hidden = !$("choice").hidden;
   choose(races[0]);
-  start();
 }
 
 load(JSON.parse($("recording").textContent));

@@ -222,10 +222,8 @@ def test_the_commands_write_pages(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["demo.py", *map(str, words), "--html", str(tmp_path / "b.html")])
     demo.main()
     (race,) = held((tmp_path / "b.html").read_text(encoding="utf-8"))
-    assert [answer["title"].lower() for answer in race["answers"]] == [*demo.RUNS]
-    passes = re.findall(r"\d+", re.search("forward passes(.*)", (said := capsys.readouterr().out))[1])
-    assert [str(len(answer["passes"])) for answer in race["answers"]] == passes
-    assert re.search(rf"b.html: {' passes, '.join(passes)} passes\n$", said)
+    passes = [str(len(answer["passes"])) for answer in race["answers"]]
+    assert re.search(rf"b.html: {' passes, '.join(passes)} passes\n$", capsys.readouterr().out) and len(passes) > 1
 
 
 def test_a_page_and_json_are_one_too_many(monkeypatch, capsys):
@@ -310,6 +308,7 @@ frame.onload = () => {
       unlike.push(style(node, "backgroundColor"), style(node, "backgroundImage"), style(node, "outlineStyle"),
         style(node, "textDecorationLine"));
   }
+  all(".words").forEach((node) => node.append("as long as answers are ".repeat(99)));
   log.textContent = JSON.stringify({masks: [...new Set(masks)], marks: [...new Set(unlike)], link: box(all("header a")[0]),
     legend: box(page.getElementById("legend")), lanes: all(".answer").map(box), words: all(".words").map(box),
     controls: all("#controls > *").map(box), footer: box(all("footer")[0]), width: page.documentElement.scrollWidth});
@@ -392,6 +391,7 @@ def test_all_lanes_race_in_view_below_the_legend_and_tell_nothing_too_early(brow
     for lane, words in zip(look["lanes"], look["words"]):
         assert look["legend"]["bottom"] <= lane["top"] and lane["bottom"] <= look["footer"]["top"]
         assert words["bottom"] - words["top"] > 90, "some lines of its text"
+        assert words["bottom"] <= lane["bottom"] + 1, "the rest scrolls"
     assert look["footer"]["bottom"] <= height
     middles = [(box["top"] + box["bottom"]) / 2 for box in look["controls"]]
     assert max(middles) - min(middles) < 2, "one row of controls"
