@@ -5,7 +5,8 @@
 
 An answer is exact if each of its lines is right: data sets with a checker (data/tasks/families.py) are scored by
 it, others by chrF and what else readers see (measure/readers.py). A broken or cut answer counts as it is: mostly
-wrong, and in the time. Likelihoods are in nats per token, those of denoised spans as the negative ELBO.
+wrong, and in the time. Costs are means per answer; "plan" is the passes that write plan and text, "draft" those of a
+--draft model. Likelihoods are in nats per token, those of denoised spans as the negative ELBO.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +29,7 @@ from config import SampleConfig
 from data import read_split
 from loss import JointLoss, validate
 from measure import readers
-from measure.quality import COSTS, cell, checker, distinct, score, spans_per_answer, wrong_lines
+from measure.quality import COSTS, WIDTH, aligned, cell, checker, distinct, score, spans_per_answer, wrong_lines
 from measure.speculate import Drafter, drafted_by
 from methods import encode, rewrite
 from noise import Sequence
@@ -222,15 +224,15 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
 
 
 def table(scores: dict[str, dict]) -> Iterator[str]:
-    """Markdown lines of `score`; costs that no answer has are left out."""
+    """Markdown lines of `score`: quality, then costs; those that no answer has are left out."""
     whole = scores["all"]
     shares = [name for name in ("exact", "right_lines", "plan_right", "valid") if name in whole]
-    columns = ["n", *shares, "passes", *(name for name in COSTS if whole[name])]
-    yield "| family | " + " | ".join(columns) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
-    for name, row in scores.items():
-        cells = [f"{row[c]:.1%}" if c in shares else f"{row[c]:.1f}" for c in columns[1:]]
-        yield f"| {cell(name)} | {row['n']} | " + " | ".join(cells) + " |"
+    costs = ["plan_passes", "denoise_passes", "draft_passes", "critical_path", "positions"]
+    for form, columns in (("{:.1%}", ["n", *shares]), ("{:.1f}", ["passes", *(c for c in costs if whole[c])])):
+        heads = [name.removesuffix("_passes").replace("_", " ") for name in ("family", *columns)]
+        yield from aligned(heads, ([cell(name), *(str(row[c]) if c == "n" else form.format(row[c]) for c in columns)]
+                                   for name, row in scores.items()))  # fmt: skip
+        yield ""
 
 
 def wrong(families: dict[str, dict]) -> Iterator[str]:
@@ -247,23 +249,29 @@ def lines(report: dict) -> Iterator[str]:
     """The report as lines for a reader."""
     yield from [*report["shown"], *table(report["scores"]), *wrong(report["wrong_lines"])]
     whole = report["scores"]["all"]
+    drafts = f"; drafted: {whole['drafted']:.1f}, accepted: {whole['accepted']:.1f}" if whole["drafted"] else ""
+    yield f"content tokens per answer: {whole['content_tokens']:.1f}{drafts}"
+    yield f"content tokens per pass: {whole['content_tokens'] / max(whole['passes'], 1):.2f}"
+    if whole["looping"]:
+        yield f"answers that repeat themselves: {whole['looping']:.1%}"
     if report["plan_nll"]:
         yield f"plan and text: {report['plan_nll']:.4f} nats per token"
     if report["span_elbo"]:
         error = report["span_elbo_error"]
-        error = "" if error is None else f" +- {error:.4f} (standard error of its noise alone)"
+        error = "" if error is None else f" +- {error:.4f}, of its noise alone"
         kind = "exact" if report["spans_exact"] else "negative ELBO"
-        yield f"spans: {report['span_elbo']:.4f}{error} nats per token ({kind})"
+        yield f"spans: {report['span_elbo']:.4f} nats per token ({kind}{error})"
         yield f"pads: {report['pad_share']:.1%} of all slots"
     if "n_spans" in whole:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in report["spans_per_answer"].items())
-        yield f"spans per answer: {shares}; length off by {whole['length_error']:.2f} units per topic"
-    yield from readers.table(report["readers"]) if report["readers"] else ()
+        yield f"spans per answer: {shares}"
+        yield f"length off by {whole['length_error']:.2f} units per topic"
+    yield from ["", *readers.table(report["readers"]), ""] if report["readers"] else ()
     yield f"different words: {report['distinct_1']:.1%}; different triples of words: {report['distinct_3']:.1%}"
-    yield f"content tokens per pass: {whole['content_tokens'] / max(whole['passes'], 1):.2f}"
-    memory = f"; peak memory {report['peak_memory_mb']:.0f} MiB" if report["peak_memory_mb"] else ""
     yield (f"seconds per answer at batch {report['batch']}: median {report['seconds_p50']:.3f}, "
-           f"95th percentile {report['seconds_p95']:.3f}{memory}")  # fmt: skip
+           f"95th percentile {report['seconds_p95']:.3f}")  # fmt: skip
+    if report["peak_memory_mb"]:
+        yield f"peak memory: {report['peak_memory_mb']:.0f} MiB"
 
 
 def markdown(result: dict) -> Iterator[str]:
@@ -283,7 +291,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args()
     report = evaluate(pick(EvalConfig, args), pick(SampleConfig, args))
-    print(json.dumps(report) if args.json else printable("\n".join(lines(report))))
+    if args.json:
+        return print(json.dumps(report))
+    for line in lines(report):
+        print(printable(line if line in report["shown"] else textwrap.fill(line, WIDTH, subsequent_indent="  ")))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Measured is the training of random weights of that shape on one sequence: an upd
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from config import Acts, TrainConfig
 from kernels.backends import attend_by
 from loss import JointLoss
 from masks import encode_example
+from measure.quality import aligned
 from model import ModelConfig, Transformer
 from noise import Batch, Sequence, make_batch
 from plumbing.device import CHOICES, PEAKS, fast_dtype, find, name_of, peak_memory
@@ -117,21 +119,15 @@ def hours(config: ModelConfig, tokens: float = 1e8, rate: float = 0.4 * PEAKS["H
     return 8 * (empty(config, 0).n_params() - looked_up) * tokens / rate / 3600
 
 
-def table(tokens: int) -> list[str]:
+def table(tokens: int) -> Iterator[str]:
     """Markdown lines: for each shape peaks in GiB by way to train, and hours."""
-    ways = {
-        "all weights": {},
-        "all, --recompute": dict(recompute=True),
-        "--lora 16 --recompute": dict(lora=16, recompute=True),
-    }
-    heads = ["model", "parameters", *ways, "hours for 100M tokens, --recompute"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    ways = {"all weights": {}, "--recompute": dict(recompute=True), "and --lora 16": dict(lora=16, recompute=True)}
+    rows = []
     for name, shape in SHAPES.items():
         config = ModelConfig(**shape, qk_norm=False)
-        cells = [f"{memory(config, tokens, **way)['peak'] / GIB:.1f} GiB" for way in ways.values()]
-        size = f"{empty(config, 0).n_params() / 1e6:,.0f}M"
-        lines.append(f"| {name} | {size} | {' | '.join(cells)} | {hours(config):.1f} |")
-    return lines
+        peaks = [f"{memory(config, tokens, **way)['peak'] / GIB:.1f} GiB" for way in ways.values()]
+        rows.append([name, f"{empty(config, 0).n_params() / 1e6:,.0f}M", *peaks, f"{hours(config):.1f}"])
+    return aligned(["model", "size", *ways, "hours"], rows)
 
 
 # ---------------------------------------------------------------- measured
@@ -173,7 +169,8 @@ def main() -> None:
     add_settings(parser, MemoryConfig)
     config = pick(MemoryConfig, parser.parse_args())
     if not config.measure:
-        print(f"Computed for micro-batches of {config.tokens} tokens on a GPU:", *table(config.tokens), sep="\n")
+        print(f"Peak memory on a GPU, computed for micro-batches of {config.tokens} tokens;",
+              "hours on an H100 for 100M tokens with --recompute:\n", *table(config.tokens), sep="\n")  # fmt: skip
         return
     shape, place, batch = (
         ModelConfig(**SHAPES[config.measure], qk_norm=False),

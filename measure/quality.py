@@ -2,8 +2,9 @@
 
 import importlib.util
 import sys
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from plumbing.settings import one_line
@@ -12,6 +13,7 @@ from tags import Example, Round
 # What an answer's `result()` says of its cost. Those that a sampler does not report are 0.
 COSTS = ("plan_passes", "denoise_passes", "draft_passes", "drafted", "accepted", "critical_path", "positions",
          "content_tokens", "pads")  # fmt: skip
+WIDTH = 80  # columns of a terminal
 
 # ---------------------------------------------------------------- the figures of answers
 
@@ -44,6 +46,7 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
     row = {name: result.get(name, 0) for name in COSTS}
     row["passes"] = row["plan_passes"] + row["denoise_passes"]
     row["valid"] = float(not result["broken"] and not result["cut"])
+    row["looping"] = float(result.get("looping", False))  # older files of answers do not say
     if check:
         verdict = check(example, result["text"])
         row |= {"exact": float(verdict.exact), "right_lines": sum(verdict.spans) / max(len(verdict.spans), 1)}
@@ -59,6 +62,19 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
 def cell(text: str) -> str:
     """A text that came from outside as a cell of a table."""
     return one_line(text).replace("|", "/")
+
+
+def aligned(heads: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Markdown lines of a table that fits a terminal: what is too long in its first column goes on in the next row."""
+    rows = [heads, *rows]
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    first = max(1, min(first, WIDTH - 4 - sum(width + 3 for width in widths)))
+    for n, (name, *cells) in enumerate(rows):
+        for m, part in enumerate(textwrap.wrap(name, first) or [""]):
+            shown = (f"{'' if m else cell:>{width}}" for cell, width in zip(cells, widths))
+            yield f"| {part:{first}} | {' | '.join(shown)} |"
+        if n == 0:
+            yield "|" + "|".join("-" * (width + 2) for width in (first, *widths)) + "|"
 
 
 def family_of(example: Example) -> str:

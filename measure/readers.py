@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from loss import JointLoss, validate
-from measure.quality import cell, own_function
+from measure.quality import aligned, cell, own_function
 from methods import encode, trained_by
 from noise import Sequence
-from plumbing.settings import command, locate
+from plumbing.settings import command, locate, one_line
 from tags import Example, Round, plain_text
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
@@ -164,11 +164,12 @@ def fingerprint(examples: list[Example]) -> str:
 
 def table(found: dict[str, dict]) -> Iterator[str]:
     """Markdown lines of `figures`."""
-    yield f"| what readers see | answers | {LEVEL}% interval | references |"
-    yield "|---|---|---|---|"
+    rows = []
     for name, row in found.items():
         own = "" if row["references"] is None else f"{row['references']:.2f}"
-        yield f"| {cell(title(name, row))} | {row['value']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {own} |"
+        shown = f"{row['value']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}", own
+        rows.append([cell(title(name, row)), *shown])
+    return aligned(["what readers see", "answers", f"{LEVEL}% interval", "references"], rows)
 
 
 def title(name: str, row: dict) -> str:
@@ -217,9 +218,10 @@ def main() -> None:
         raise ValueError(f"{args.a} and {args.b} are of different examples: take the same --data, --split and --limit")
     if a["judge"] and b["judge"] and a["judge"] != b["judge"]:
         raise ValueError(f"{args.a} and {args.b} have perplexities under different judges: take the same --judge")
-    print(f"| {cell(args.b)} less {cell(args.a)} | difference | {LEVEL}% interval |\n|---|---|---|")
-    for name, difference, low, high in compare(a["readers"], b["readers"]):
-        print(f"| {cell(name)} | {difference:+.2f} | {low:+.2f} to {high:+.2f} |")
+    rows = [[cell(name), f"{difference:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            for name, difference, low, high in compare(a["readers"], b["readers"])]  # fmt: skip
+    print(f"{one_line(args.b)}\nless {one_line(args.a)}\n")
+    print(*aligned(["figure", "difference", f"{LEVEL}% interval"], rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_with_a_draft_the_answers_are_the_same_and_the_passes_of_both_models_are
     before, after = alone["scores"]["all"], drafted["scores"]["all"]
     assert before["content_tokens"] == after["content_tokens"] and before["draft_passes"] == 0
     assert after["draft_passes"] > 0 and after["passes"] <= before["passes"]
-    assert any("draft_passes" in line for line in lines(drafted))
+    assert any("| draft |" in line for line in lines(drafted))
 
 
 def test_tokens_drafted_per_pass_are_a_setting_and_answers_of_another_are_not_taken_for_its_own(config, tmp_path):

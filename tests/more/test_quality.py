@@ -7,7 +7,7 @@ import pytest
 from conftest import each
 
 from measure import eval as evaluation
-from measure.quality import checker, distinct, row_of, score, wrong_lines
+from measure.quality import COSTS, aligned, checker, distinct, row_of, score, wrong_lines
 from plumbing.settings import ROOT
 from tags import Example, Round, Span, plain_text
 
@@ -124,14 +124,45 @@ def test_a_family_of_any_name_is_one_row_of_a_table_and_one_line(tmp_path):
     families = ["a|b", "a/b", "a\nb", "all", "\x1b[2J"]
     examples, results = [replace(EXAMPLE, family=name) for name in families], [result_of(text="", seconds=1)] * 5
     scores = score(examples, results, None, [None] * 5)
-    rows = ["| a/b | 1 |", "| a/b | 1 |", "| a b | 1 |", "| (all) | 1 |", "| ?[2J | 1 |", "| all | 5 |"]
-    found = [*evaluation.table(scores)]
-    assert [line[: len(row)] for line, row in zip(found[2:], rows)] == rows and len(found) == 2 + len(rows)
-    assert len({line.count("|") for line in found}) == 1 and not any("\n" in line for line in found)
+    rows = ["a/b 1", "a/b 1", "a b 1", "(all) 1", "?[2J 1", "all 5"]
+    found, costs = "\n".join(evaluation.table(scores)).rstrip("\n").split("\n\n")
+    assert [" ".join(line.replace("|", "").split()[:-1]) for line in found.split("\n")[2:]] == rows
+    for lines in (found.split("\n"), costs.split("\n")):
+        assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
     check = checker(ROOT / "data" / "tasks")
     said = [*evaluation.wrong(wrong_lines(examples, [{"text": ""}] * 5, check))]
     names = [line.split(":")[0].removeprefix("wrong lines of ") for line in said]
     assert names == ["a/b", "a/b", "a b", "(all)", "?[2J"]
+
+
+def test_a_table_fits_a_terminal_and_loses_no_word():
+    """Its lines are equally wide; a name that has no room goes on in the next row."""
+    for name in each(["a", "a family whose name is so long that it has no room beside its figures", "x" * 99]):
+        lines = [*aligned(["family", "passes", "positions"], [[name, "1.0", "12345.6"], ["all", "100.0", "9.0"]])]
+        assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= 80
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert cells[2][1:] == ["1.0", "12345.6"] and cells[-1] == ["all", "100.0", "9.0"]
+        assert "".join(first for first, *_ in cells[2:-1]).replace(" ", "") == name.replace(" ", "")
+
+
+def test_a_report_fits_a_terminal(monkeypatch, capsys):
+    """With every cost there is, in numbers of several digits, and names of any length."""
+    example = replace(EXAMPLE, family="a family with a name of many words " * 3)
+    costs = dict.fromkeys(COSTS, 10000)
+    results = [result_of([("food", 2), ("play", 3)], seconds=1234.5, slots=10000) | costs] * 2
+    check = checker(ROOT / "data" / "tasks")
+    scores = score([example] * 2, results, check, [EXAMPLE.rounds] * 2)
+    report = {"scores": scores, "wrong_lines": wrong_lines([example] * 2, results, check), "shown": [], "readers": {},
+              "plan_nll": 10.0, "span_elbo": 10.0, "span_elbo_error": 0.1, "spans_exact": False, "pad_share": 0.1,
+              "spans_per_answer": {n: 0.1 for n in range(20)}, "distinct_1": 0.1, "distinct_3": 0.1, "batch": 128,
+              "seconds_p50": 1234.5, "seconds_p95": 1234.5, "peak_memory_mb": 100000.0}  # fmt: skip
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: report)
+    monkeypatch.setattr("sys.argv", ["eval.py"])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(f" {name} |" in out for name in ("exact", "plan right", "draft", "critical path", "positions"))
+    assert "drafted: 10000.0, accepted: 10000.0" in out
 
 
 def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
