@@ -3,6 +3,10 @@
 Everything is imported inside the functions, because a probe runs on the project of a submission.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 TEXT = (
     "Tell me about the otter: its habitat, its food and its play.",
     "Rivers and coasts, lakes and marshes; the otter swims in all of them.",
@@ -111,6 +115,11 @@ def without_cache(model, layout):
     ranges = torch.tensor([layout.prefix, layout.begin, layout.end]).T
     with torch.inference_mode():
         return model(torch.tensor([layout.token]), torch.tensor([layout.position]), ranges[None])[0]
+
+
+def call(function: Callable, **inputs: Any) -> Any:
+    """What a function returns, given those of the inputs that it has parameters for: its signature may change."""
+    return function(**{name: inputs[name] for name in inspect.signature(function).parameters if name in inputs})
 
 
 def ranges_of(entries):

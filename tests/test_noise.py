@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import OTTER, in_span, random_example
+from conftest import OTTER, each, in_span, random_example
 from naive_masks import laid_out, oracle_target, read_tags
 
+import noise
 from masks import ATTENTION, encode_example, visible
 from noise import IGNORE, Sequence, make_batch
 from tags import Example, Round, Span
@@ -90,82 +91,128 @@ def test_tags_and_topic_of_a_span_are_never_noised_and_never_targets(tokenizer):
         assert (row.target[given] == IGNORE).all() and not row.in_span[given].any()
 
 
+# ---------------------------------------------------------------- the schedule
+
+
+def cosine(n, t_min, rng):
+    """Another schedule: what is tested of any has to hold for it too."""
+    t = t_min + (1 - t_min) * (rng.permutation(n) + 1 - rng.random(n)) / max(n, 1)
+    return 1 - np.cos(np.pi / 2 * t), np.pi / 2 / np.tan(np.pi / 4 * t)
+
+
+@pytest.fixture(params=[noise.noise_levels, cosine])
+def schedule(request, monkeypatch):
+    """The schedule of noise.py, and another in its place."""
+    monkeypatch.setattr(noise, "noise_levels", request.param)
+    return request.param
+
+
+@pytest.fixture
+def rates_shown(schedule, monkeypatch):
+    """A slot weighs what it is masked with, so that a batch shows it."""
+    monkeypatch.setattr(noise, "noise_levels", lambda *given: 2 * schedule(*given)[:1])
+
+
+def test_the_schedule_is_linear():
+    """The one here: t is uniform, slots are masked with probability t, and weigh 1/t. Another has its own test."""
+    for t_min in each([0.0, 0.3, 0.8]):
+        rate, weight = noise.noise_levels(1000, t_min, np.random.default_rng(0))
+        assert np.sort(rate) == pytest.approx(np.linspace(t_min, 1, 1000), abs=0.001)
+        assert weight == pytest.approx(1 / rate)
+
+
+def test_a_schedule_masks_with_probabilities_from_0_to_1_one_in_each_of_n_parts(schedule):
+    rng = np.random.default_rng(0)
+    for n in each([0, 1, 2, 16]):
+        rate, weight = (np.stack(x) for x in zip(*(schedule(n, 0.0, rng) for _ in range(400))))
+        assert rate.shape == weight.shape == (400, n) and ((0 < rate) & (rate <= 1)).all() and (weight > 0).all()
+        parts = np.sort(rate, axis=1)
+        assert (parts[:, :-1].max(0, initial=0) <= parts[:, 1:].min(0, initial=1)).all(), "no two in one part"
+        assert len({*rate.argmax(1)}) == n if n else True, "who is masked most has to be random"
+
+
+def test_a_schedule_weighs_by_its_elbo(schedule):
+    """Whatever a slot loses at a masking probability a, its mean has to be the integral of loss / a over a from 0 to 1.
+    Tried with a, a^2, a^3 and a^4: 1, 1/2, 1/3 and 1/4. Of these only weights a'(t) / a(t) give all."""
+    rate, weight = schedule(20_000, 0.0, np.random.default_rng(0))
+    for power in each([1, 2, 3, 4]):
+        assert (weight * rate**power).mean() == pytest.approx(1 / power, rel=1e-3)
+
+
+def test_with_t_min_the_levels_are_those_of_a_t_above_it(schedule):
+    rng = np.random.default_rng(0)
+    levels = np.sort(schedule(10_000, 0.0, rng)[0])
+    for t_min in each([0.3, 0.8]):
+        among = np.linspace(t_min, 1, 1000)
+        assert np.sort(schedule(1000, t_min, rng)[0]) == pytest.approx(np.quantile(levels, among), abs=0.003)
+
+
 # ---------------------------------------------------------------- how much noise
 
 
-def slot_draws(tokenizer, attention, n_batches, weight="elbo"):
+def slot_draws(tokenizer, attention, n_batches, weight="elbo", t_min=0.0):
     """Two spans of 5 x 4 slots in each of 8 rows: arrays (batches, 8, 2, 20) masked and weight."""
     example = Example("Tell", (Round("", (Span("food", "fish", 5), Span("play", "lakes", 5))),))
     sequences = [Sequence(encode_example(example, tokenizer, attention))] * 8
     rng = np.random.default_rng(0)
-    batches = [make_batch(sequences, [0] * 8, tokenizer, rng, weight) for _ in range(n_batches)]
+    batches = [make_batch(sequences, [0] * 8, tokenizer, rng, weight, t_min) for _ in range(n_batches)]
     shape = (n_batches, 8, 2, 20)
     masked = np.stack([(b.token[in_span(b)] == tokenizer.mask).numpy() for b in batches])
     return masked.reshape(shape), np.stack([b.weight[in_span(b)].numpy() for b in batches]).reshape(shape)
 
 
-def test_each_span_draws_its_own_t_and_all_its_slots_share_it(tokenizer):
+def test_each_span_draws_its_own_level_and_all_its_slots_share_it(tokenizer, schedule):
     _, weight = slot_draws(tokenizer, "sparse", 50)
     assert (weight == weight[..., :1]).all()
     assert (weight[:, :, 0, 0] != weight[:, :, 1, 0]).all()
 
 
-def test_dense_spans_share_the_rounds_t(tokenizer):
+def test_dense_spans_share_the_rounds_level(tokenizer, schedule):
     _, weight = slot_draws(tokenizer, "dense", 50)
     assert (weight == weight[:, :, :1, :1]).all()
     assert (weight[:, 1:, 0, 0] != weight[:, :-1, 0, 0]).all()
 
 
 @pytest.mark.parametrize("attention, draws", [("sparse", 16), ("dense", 8)])
-def test_t_is_stratified_one_draw_in_each_equal_part_of_0_to_1(tokenizer, attention, draws):
-    _, weight = slot_draws(tokenizer, attention, 100)
-    t = 1 / weight[..., : draws // 8, 0].reshape(100, draws)
-    parts = np.ceil(t * draws - 1e-4).astype(int)
-    assert (np.sort(parts, axis=1) == np.arange(1, draws + 1)).all()
-    assert len(np.unique(parts[:, 0])) == draws, "which span draws the largest t has to be random"
+def test_levels_are_stratified_over_the_batch(tokenizer, rates_shown, attention, draws):
+    _, rate = slot_draws(tokenizer, attention, 100)
+    parts = np.sort(rate[..., : draws // 8, 0].reshape(100, draws), axis=1)
+    assert (parts[:, :-1].max(0) <= parts[:, 1:].min(0)).all()
 
 
-def test_t_is_uniform_and_slots_are_masked_with_probability_t(tokenizer):
-    masked, weight = slot_draws(tokenizer, "sparse", 400)
-    t = 1 / weight[..., 0].ravel()
-    assert 0 < t.min() < 0.001 and 0.999 < t.max() <= 1 + 1e-6
-    assert np.abs(np.histogram(t, bins=10, range=(0, 1 + 1e-6))[0] / len(t) - 0.1).max() < 0.005
-    rate = masked.mean(-1).ravel()
+def test_slots_are_masked_with_the_probability_of_their_span(tokenizer, rates_shown):
+    masked, rate = slot_draws(tokenizer, "sparse", 400)
+    assert masked.mean() == pytest.approx(rate.mean(), abs=0.005)
+    share, rate = masked.mean(-1).ravel(), rate[..., 0].ravel()
     for low in np.arange(0, 1, 0.1):
-        part = (t >= low) & (t < low + 0.1)
-        assert abs(rate[part].mean() - t[part].mean()) < 0.02
+        part = (rate >= low) & (rate < low + 0.1)
+        assert abs(share[part].mean() - rate[part].mean()) < 0.02
 
 
-def test_slots_are_masked_independently_given_t(tokenizer):
-    masked, weight = slot_draws(tokenizer, "sparse", 400)
-    noise = masked - 1 / weight
-    both = (noise[..., :-1] * noise[..., 1:]).mean()
-    across = (noise[:, :, 0] * noise[:, :, 1]).mean()
+def test_slots_are_masked_independently_given_their_level(tokenizer, rates_shown):
+    masked, rate = slot_draws(tokenizer, "sparse", 400)
+    off = masked - rate
+    both = (off[..., :-1] * off[..., 1:]).mean()
+    across = (off[:, :, 0] * off[:, :, 1]).mean()
     assert abs(both) < 0.005 and abs(across) < 0.005
 
 
-def test_weighted_by_1_over_t_each_slot_counts_once_on_average(tokenizer):
+def test_weighted_by_its_level_each_slot_counts_once_on_average(tokenizer, schedule):
     masked, weight = slot_draws(tokenizer, "sparse", 800)
     assert (masked * weight).mean() == pytest.approx(1, abs=0.03)
     assert (masked * weight).mean(axis=(0, 1, 3)) == pytest.approx([1, 1], abs=0.06)
 
 
-def test_uniform_weights_are_1_and_draw_the_same_noise(tokenizer):
+def test_uniform_weights_are_1_and_draw_the_same_noise(tokenizer, schedule):
     masked, weight = slot_draws(tokenizer, "sparse", 5, "uniform")
     assert (weight == 1).all()
     assert np.array_equal(masked, slot_draws(tokenizer, "sparse", 5, "elbo")[0])
 
 
-@pytest.mark.parametrize("t_min", [0.3, 0.8])
-def test_with_t_min_no_span_is_masked_less_and_t_is_uniform_above_it(tokenizer, t_min):
-    example = Example("Tell", (Round("", (Span("food", "fish", 5), Span("play", "lakes", 5))),))
-    sequences, rng = [Sequence(encode_example(example, tokenizer))] * 8, np.random.default_rng(0)
-    batches = [make_batch(sequences, [0] * 8, tokenizer, rng, "elbo", t_min) for _ in range(200)]
-    t = np.concatenate([1 / b.weight[in_span(b)].numpy().reshape(16, 20)[:, 0] for b in batches])
-    assert t_min <= t.min() < t_min + 0.01 and 0.99 < t.max() <= 1 + 1e-6
-    assert t.mean() == pytest.approx((1 + t_min) / 2, abs=0.01)
-    masked = np.concatenate([(b.token[in_span(b)] == tokenizer.mask).numpy() for b in batches])
-    assert masked.mean() == pytest.approx((1 + t_min) / 2, abs=0.02)
+def test_with_t_min_no_span_is_masked_less(tokenizer, rates_shown):
+    rate = slot_draws(tokenizer, "sparse", 50, t_min=0.5)[1]
+    lowest = noise.noise_levels(10_000, 0.5, np.random.default_rng(0))[0].min()
+    assert lowest - 0.001 < rate.min() < lowest + 0.01
 
 
 def test_plan_targets_are_never_weighted_by_1_over_t(tokenizer):

@@ -12,7 +12,7 @@ from config import METHODS, MethodConfig, TrainConfig
 from drafting.training import ArrangeDrafts
 from loss import JointLoss, counts, validate
 from masks import PLAN, Layout, encode_example, visible
-from noise import IGNORE, TERMS, Sequence, Term, make_batch
+from noise import IGNORE, TERMS, Sequence, Term, make_batch, noise_levels
 from plumbing.settings import refuse_idle
 from tags import Example, Round
 
@@ -256,7 +256,7 @@ def test_without_drafts_and_causal_spans_a_row_is_its_sequence_with_slots_noised
     rounds = [s.n_rounds - 1 for s in sequences]
     batch, rng = make_batch(sequences, rounds, tokenizer, np.random.default_rng(5)), np.random.default_rng(5)
     spans = [(b, n) for b, s in enumerate(sequences) for n in np.unique(s.span[s.round == rounds[b]]) if n >= 0]
-    t = (rng.permutation(len(spans)) + 1 - rng.random(len(spans))) / len(spans)
+    t, _ = noise_levels(len(spans), 0.0, rng)
     slots = [(b, i, t[n]) for n, (b, span) in enumerate(spans) for i in np.flatnonzero(sequences[b].span == span)
              if read_tags(layouts[b].token, tokenizer)[i].content]  # fmt: skip
     masked = {(b, i): level for (b, i, level), draw in zip(slots, rng.random(len(slots))) if draw < level}

@@ -121,17 +121,18 @@ def unmask_inputs(rng, size):
 def certainty_of_slots(rng, size):
     import torch
 
-    from config import SampleConfig
+    from config import ORDERS, SampleConfig
     from unmask import certainty
 
-    logits, _ = unmask_inputs(rng, size)
-    token, found = logits.argmax(-1), {}
-    for order in ("entropy", "confidence", "margin"):
+    logits, group = unmask_inputs(rng, size)
+    slots = dict(logits=logits, token=logits.argmax(-1), group=group, entry=torch.arange(len(group)), generators=[])
+    found = {}
+    for order in (order for order in ORDERS if order != "random"):
         for settings in (dict(), dict(temperature=0.3), dict(temperature=2.0, top_p=0.5), dict(threshold=0.7)):
             name = ", ".join([order, *(f"{key} {value}" for key, value in settings.items())])
-            found[name] = certainty(logits, token, SampleConfig(order=order, **settings), [])
-    generators = [(torch.Generator().manual_seed(7), 2), (torch.Generator().manual_seed(8), len(logits) - 2)]
-    drawn = certainty(logits, token, SampleConfig(order="random"), generators)
+            found[name] = small.call(certainty, config=SampleConfig(order=order, **settings), **slots)
+    slots["generators"] = [(torch.Generator().manual_seed(7), 2), (torch.Generator().manual_seed(8), len(group) - 2)]
+    drawn = small.call(certainty, config=SampleConfig(order="random"), **slots)
     found["random: from each answer's own generator"] = drawn
     return found
 
@@ -145,7 +146,7 @@ def rank_in_group(rng, size):
     _, group = unmask_inputs(rng, size)
     sure = torch.from_numpy(rng.integers(0, 6, len(group)) / 8).float()
     names = [f"group {g}: {s:.3f}" for g, s in zip(group.tolist(), sure.tolist())]
-    return {"names": names, "rank": ranks(sure, group)}
+    return {"names": names, "rank": small.call(ranks, sure=sure, group=group)}
 
 
 def draw_kept(expected, came):
@@ -181,7 +182,8 @@ def slots_kept(rng, size):
                      dict(order="confidence", temperature=1.0, top_p=1e-6)):  # fmt: skip
         limit = torch.ones_like(quota) if "threshold" in settings else quota
         generators = [(torch.Generator().manual_seed(1), len(logits))]
-        token, kept = fill(logits, group, entry, limit, pad, SampleConfig(**settings), generators)
+        token, kept = small.call(fill, logits=logits, group=group, entry=entry, quota=limit, pad=pad,
+                                 config=SampleConfig(**settings), generators=generators)  # fmt: skip
         if not torch.equal(token, logits.argmax(-1)):
             found["the likeliest token of each slot"] = token
         name = ", ".join(f"{key} {value}" for key, value in settings.items())

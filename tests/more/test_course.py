@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import each
 
@@ -20,6 +21,8 @@ import child
 import grade
 import make
 from courses import command, made, plain_text, submission
+
+import unmask
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an assignment is made from what git tracks")
 
@@ -147,6 +150,30 @@ def test_a_wrong_solution_whose_text_has_gone_cannot_be_made(tags):
     tags.module.WRONG = (checks.Wrong("gone", "tags.py", "no such text", "", loses="plain"),)
     with pytest.raises(ValueError, match="'gone': its old text occurs 0 times in tags.py, not once"):
         make.wrong_sources(tags.module, {"tags.py": "x = 1"})
+
+
+def test_probes_follow_a_signature_that_changed(monkeypatch):
+    """A rule of one's own may ask for the places of slots, or have a parameter more, and stays to be built and tested."""
+    module, (certainty, ranks, fill) = (
+        make.checked(make.assignments()[4]),
+        (unmask.certainty, unmask.ranks, unmask.fill),
+    )
+    came = lambda: [probe(np.random.default_rng(0), 1) for probe in (module.certainty_of_slots, module.rank_in_group)]
+    expected, kept = came(), module.slots_kept(np.random.default_rng(0), 1)
+
+    def by_place(logits, token, entry, config, generators, more=None):
+        assert entry.shape == token.shape
+        return certainty(logits, token, config, generators)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unmask, "certainty", by_place)
+        patch.setattr(unmask, "ranks", lambda group, sure, more=None: ranks(sure, group))
+        assert str(came()) == str(expected)
+    changed = lambda entry, logits, config, pad, quota, group, generators: fill(
+        logits, group, entry, quota, pad, config, generators
+    )
+    monkeypatch.setattr(unmask, "fill", changed)
+    assert module.slots_kept(np.random.default_rng(0), 1) == kept
 
 
 # ---------------------------------------------------------------- the zip, and the command
