@@ -201,4 +201,4 @@ def decoder_of(method: Method) -> Decoder:
     return Decoder(GivenPlan if method.plan == "given" else WrittenPlan, spans)
 
 
-DECODERS = {name: decoder_of(method) for name, method in METHODS.items() if not method.decodes}
+DECODERS = {name: decoder_of(m) for name, m in METHODS.items() if name in (m.decodes or (name,))}

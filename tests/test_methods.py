@@ -10,16 +10,16 @@ from conftest import OTTER, in_span, random_example
 from naive_masks import oracle_target, read_tags
 from naive_sampler import Token, hidden_states
 
-from config import MethodConfig, TrainConfig
+from config import METHODS, MethodConfig, TrainConfig
 from masks import GIVEN, PLAN, PROMPT, SLOT, encode_example
-from methods import encode, fitted
+from methods import DECODERS, encode, fitted
 from noise import IGNORE, Sequence, Term, make_batch
 from tags import Example, Round, Span, plain_text
 from train import JointLoss, counts
 
 CAUSAL, BLOCKS = MethodConfig("parallel-ar"), MethodConfig("block", block=6)
 GIVEN_PLANS = [BLOCKS, MethodConfig("block", block=1), MethodConfig("diffusion", block=40)]
-ALL = [*map(MethodConfig, ("planned", "dense", "parallel-ar", "ar")), *GIVEN_PLANS,
+ALL = [*map(MethodConfig, (name for name in DECODERS if METHODS[name].plan != "given")), *GIVEN_PLANS,
        MethodConfig(topics="numbers"), MethodConfig("parallel-ar", repeat_topic=False), MethodConfig(rounds="one"),
        MethodConfig("dense", topics="numbers", repeat_topic=False, rounds="one")]  # fmt: skip
 

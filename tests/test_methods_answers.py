@@ -237,7 +237,7 @@ def test_an_unconstrained_answer_is_well_formed_up_to_where_it_breaks(fluent, me
 
 def test_untrained_models_answer_within_any_limit(tokenizer):
     for method in each(ALL):
-        assert {m.method for m in ALL} == {name for name, m in METHODS.items() if not m.decodes} == set(DECODERS)
+        assert {m.method for m in ALL} == {*DECODERS} >= {name for name, m in METHODS.items() if not m.decodes}
         sizes = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_ff=16)
         fresh, wild = (
             Transformer(ModelConfig(tokenizer.vocab_size, **sizes)),
