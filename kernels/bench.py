@@ -126,7 +126,7 @@ def prepare(calls, change):
         try:
             kept[name] = change(name, call)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            print(f"    {name} does not run: {str(error).strip().splitlines()[0][:100]}")
+            print(f"    {name} does not run: {str(error).strip().splitlines()[0]}"[:80])
     return kept
 
 
@@ -160,15 +160,16 @@ def measure(calls, repeats, divide=1):
 
 
 def report(label, results, flops):
-    """One line per method."""
+    """A line that says what was timed, and one per method."""
     ours = results["kernel"][1]
+    print(label)
     for name, (low, median, high) in results.items():
-        print(f"{label:>24} {name:>8} {median:10.1f} us ({low:.1f} to {high:.1f}) {flops / median / 1e6:8.1f} TFLOP/s"
+        print(f"{name:>10} {median:10.1f} us {f'({low:.1f} to {high:.1f})':<22}{flops / median / 1e6:8.1f} TFLOP/s"
               f" {median / ours:7.2f}", flush=True)  # fmt: skip
 
 
 def bench_training(args):
-    print(f"\nTraining, {args.attention}: microseconds (quartiles), TFLOP/s of visible pairs, time / kernel's time")
+    print(f"\nTraining, {args.attention}: time (quartiles), TFLOP/s of visible pairs, time / kernel's time")
     for T in args.lengths:
         B = max(1, args.tokens // T)
         bounds = torch.stack([training_bounds(T, seed, args.attention) for seed in range(B)]).cuda()
@@ -216,8 +217,8 @@ def main(arguments=None):
     if not kernels.available():  # says why
         return
     device = torch.cuda.get_device_properties(0)
-    print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}, "
-          f"{args.heads} heads ({args.kv_heads} of keys) of {args.head_size}, {args.dtype}")  # fmt: skip
+    print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}",
+          f"{args.heads} heads ({args.kv_heads} of keys) of {args.head_size}, {args.dtype}", sep="\n")  # fmt: skip
     torch._dynamo.config.recompile_limit = 64  # one compiled FlexAttention per shape
     bench_training(args)
     bench_sampling(args)

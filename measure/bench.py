@@ -25,6 +25,7 @@ from config import MethodConfig, SampleConfig, TrainConfig
 from data import read_split
 from decode import Answer
 from measure.frontier import PRESETS
+from measure.quality import aligned
 from model import ModelConfig, Transformer
 from plumbing.device import find, name_of, synchronize, utilization
 from plumbing.settings import add_settings, command, locate, pick
@@ -68,9 +69,7 @@ def trainers(args: argparse.Namespace) -> dict[str, Trainer]:
 def bench_training(args: argparse.Namespace) -> None:
     """Print tokens/s of each method's training, also as a share of autoregressive training."""
     trained, tokens, flops = trainers(args), {}, {}
-    print(
-        f"\nTraining on {args.data}, {args.updates} updates per turn: tokens/s, median and quartiles of {args.repeats}"
-    )
+    print(f"\nTraining on {args.data}, {args.updates} updates per turn, median and quartiles of {args.repeats}")
 
     def train(method: str) -> None:
         trainer = trained[method]
@@ -82,10 +81,12 @@ def bench_training(args: argparse.Namespace) -> None:
 
     seconds = in_turns({method: lambda m=method: train(m) for method in trained}, args.repeats, find(args.device))
     speed = {m: [n / s for n, s in zip(tokens[m][1:], seconds[m])] for m in trained}  # the first turn warms up
+    rows = []
     for method, trainer in trained.items():
         used = utilization(sum(flops[method][1:]) / sum(seconds[method]), trainer.device)
         relative = statistics.median(speed[method]) / statistics.median(speed["ar"])
-        print(f"{method:>12}  {spread(speed[method], '%.0f')}  {relative:.2f} of ar   {used}")
+        rows.append([method, spread(speed[method], "%.0f"), f"{relative:.2f}", used])
+    print(*aligned(["method", "tokens/s", "of ar", "computed"], rows), sep="\n")
 
 
 # ---------------------------------------------------------------- sampling
@@ -142,11 +143,9 @@ def bench_sampling(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch {max(args.batch)}: more than the {len(prompts)} prompts of --data and --prompts")
     compared, device = samplers(args), find(args.device)
     rate = bandwidth(device)
-    print(
-        f"\nSampling {len(prompts)} answers: ms per answer, median and quartiles of {args.repeats}; tokens/s; passes;"
-    )
-    print("the time beside that of the bare matrix products, and beside that of reading all weights once per pass,")
-    print(f"at {rate / 1e9:.0f} GB/s, as fast as the device copies. CPU threads: {torch.get_num_threads()}")
+    print(f"\nSampling {len(prompts)} answers: median and quartiles of {args.repeats}; the time beside that of the",
+          "bare matrix products, and beside that of reading all weights once per pass at",
+          f"{rate / 1e9:.0f} GB/s, as fast as the device copies. CPU threads: {torch.get_num_threads()}", sep="\n")  # fmt: skip
     for batch in args.batch:
         answers = {}
 
@@ -156,14 +155,18 @@ def bench_sampling(args: argparse.Namespace) -> None:
         calls = {name: lambda n=name: answer(n) for name in compared}
         calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.passes.widths) for n, s in compared.items()}
         seconds = in_turns(calls, args.repeats, device)
+        speeds, costs = [], []
         for name, sampler in compared.items():
             median, bare, ar = (statistics.median(seconds[key]) for key in (name, f"{name} products", "ar"))
             tokens, passes = sum(a.result()["content_tokens"] for a in answers[name]), len(sampler.passes.widths)
             floor = passes * sum(weight.nbytes for weight in sampler.model.parameters()) / rate
-            print(f"batch {batch:3}  {name:25}{spread([1e3 * s / len(prompts) for s in seconds[name]], '%.1f')} ms  "
-                  f"{tokens / median:.0f} tokens/s  {passes} passes of {1e3 * median / passes:.2f} ms  "
-                  f"{median / bare:.1f} x products  {median / floor:.0f} x reading  {ar / median:.2f} x as fast as ar",
-                  flush=True)  # fmt: skip
+            per_answer = spread([1e3 * s / len(prompts) for s in seconds[name]], "%.0f")
+            speeds.append([name, per_answer, f"{tokens / median:.0f}", f"{ar / median:.2f}"])
+            times = f"{1e3 * median / passes:.2f}", f"{median / bare:.1f}", f"{median / floor:.0f}"
+            costs.append([name, str(passes), *times])
+        print("", *aligned([f"batch {batch}", "ms per answer", "tokens/s", "speed / ar"], speeds), sep="\n")
+        heads = [f"batch {batch}", "passes", "ms per pass", "/ products", "/ reading"]
+        print("", *aligned(heads, costs), sep="\n", flush=True)
 
 
 def options() -> argparse.Namespace:

@@ -60,4 +60,4 @@ def test_benchmark_of_sampling(emulated_kernel, folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.py", *files, *few])
     monkeypatch.setattr("measure.bench.SampleConfig", partial(SampleConfig, max_tokens=20))
     bench.main()
-    assert capsys.readouterr().out.count("x as fast as ar") == 3
+    assert capsys.readouterr().out.count("planned, threshold 0.9") == 2  # a row of each table
