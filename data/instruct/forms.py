@@ -6,6 +6,7 @@ The forms, told apart by the fields of each record:
     dolly        instruction, context, response, category
     completion   prompt, completion
     answer       prompt, answer (this project's own), family
+    qa           question, context, answer
     messages     messages: [{role, content}, ...]         OpenAI
     sharegpt     conversations: [{from, value}, ...]
 
@@ -26,6 +27,7 @@ FIELDS = {  # form -> fields of the prompt, of what belongs to it, of the answer
     "dolly": ("instruction", "context", "response"),
     "completion": ("prompt", "", "completion"),
     "answer": ("prompt", "", "answer"),
+    "qa": ("question", "context", "answer"),
 }
 TURNS = {"messages": ("messages",), "sharegpt": ("conversations", "conversation")}  # form -> names of the field
 FORMS = (*FIELDS, *TURNS)
@@ -135,11 +137,12 @@ def readable(fields: dict) -> dict:
 
 def form_of(fields: dict) -> str:
     """The form whose fields are all there. Raises ValueError if there is none."""
+    needed = {form: FIELDS[form][::2] if form in FIELDS else TURNS[form][:1] for form in FORMS}
     for form in FORMS:
-        needed = [TURNS[form]] if form in TURNS else [(name,) for name in FIELDS[form][::2]]
-        if all(any(name in fields for name in names) for names in needed):
+        if all(name in fields for name in needed[form]) or any(name in fields for name in TURNS.get(form, ())):
             return form
-    raise ValueError(f"the fields {', '.join(map(str, fields)):.80} are those of no form ({', '.join(FORMS)})")
+    known = "; ".join(" and ".join(names) for names in needed.values())
+    raise ValueError(f"found fields of no form: {', '.join(map(str, fields)):.80} (expected {known})")
 
 
 def text(fields: dict, name: str) -> str:

@@ -49,7 +49,7 @@ class PrepareConfig:
     requests: str = setting("", "file (.jsonl) to write what to ask a large model for such plans")
     tokenizer: str = setting("", "what to use: tokenizer.json of an earlier data set, or folder of a pretrained model; "
                                  "empty: train one")  # fmt: skip
-    show: int = setting(0, "print the first so many annotated examples", at_least=0)
+    show: int = setting(0, "print the first so many examples, cut or not, and which rule decided", at_least=0)
     max_bad: int = setting(100, "most records that may be unusable", at_least=0)
     max_tokens: int = setting(1024, "leave out records with more tokens of prompt and answer", at_least=1)
     val: int = setting(200, "prompts for validation, at most about a tenth of all", at_least=1)
@@ -246,7 +246,7 @@ def write(paths: list[Path], config: PrepareConfig, survey: Survey, tokenizer: T
             example = example_of(record, annotation)
             if add:
                 add(survey.split(digest(record, config.seed)), example)
-            if left and annotation.planned:
+            if left:
                 print(*shown(example, annotation.decision, sys.stdout.isatty()), sep="\n")
                 left -= 1
         progress.done()

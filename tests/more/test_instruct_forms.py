@@ -19,6 +19,7 @@ ROWS = {
     "dolly": [{"instruction": p, "context": "", "response": a, "category": "qa"} for p, a in RECORDS],
     "completion": [{"prompt": p, "completion": a} for p, a in RECORDS],
     "answer": [{"prompt": p, "answer": a, "family": "f"} for p, a in RECORDS],
+    "qa": [{"question": p, "answer": a} for p, a in RECORDS],
     "messages": [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]} for p, a in RECORDS
     ],
@@ -146,7 +147,8 @@ BROKEN = [
     ("5", "expected an object"),
     ('"text"', "expected an object"),
     ("null", "expected an object"),
-    ('{"q": "a"}', "the fields q are those of no form"),
+    ('{"q": "a"}', "found fields of no form: q (expected instruction and output; "),
+    ('{"question": "a", "reply": "b"}', "question, reply (expected"),
     ('{"prompt": 3, "completion": "a"}', "expected text in 'prompt', found 3"),
     ('{"prompt": " ", "completion": "a"}', "empty 'prompt'"),
     ('{"prompt": "a", "completion": "\\n"}', "empty 'completion'"),

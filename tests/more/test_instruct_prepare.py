@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -173,7 +174,7 @@ def test_bad_and_left_out_records_are_counted_and_listed(prepare, tmp_path):
     assert sum(map(len, written(tmp_path / "set").values())) == 17
     rejected = (tmp_path / "set" / "rejected.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in rejected] == [f"{path}, line {n}" for n in (4, 8, 10)]
-    assert "those of no form" in rejected[0] and "longer than 1024 tokens" in rejected[1] and "'a:'" in rejected[2]
+    assert "fields of no form" in rejected[0] and "longer than 1024 tokens" in rejected[1] and "'a:'" in rejected[2]
     assert f"{path}, line 4: " in err
     assert "left out: longer than 1024 tokens" in out
 
@@ -181,7 +182,7 @@ def test_bad_and_left_out_records_are_counted_and_listed(prepare, tmp_path):
 def test_too_many_bad_records_are_an_error_and_nothing_is_written(prepare, tmp_path):
     path = save(tmp_path / "a.jsonl", [{"q": 1}, *alpaca(9), {"q": 2}])
     code, _, _ = prepare(path, "--out", tmp_path / "set", "--max_bad", 1)
-    assert f"{path}, line 11: the fields q" in code and "--max_bad 1" in code
+    assert f"{path}, line 11: found fields of no form: q (" in code and "--max_bad 1" in code
     assert not (tmp_path / "set").exists()
 
 
@@ -223,7 +224,7 @@ def test_reports_are_text_whatever_the_file_holds(prepare, tmp_path):
     code, out, err = prepare(save(tmp_path / name, rows), "--out", tmp_path / "set", "--show", 20)
     assert code == 0 and "\x1b" not in out + err and "ignored fields" not in out
     (line,) = (tmp_path / "set" / "rejected.txt").read_text(encoding="utf-8").splitlines()
-    assert "a?.jsonl, line 13: the fields q? ?[2J are those of no form" in line
+    assert "a?.jsonl, line 13: found fields of no form: q? ?[2J (expected" in line
 
 
 def test_requests_are_not_written_over_the_data_set(prepare, tmp_path):
@@ -291,10 +292,19 @@ def test_requests_hold_the_prompt_the_answer_and_the_number(prepare, tmp_path):
 # ---------------------------------------------------------------- output and memory
 
 
-def test_examples_are_shown_without_colours_in_a_pipe(prepare, tmp_path):
-    _, out, _ = prepare(save(tmp_path / "a.jsonl", alpaca(12)), "--show", 2)
-    assert "Tell me about otter 0.   [items]" in out and "── sync ──" in out and "\x1b" not in out
-    assert "[sections]" in out and "[text" not in out
+def test_examples_are_shown_cut_or_not_without_colours_in_a_pipe(prepare, tmp_path):
+    rows = [{"question": "How many?", "answer": "Three."}, *alpaca(12)]
+    _, out, _ = prepare(save(tmp_path / "a.jsonl", rows), "--show", 3)
+    assert "How many?   [text: no parallel structure]\nThree.\n" in out and "\x1b" not in out
+    assert "Tell me about otter 0.   [items]" in out and "── sync ──" in out and "[sections]" in out
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git")
+def test_what_the_guides_write_into_the_project_is_ignored_by_git():
+    own = ["race.html", "data/mine/rejected.txt", "data/mine-checked/val.jsonl", "hw3/HANDOUT.md", "course-2027/hw1/x",
+           "models/SmolLM2-135M/config.json", "runs/mine/log.csv"]  # fmt: skip
+    asked = ["git", "-C", str(ROOT), "check-ignore", "--no-index", *own, "data/towns/prepare.py", "show/player.html"]
+    assert subprocess.run(asked, capture_output=True, text=True).stdout.split() == own
 
 
 def test_memory_does_not_grow_with_the_records(prepare, tmp_path):
