@@ -24,8 +24,8 @@ PAD = "·"
 PAUSE = 10  # how many times as long as others a frame stays before what passes do changes
 MARGIN = 14  # columns for what a line is: prompt, plan, text, or the topic of a span
 WIDTH = 80  # columns where there is no terminal
-ENDINGS = {"cut": "(cut: --max_tokens {} has no room left)",
-           "broken": "(broken: it left the grammar here)"}  # fmt: skip
+ENDINGS = {"cut": "(cut: --max_tokens {} has no room left)", "broken": "(broken: it left the grammar here)",
+           "looping": "(it repeats itself: the model may not know such prompts)"}  # fmt: skip
 
 
 class Token(NamedTuple):
@@ -51,8 +51,8 @@ class Screen:
         if ending:
             frames, self.frames = self.frames, []
             self.play(answer, frames)
-        if ending in ENDINGS:
-            self.stream.write(ENDINGS[ending].format(answer.config.max_tokens) + "\n")
+            said = [text.format(answer.config.max_tokens) for name, text in ENDINGS.items() if getattr(answer, name)]
+            self.stream.write("".join(f"{text}\n" for text in said))
 
     def play(self, answer: Answer, frames: Sequence[Frame]) -> None:
         """Draw the frames of an answer, each over the last one, and at last without what is new; or print some."""
@@ -61,7 +61,8 @@ class Screen:
         lines = [(label, line) for label, tokens in rows(answer, frames) for label, line in wrap(label, tokens, width)]
         says = [caption(answer.method.method, frames, n) for n in range(1, end + 1)]
         for n in [*range(1, end + 1)] if self.live else [*worth_printing(frames), end]:
-            shown = [self.draw(*line, n) for line in lines if line[1][0].begins <= n]
+            begun = max(i for i, (_, line) in enumerate(lines, 1) if line[0].begins <= n)
+            shown = [self.draw(*line, n) for line in lines[:begun]]
             if not self.live:
                 self.stream.write("\n".join([f"-- {says[n - 1]}", *shown, ""]))
                 continue

@@ -15,7 +15,7 @@ from test_show import ROOT, random_sampler, run
 from demo import demo
 from methods import DECODERS
 from show.record import counted
-from show.terminal import BOLD, FADED, NEW, PAUSE, Screen
+from show.terminal import BOLD, FADED, NEW, PAUSE, Screen, Token, wrap
 
 
 class Terminal(io.StringIO):
@@ -70,11 +70,19 @@ def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monke
 def test_no_line_moves_and_each_slot_keeps_its_columns_while_its_span_fills(monkeypatch, tokenizer):
     for method, columns in each(itertools.product(DECODERS, [40, 80])):
         _, terminal, (*end, _) = watched(monkeypatch, tokenizer, method, columns=columns)
-        for *lines, _, _ in terminal.frames:
-            assert len(lines) == len(end)
-            for line, ended in zip(lines, end):
-                assert len(line) <= len(ended)
-                assert all(c in (" ", "_", known) for c, known in zip(line, ended)), (line, ended)
+        assert all(len(frame) == len(end) + 2 for frame in terminal.frames)
+        check_places(terminal.frames, end)
+
+
+def check_places(frames, end):
+    """What a frame shows is, but for its last line, masked or where it is in the end."""
+    for line, ended in (pair for *lines, _, _ in frames for pair in zip(lines, end)):
+        assert len(line) <= len(ended) and all(c in (" ", "_", known) for c, known in zip(line, ended)), (line, ended)
+
+
+def test_lines_break_between_words_whatever_tokens_they_are_made_of():
+    lines = wrap("", [*map(Token, ("for", " 5", "-", "6", " mi", "n", ".\nDone", " !"))], 6)
+    assert ["".join(token.text for token in tokens) for _, tokens in lines] == ["for", "5-6", "min.", "Done !"]
 
 
 def test_the_last_line_counts_passes_and_says_what_they_do(monkeypatch, tokenizer):
@@ -117,7 +125,7 @@ def test_frames_stay_longer_before_what_passes_do_changes(monkeypatch, tokenizer
 
 def test_piped_frames_are_few_and_plain(tokenizer):
     stream = io.StringIO()
-    (answer,) = random_sampler(tokenizer, "planned").answer([SENTENCES[0]], watch=Screen(stream, delay=9))
+    (answer,) = random_sampler(tokenizer, "planned").answer(["long " * 40], watch=Screen(stream, delay=9))
     heads = re.findall("^-- (.*)", stream.getvalue(), re.MULTILINE)
     assert 2 <= len(heads) < answer.plan_passes + answer.denoise_passes
     assert re.fullmatch(r"pass \d+ of \d+: .*", heads[0]) and re.fullmatch(r"\d+ passes: .*", heads[-1])
@@ -196,11 +204,13 @@ def test_the_demo_fits_the_terminal(monkeypatch):
     """Also one of 60 columns; and all of it is there: each run with what it is, and its numbers side by side."""
     for data, columns in each([("tasks", 60), ("recipes", 80)]):
         monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", "99")
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
         monkeypatch.setattr(demo, "measure", partial(demo.measure, repeats=1))
         monkeypatch.setattr(sys, "argv", ["demo.py", "--data", data, "--delay", "0", "--device", "cpu"])
         demo.main()
         assert terminal.widest <= columns
+        check_places(terminal.frames, terminal.lines)
         said, *table = "\n".join(terminal.lines).split("side by side\n")
         runs = demo.RUNS[data]
         assert all(f"=== {data}: {run.title}\n" in said and run.what in " ".join(said.split()) for run in runs)
