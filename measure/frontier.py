@@ -269,7 +269,7 @@ class Frontier:
         reports = dict(zip(points, together(self.quality, points, self.workers)))
         for (name, sample), report in reports.items():
             report |= self.speed(name, sample)
-            print(f"seed {self.seed}  {name:28}{sample:42}{headline(report)}", flush=True)
+            print(f"seed {self.seed}  {name}  {sample}\n    {headline(report)}", flush=True)
         return reports
 
 

@@ -45,9 +45,9 @@ def load_checkpoint(
 
     The shapes in the file are compared with what its config says before anything of that size is made.
     """
-    if Path(path).is_dir():
-        file = max(Path(path).glob("*.safetensors"), default=Path(path) / "model.safetensors")
-        raise CheckpointError(f"{path} is a folder: name a file in it, such as {file}")
+    if (folder := Path(path)).is_dir():
+        files = [folder / "model.safetensors", *sorted(folder.glob("*.safetensors"))]
+        raise CheckpointError(f"{path} is a folder: name a file in it: {next(filter(Path.exists, files), files[0])}")
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
