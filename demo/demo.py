@@ -82,7 +82,8 @@ def table(results: dict[str, dict]) -> list[str]:
     }
     heads = [title.replace(",", "").partition(" ")[::2] for title in results]
     cells = [*zip(*heads), *([cell(r) for r in results.values()] for cell in rows.values())]
-    return [f"{name:14}" + "".join(f"{cell:>15}" for cell in line) for name, line in zip(["", "", *rows], cells)]
+    lines = [f"{name:14}" + "".join(f"{cell:>15}" for cell in line) for name, line in zip(["", "", *rows], cells)]
+    return [line.rstrip() for line in lines]
 
 
 def say(text: str) -> None:
