@@ -25,7 +25,7 @@ PAUSE = 10  # how many times as long as others a frame stays before what passes 
 MARGIN = 14  # columns for what a line is: prompt, plan, text, or the topic of a span
 WIDTH = 80  # columns where there is no terminal
 ENDINGS = {"cut": "(cut: --max_tokens {} has no room left)", "broken": "(broken: it left the grammar here)",
-           "looping": "(it repeats itself: the model may not know such prompts)"}  # fmt: skip
+           "looping": "(it repeats itself)"}  # fmt: skip
 
 
 class Token(NamedTuple):

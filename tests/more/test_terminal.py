@@ -55,7 +55,7 @@ def watched(monkeypatch, tokenizer, method, prompt=SENTENCES[0], columns=80, del
     monkeypatch.setenv("LINES", "99")
     terminal = Terminal()
     (answer,) = random_sampler(tokenizer, method).answer([prompt], watch=Screen(terminal, delay=delay))
-    return answer, terminal, terminal.lines[: -2 if answer.cut else -1]
+    return answer, terminal, terminal.lines[: -1 - answer.cut - answer.looping]
 
 
 def test_in_a_terminal_frames_overwrite_each_other_and_no_line_is_too_long(monkeypatch, tokenizer):
