@@ -20,6 +20,7 @@ import checks
 import child
 import grade
 import make
+import small
 from courses import command, made, plain_text, submission
 
 import unmask
@@ -153,27 +154,23 @@ def test_a_wrong_solution_whose_text_has_gone_cannot_be_made(tags):
 
 
 def test_probes_follow_a_signature_that_changed(monkeypatch):
-    """A rule of one's own may ask for the places of slots, or have a parameter more, and stays to be built and tested."""
-    module, (certainty, ranks, fill) = (
-        make.checked(make.assignments()[4]),
-        (unmask.certainty, unmask.ranks, unmask.fill),
-    )
-    came = lambda: [probe(np.random.default_rng(0), 1) for probe in (module.certainty_of_slots, module.rank_in_group)]
-    expected, kept = came(), module.slots_kept(np.random.default_rng(0), 1)
+    """A rule of one's own may ask for the places of slots, or for more: it can still be left out and tested."""
+    module, certainty, fill = make.checked(make.assignments()[4]), unmask.certainty, unmask.fill
 
-    def by_place(logits, token, entry, config, generators, more=None):
+    def by_place(entry, generators, config, token, logits, more=None):
         assert entry.shape == token.shape
-        return certainty(logits, token, config, generators)
+        slots = dict(entry=entry, generators=generators, config=config, token=token, logits=logits)
+        return small.call(certainty, **slots)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(unmask, "certainty", by_place)
-        patch.setattr(unmask, "ranks", lambda group, sure, more=None: ranks(sure, group))
-        assert str(came()) == str(expected)
-    changed = lambda entry, logits, config, pad, quota, group, generators: fill(
-        logits, group, entry, quota, pad, config, generators
-    )
-    monkeypatch.setattr(unmask, "fill", changed)
-    assert module.slots_kept(np.random.default_rng(0), 1) == kept
+    def anew(generators, config, pad, quota, entry, group, logits, more=None):
+        return fill(logits, group, entry, quota, pad, config, generators)
+
+    for name, changed, probe in ("certainty", by_place, "certainty_of_slots"), ("fill", anew, "slots_kept"):
+        came = lambda: str(getattr(module, probe)(np.random.default_rng(0), 1))
+        expected = came()
+        with monkeypatch.context() as patch:
+            patch.setattr(unmask, name, changed)
+            assert came() == expected
 
 
 # ---------------------------------------------------------------- the zip, and the command
