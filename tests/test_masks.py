@@ -5,7 +5,7 @@ import pytest
 from conftest import OTTER, random_example
 from naive_masks import laid_out, oracle_mask, oracle_target, pairs
 
-from masks import ATTENTION, GIVEN, PLAN, PROMPT, SLOT, Layout, encode_example
+from masks import ATTENTION, GIVEN, LINKED, PLAN, PROMPT, SLOT, Layout, encode_example
 from noise import IGNORE, Sequence
 from tags import Example, Round, Span
 
@@ -160,10 +160,10 @@ def test_a_span_sees_itself_in_both_directions_and_causal_up_to_itself(otter):
     assert not after.any() if attention == "causal" else after.all()
 
 
-def test_a_span_sees_its_siblings_only_if_dense(otter):
+def test_a_span_sees_siblings_only_if_they_are_linked(otter):
     attention, mask, places = otter
     siblings = pairs(mask, places, lambda q: q.part == "span", lambda q, k: q.with_sibling(k))
-    assert siblings.all() if attention == "dense" else not siblings.any()
+    assert siblings.any() == (attention in LINKED) and siblings.all() == (attention == "dense")
 
 
 @pytest.mark.parametrize("tag", ["<async>", "</async>"])

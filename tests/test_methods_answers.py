@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import SENTENCES, TOPICS, each, random_example, small_model
 from naive_sampler import NaiveSampler
 from test_methods import ALL, BLOCKS, CAUSAL, GIVEN_PLANS, examples
-from test_sample import costs, ids, steered
+from test_sample import Exact, costs, ids, steered
 
 from config import METHODS, MethodConfig, SampleConfig
 from grammar import Grammar
@@ -140,6 +140,11 @@ def test_answers_and_costs_equal_the_naive_ones(planner, writer, tokenizer, meth
         assert costs(answer) == expected
         spans += sum(len(d.spans) for d in answer.rounds)
     assert spans >= 2
+
+
+@pytest.mark.parametrize("method", [method for method in ALL if method.plan == "written"])
+def test_each_pass_reads_what_one_without_a_cache_would(planner, tokenizer, method):
+    Exact(planner, tokenizer, SampleConfig(max_tokens=60), method).answer(PROMPTS[:2])
 
 
 def test_a_causal_span_ends_at_its_first_pad_and_the_round_with_its_longest_span(planner, tokenizer):

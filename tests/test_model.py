@@ -9,7 +9,7 @@ from conftest import OTTER, each, in_span, random_example, small_model
 from naive_model import naive_forward, naive_scaling
 
 from kernels.backends import BACKENDS
-from masks import ATTENTION, PROMPT, SLOT, Layout, encode_example, visible
+from masks import ATTENTION, LINKED, PROMPT, SLOT, Layout, encode_example, visible
 from model import KVCache, ModelConfig, Transformer
 from noise import Sequence, make_batch
 from tags import Example, Round, Span
@@ -190,7 +190,7 @@ def test_a_change_in_a_span_moves_neither_its_plan_nor_its_siblings(model, token
     moved = moved_by_a_change(model, layout, mine)
     assert moved[mine].all() if attention != "causal" else moved[mine[-1]]
     assert not moved[: mine[0]].any(), "prompt and plan"
-    assert moved[sibling].all() if attention == "dense" else not moved[sibling].any()
+    assert moved[sibling].all() if attention in LINKED else not moved[sibling].any()
     assert moved[sibling[-1] + 1 :].all(), "<sync/> and what follows see the finished spans"
 
 
