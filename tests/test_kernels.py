@@ -251,6 +251,11 @@ def test_a_failed_build_says_what_the_compiler_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_lines_of_the_bench_fit_a_terminal(capsys):
+    bench.report("512 x 16384, 100%, forward", {"kernel": (123456.7,) * 3, "causal": (234567.8,) * 3}, 10**16)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_bench_says_so_without_a_gpu(capsys):
     bench.main([])
     said = capsys.readouterr().out

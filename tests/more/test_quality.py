@@ -149,7 +149,7 @@ def test_a_report_fits_a_terminal(monkeypatch, capsys):
     """With every cost there is, in numbers of several digits, and names of any length."""
     example = replace(EXAMPLE, family="a family with a name of many words " * 3)
     costs = dict.fromkeys(COSTS, 10000)
-    results = [result_of([("food", 2), ("play", 3)], seconds=1234.5, slots=10000) | costs] * 2
+    results = [result_of([("food", 2), ("play", 3)], seconds=1234.5, slots=10000, looping=True) | costs] * 2
     check = checker(ROOT / "data" / "tasks")
     scores = score([example] * 2, results, check, [EXAMPLE.rounds] * 2)
     report = {"scores": scores, "wrong_lines": wrong_lines([example] * 2, results, check), "shown": [], "readers": {},
@@ -162,7 +162,7 @@ def test_a_report_fits_a_terminal(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert all(f" {name} |" in out for name in ("exact", "plan right", "draft", "critical path", "positions"))
-    assert "drafted: 10000.0, accepted: 10000.0" in out
+    assert "drafted: 10000.0, accepted: 10000.0" in out and "answers that repeat themselves: 100.0%" in out
 
 
 def test_distinct_is_the_mean_share_of_different_n_grams_of_an_answer():
