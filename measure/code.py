@@ -1,9 +1,9 @@
-"""A hash of the code that a result comes from: a script and all of the project that it imports."""
+"""Hashes of code, under which results are stored: what gave a result has not changed while its hash is the same."""
 
 import ast
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plumbing.settings import ROOT
@@ -11,11 +11,16 @@ from plumbing.settings import ROOT
 # Reading options, writing files and showing answers changes no result; what options mean is said where they are used.
 IGNORED = {ROOT / "plumbing/settings.py", ROOT / "plumbing/files.py", ROOT / "show"}
 CUDA = (".cu", ".h")  # sources that a package compiles
+# What decides the losses of a training, besides its settings and its data. The rest of what train.py imports picks a
+# device, keeps the run's folder, or decodes.
+TRAINING = [ROOT / f"{name}.py" for name in (
+    "tags", "tokenizer", "masks", "noise", "model", "loss", "methods", "train", "drafting/training", "training/batches",
+    "training/optim")]  # fmt: skip
 
 
-def fingerprint(script: Path) -> str:
-    """A hash of the code that running a script of the project runs; comments, docstrings and layout do not count."""
-    texts = [(str(path), bare(path)) for path in sorted(sources(script))]
+def fingerprint(files: Iterable[Path]) -> str:
+    """A hash of the code in some files of the project; comments, docstrings and layout do not count."""
+    texts = [(path.relative_to(ROOT).as_posix(), bare(path)) for path in sorted(files)]
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import argparse
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,9 @@ class PrepareConfig:
         check(self)
 
 
-def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str]) -> tuple[list[Example], Counter]:
-    """Draw `count` examples of one family with new prompts, and count why others were dropped.
+def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str],
+         families: dict[str, Callable]) -> tuple[list[Example], Counter]:  # fmt: skip
+    """Draw `count` examples of one of the families with new prompts, and count why others were dropped.
 
     `owners` says which split each known prompt belongs to; the prompts drawn here are added.
     Raises ValueError if the family has too few different prompts.
@@ -44,7 +46,7 @@ def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str])
     world = build_world(seed, split)
     kept, dropped = [], Counter()
     while len(kept) < count:
-        example = FAMILIES[family](rng, world)
+        example = families[family](rng, world)
         if example.prompt not in owners:
             owners[example.prompt] = split
             kept.append(example)
@@ -57,8 +59,9 @@ def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str])
     return kept, dropped
 
 
-def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
-    """TRAIN_SHARES of the families in train, equal shares in val and test, shuffled; prints what was kept and dropped.
+def make_splits(sizes: dict[str, int], seed: int, families: dict[str, Callable] = FAMILIES,
+                train_shares: dict[str, float] = TRAIN_SHARES) -> dict[str, list[Example]]:  # fmt: skip
+    """`train_shares` of the families in train, equal shares in val and test, shuffled; prints what was kept and dropped.
 
     The test split is drawn first, so that it stays the same whatever the size of train is.
     """
@@ -66,10 +69,10 @@ def make_splits(sizes: dict[str, int], seed: int) -> dict[str, list[Example]]:
     print(f"{'split':<8}{'family':<12}{'kept':>8}{'duplicate':>12}{'other split':>14}")
     for split in sorted(sizes, key=["test", "val", "train"].index):
         splits[split] = []
-        shares = TRAIN_SHARES if split == "train" else dict.fromkeys(FAMILIES, 1)
-        for family in FAMILIES:
+        shares = train_shares if split == "train" else dict.fromkeys(families, 1)
+        for family in families:
             share = round(sizes[split] * shares[family] / sum(shares.values()))
-            kept, dropped = draw(family, split, share, seed, owners)
+            kept, dropped = draw(family, split, share, seed, owners, families)
             splits[split] += kept
             print(f"{split:<8}{family:<12}{share:>8}{dropped['duplicate']:>12}{dropped['other split']:>14}")
         random.Random(f"order {split} {seed}").shuffle(splits[split])

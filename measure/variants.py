@@ -1,0 +1,57 @@
+"""Data sets with one thing changed, for what no setting of the method can say. Each keeps prompts, splits and tokenizer.
+
+| variant    | what changes                                                                                          |
+|------------|-------------------------------------------------------------------------------------------------------|
+| `untagged` | `<sync/>` is deleted, as in the paper's ablation: one round, whose text no longer waits for its spans |
+| `named`    | topics of `coupled` end with the colour that the spans share: the plan says what they must agree on   |
+| `skeleton` | Skeleton-of-Thought as ordinary text: a request for the skeleton, and one for each of its points      |
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from data import read_split, writing
+from data.tasks.families import COLOURS
+from methods import merged
+from plumbing.settings import locate
+from tags import Example, Round
+from tokenizer import Tokenizer
+
+SKELETON, POINT = " Name the points.", " Points: {}. Write about {}."
+
+
+def untagged(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
+    text = " ".join(round_.text for round_ in example.rounds if round_.text)
+    yield replace(example, rounds=(Round(text, tuple(span for round_ in example.rounds for span in round_.spans)),))
+
+
+def named(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
+    rounds = example.rounds
+    if example.family == "coupled":
+        spans = [(span, re.search("|".join(COLOURS), span.text)[0]) for span in rounds[0].spans]
+        rounds = (Round(spans=tuple(replace(span, topic=f"{span.topic} {colour}") for span, colour in spans)),)
+    yield replace(example, rounds=rounds)
+
+
+def skeleton(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
+    """The requests of an example and their answers; what follows a `<sync/>` is one more point, "end"."""
+    (round_,) = merged(example.rounds, tokenizer)
+    points = ", ".join(span.topic for span in round_.spans)
+    yield Example(example.prompt + SKELETON, (Round(points),), example.family)
+    for span in round_.spans:
+        yield Example(example.prompt + POINT.format(points, span.topic), (Round(span.text),), example.family)
+
+
+def write_variant(data: str, out: Path, change: Callable[[Example, Tokenizer], Iterator[Example]]) -> None:
+    """Write the data set of a folder as a variant, unless it is there."""
+    if (out / "tokenizer.json").exists():
+        return
+    folder, splits = locate(data), ("train", "val", "test")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    with writing(out, list(splits), tokenizer) as add:
+        for split in splits:
+            for example in read_split(folder / f"{split}.jsonl", tokenizer):
+                for changed in change(example, tokenizer):
+                    add(split, changed)
