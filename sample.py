@@ -242,7 +242,6 @@ def main() -> None:
     config, path = pick(SampleConfig, args), locate(args.checkpoint)
     refuse_overwriting([path], html=args.html or "")
     sampler = Sampler.load(path, config, devices.find(args.device))
-    sys.stderr.write(introduction(path))
     if args.json:
         print(*(json.dumps(a.result(), ensure_ascii=False) for a in sampler.answer(args.prompt)), sep="\n")
         return
@@ -252,6 +251,7 @@ def main() -> None:
         races.append(Race(prompt, [(METHODS[method].title, method, record(sampler.answer, prompt, watch=Screen()))]))
     if args.html:
         print(write_page(args.html, races))
+    sys.stderr.write(introduction(path))
 
 
 if __name__ == "__main__":
