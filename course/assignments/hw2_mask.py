@@ -160,8 +160,7 @@ def copies(rng, size):
 
 WRONG = (
     Wrong("sibling span leaked", "masks.py",
-          'self.begin += [first if self.attention == "dense" else start] * (stop - start)',
-          "self.begin += [first] * (stop - start)", loses="siblings"),
+          "self.begin += [first if ", "self.begin += [first if True or ", loses="siblings"),
     Wrong("prefix up to the own async", "masks.py",
           "self.prefix += [first if at is None else original] * (stop - start)",
           "self.prefix += [original] * (stop - start)", loses="siblings"),
