@@ -53,7 +53,7 @@ MANY = Acts(lambda c, m: m.rounds == "many", "with --rounds one an answer has no
 DRAFTED = Acts(lambda c, m: c.ahead > 0, "nothing is drafted without --ahead")
 ADAPTED = Acts(lambda c, m: c.lora > 0, "there are no adapters without --lora")
 WHOLE = Acts(lambda c, m: not c.lora, "adapters are trained by AdamW alone, without decay")
-STEPS = Acts(lambda c, m: not c.threshold, "a threshold decides how many slots are filled, by their confidence")
+ORDERED = Acts(lambda c, m: not c.threshold, "with a threshold the order is that of confidence")
 DRAWN = Acts(lambda c, m: c.temperature > 0, "at temperature 0 the likeliest token is taken")
 
 
@@ -157,12 +157,13 @@ class SampleConfig:
     decode: str = setting(
         "", "method to decode by, of those that the model was trained for; default: the first of them"
     )
-    steps_ratio: float = setting(0.5, "denoising steps of a round, as a share of its longest span's slots",
-                                 above=0, at_most=1, acts=[NOISED, STEPS])  # fmt: skip
-    threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence, whatever steps_ratio",
+    steps_ratio: float = setting(0.0, "denoising steps of a round at most, as a share of its longest span's slots; 0: "
+                                      "0.5, or with a threshold as many as that takes", at_least=0, at_most=1,
+                                 acts=[NOISED])  # fmt: skip
+    threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence as well",
                                at_least=0, at_most=1, acts=[NOISED])  # fmt: skip
     order: str = setting("entropy", "which slots count as certain and are filled first (a threshold takes confidence)",
-                         among=ORDERS, acts=[NOISED, STEPS])  # fmt: skip
+                         among=ORDERS, acts=[NOISED, ORDERED])  # fmt: skip
     apart: bool = setting(True, "of two neighbouring slots that would get the same token in a pass, fill only one",
                           acts=[NOISED])  # fmt: skip
     pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before "

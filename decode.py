@@ -267,8 +267,8 @@ class Unfinished(NamedTuple):
 class Denoise(Phase):
     """Stage 2: denoise all spans of a round in the same passes, each by itself.
 
-    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first; or, with a threshold,
-    all that reach it. Each pass fills at least one slot of each span that it computes: a pass that filled none would be
+    After step s of S, ceil(n s / S) of the n slots of a span are filled, the most certain first, and with a threshold all
+    that reach it. Each pass fills at least one slot of each span that it computes: a pass that filled none would be
     repeated exactly, since nothing that the span sees has changed. So short spans finish before long ones (the paper's
     order sigma^Plan). A slot that waits for its neighbours (unmask.fill) is made up for in the next pass.
     """
@@ -279,7 +279,8 @@ class Denoise(Phase):
         super().__init__(answer)
         self.unfinished = [Unfinished(span, answer.slots(span)) for span in answer.rounds[-1].spans]
         self.first = self.unfinished[0].span[0]
-        ratio = Fraction(str(self.config.steps_ratio))  # not the binary number next to it
+        default = 0 if self.config.threshold else 0.5
+        ratio = Fraction(str(self.config.steps_ratio or default))  # not the binary number next to it
         self.step, self.steps = 1, math.ceil(ratio * max(len(slots) for _, slots in self.unfinished))
 
     def entries(self) -> list[int]:
@@ -300,9 +301,8 @@ class Denoise(Phase):
 
     def quota(self, size: int, left: int) -> int:
         """How many slots of a group of `size` to fill at least, if so many are `left`."""
-        if self.config.threshold:
-            return 1
-        return max(1, math.ceil(size * self.step / self.steps) - (size - left))
+        share = math.ceil(size * self.step / self.steps) if self.steps else 0
+        return max(1, share - (size - left))
 
     @staticmethod
     def draw(logits: Tensor, readings: list[Reading], config: SampleConfig, generators: Generators,

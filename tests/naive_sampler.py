@@ -178,7 +178,8 @@ class NaiveSampler:
 
     def denoise(self, places, plan_end):
         slots = [[i for i in place if self.tokens[i].slot] for place in places]
-        steps = math.ceil(Fraction(str(self.config.steps_ratio)) * max(map(len, slots), default=0))
+        ratio = self.config.steps_ratio or (None if self.config.threshold else 0.5)
+        steps = math.ceil(Fraction(str(ratio)) * max(map(len, slots), default=0)) if ratio else math.inf
         step = 0
         while any(self.masked(s) for s in slots):
             step += 1
@@ -206,11 +207,9 @@ class NaiveSampler:
         waiting = [(self.config.apart, self.beside_its_like), (self.config.pads_last, self.before_text)]
         first = [i for i in left if not any(waits(i, guess) for asked, waits in waiting if asked)]
         first.sort(key=lambda i: -guess[i][1])
-        if self.config.threshold:
-            chosen = [i for i in left if guess[i][2] >= self.config.threshold] or first[:1]
-        else:
-            filled = len(slots) - len(left)
-            chosen = first[: max(1, math.ceil(len(slots) * step / steps) - filled)]
+        filled = len(slots) - len(left)
+        chosen = first[: max(1, math.ceil(len(slots) * step / steps) - filled)]
+        chosen += [i for i in left if self.config.threshold and guess[i][2] >= self.config.threshold]
         for i in chosen:
             self.tokens[i].id = guess[i][0]
 

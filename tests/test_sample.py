@@ -112,10 +112,12 @@ SETTINGS = [
     ("sparse", dict(order="confidence", steps_ratio=0.3)),
     ("sparse", dict(order="margin", steps_ratio=1.0)),
     ("sparse", dict(threshold=0.6)),
+    ("sparse", dict(threshold=0.6, steps_ratio=0.3)),
     ("sparse", dict(length_scale=1.4, steps_ratio=0.8)),
     ("dense", dict()),
     ("dense", dict(order="margin", steps_ratio=0.7)),
     ("dense", dict(threshold=0.6)),
+    ("dense", dict(threshold=0.6, steps_ratio=0.3)),
     ("joint", dict()),
     ("joint", dict(length_scale=1.4)),
 ]
@@ -386,7 +388,7 @@ def test_the_last_layer_computes_what_is_read_as_if_it_computed_all(planner, tok
     assert len(compared) > 5
 
 
-BAD = [("steps_ratio", 0), ("steps_ratio", 1.1), ("threshold", -0.1), ("threshold", 1.1), ("length_scale", 0), ("top_p", 0),
+BAD = [("steps_ratio", -0.1), ("steps_ratio", 1.1), ("threshold", -0.1), ("threshold", 1.1), ("length_scale", 0), ("top_p", 0),
        ("top_p", 1.5), ("temperature", -1), ("temperature", math.nan), ("temperature", 1e-300), ("seed", -1), ("seed", 2**64),
        ("max_tokens", 5000), ("ahead", -1), ("max_tokens", 0), ("order", "surest"), ("steps_ratio", math.nan)]  # fmt: skip
 

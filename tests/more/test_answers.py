@@ -43,7 +43,7 @@ def test_a_setting_that_would_change_no_answer_is_refused(planner, writer, token
                 configs = (SampleConfig(max_tokens=40, **settings) for settings in (without, change))
                 before, after = (Sampler(model, tokenizer, config, method).answer(PROMPTS[:2]) for config in configs)
                 assert [(a.layout, costs(a)) for a in before] == [(a.layout, costs(a)) for a in after]
-        noised = 7 if method.plan != "none" and method.attention != "causal" else 0
+        noised = 8 if method.plan != "none" and method.attention != "causal" else 0
         assert len(taken) == noised + 1 + (method.plan == "written") + 2 * (method.plan != "given")
         refuse_idle(SampleConfig(), method)
 
