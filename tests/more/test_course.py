@@ -1,6 +1,7 @@
 """The course: each assignment is made from the sources, and its tests tell the solution from plausible wrong ones."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,17 @@ def test_probes_follow_a_signature_that_changed(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(unmask, name, changed)
             assert came() == expected
+
+
+def test_what_the_table_of_changes_names_is_there():
+    table = (ROOT / "course" / "README.md").read_text().split("### Where to change what")[1].split("\n## ")[0]
+    code = "\n".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")])
+    names = {part for name in re.findall(r"`([\w.]+)`", table) for part in name.split(".")}
+    assert len(names) > 20 and not {n for n in names if not re.search(rf"(def |class |^ *){n}\b", code, re.M)}
+    tests = re.findall(r"`(test_\w+\.py) -k (\w+)`", table)
+    assert len(tests) > 7
+    for file, words in each(tests):
+        assert len(re.findall(rf"^def test_\w*{words}", (ROOT / "tests" / file).read_text(), re.M)) == 1
 
 
 # ---------------------------------------------------------------- the zip, and the command
