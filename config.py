@@ -54,6 +54,7 @@ DRAFTED = Acts(lambda c, m: c.ahead > 0, "nothing is drafted without --ahead")
 ADAPTED = Acts(lambda c, m: c.lora > 0, "there are no adapters without --lora")
 WHOLE = Acts(lambda c, m: not c.lora, "adapters are trained by AdamW alone, without decay")
 ORDERED = Acts(lambda c, m: not c.threshold, "with a threshold the order is that of confidence")
+CONSTRAINED = Acts(lambda c, m: c.constrained, "the grammar follows a plan, and --no-constrained leaves it out")
 DRAWN = Acts(lambda c, m: c.temperature > 0, "at temperature 0 the likeliest token is taken")
 
 
@@ -168,6 +169,8 @@ class SampleConfig:
                           acts=[NOISED])  # fmt: skip
     pads_last: bool = setting(True, "leave a slot for a later pass if it would get [PAD] while a masked one right before "
                                     "it would get text", acts=[NOISED])  # fmt: skip
+    plan: str = setting("", 'plan of the first round, such as "habitat 1; food 2"; after it the model goes on by itself',
+                        acts=[PLANNED, CONSTRAINED])  # fmt: skip
     length_scale: float = setting(1.0, "scales every planned length", above=0, at_most=100, acts=[PLANNED])
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(1.0, "draw from the likeliest tokens that have this probability together",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import MethodConfig, SampleConfig
-from grammar import Grammar
+from grammar import Grammar, plan_tokens
 from masks import PLAN, PROMPT, SLOT, Layout, encode_prompt
 from tags import Round, Span, format_answer, plain_text
 from tokenizer import Tokenizer, loops, span_slots
@@ -56,7 +56,8 @@ class Answer:
         self.phase: Phase | None = None
         self.layout.write(encode_prompt(prompt, tokenizer), PROMPT, 0)
         self.max_length = len(self.layout) + config.max_tokens  # of the layout, <eos> included
-        self.grammar = Grammar(tokenizer, config.max_tokens, config.length_scale, plans=method.plan == "written")
+        given, plans = plan_tokens(config.plan, tokenizer), method.plan == "written"
+        self.grammar = Grammar(tokenizer, config.max_tokens, config.length_scale, plans, given)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.cached = 0  # layout entries [0, cached) are in the KV cache as a fresh forward would compute them
         self.cut = self.broken = False  # cut: max_tokens had no room for more; broken: a token outside the grammar

@@ -2,11 +2,14 @@
 
 import codecs
 import copy
+import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from tags import Span
 from tokenizer import MAX_LENGTH, MAX_NAME, Tokenizer, span_slots
 
 WHITE_SPACE = [chr(code).encode() for code in range(0x3001) if chr(code).isspace()]  # Unicode has none above
@@ -21,11 +24,14 @@ class Grammar:
     `allowed` leaves one token, that token needs no forward pass of its own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, positions_left: int, length_scale: float = 1.0, plans: bool = True):
+    def __init__(self, tokenizer: Tokenizer, positions_left: int, length_scale: float = 1.0, plans: bool = True,
+                 given: Sequence[int] = ()):  # fmt: skip
         """`positions_left`: of the whole answer, spans and their tags included. `length_scale`: as in `span_slots`.
 
-        `plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone.
+        `plans`: whether the answer may have plans and rounds; an autoregressive model writes text alone. `given`: the
+        plan of the first round (`plan_tokens`), if somebody else has made it.
         """
+        self.given, self.complete = tuple(given), bool(given)  # complete: the plan of this round has no more topics
         self.tokenizer, self.positions_left, self.plans = tokenizer, max(positions_left, 1), plans
         self.slots = _slots(tokenizer.unit, length_scale)
         self.state = "text"
@@ -68,7 +74,7 @@ class Grammar:
         tok = self.tokenizer
         if not self.allowed()[token]:
             raise ValueError(f"the grammar does not allow {tok.name(token)!r} here ({self.state})")
-        self.positions_left, self._allowed = self.positions_left - 1, None
+        self.positions_left, self._allowed, self.given = self.positions_left - 1, None, self.given[1:]
         if self.state == "name" and token < tok.pad:
             self.name_tokens, self.blank = self.name_tokens + 1, _still_blank(self.blank, tok.tokens[token])
         elif self.state == "name":
@@ -79,7 +85,7 @@ class Grammar:
         elif token == tok.topic:
             self.state = "name"
         elif token == tok.sync:
-            self.state = "text"
+            self.state, self.complete = "text", False
         elif token == tok.eos:
             self.state = "done"
 
@@ -97,8 +103,12 @@ class Grammar:
         elif self.state != "done":
             mask[tok.eos] = True
             mask[tok.sync] = self.plans and self.positions_left >= 2
-            mask[tok.topic] = self.plans and self._fits(1, before=1)
+            mask[tok.topic] = self.plans and self._fits(1, before=1) and (bool(self.given) or not self.complete)
             mask[: tok.pad] = self.state == "text" and self.positions_left >= 2
+        if self.given:
+            if not mask[self.given[0]]:
+                raise ValueError("--plan has no room in --max_tokens: give fewer topics or shorter ones, or more tokens")
+            mask[:] = np.arange(len(mask)) == self.given[0]
         return mask
 
     def _fits(self, name_tokens: int, before: int = 0) -> bool:
@@ -109,6 +119,17 @@ class Grammar:
         """Positions left for the slots of a topic whose name comes to have that many tokens."""
         plan = before + (name_tokens - self.name_tokens) + 2  # 2: its length and </topic>
         return self.positions_left - plan - _scaffold(name_tokens) - 1  # 1: <eos>
+
+
+def plan_tokens(plan: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a plan that somebody has typed, such as "habitat 1; food 2". Raises ValueError if it is none."""
+    tokens = []
+    for topic in filter(str.strip, plan.split(";")):
+        if not (typed := re.fullmatch(r"\s*(.*\S)\s+([0-9]+)\s*", topic)):
+            raise ValueError(f'--plan, {topic.strip()[:60]!r}: expected topics with lengths, such as "habitat 1; food 2"')
+        name, _ = tokenizer.encode_span(Span(typed[1], "", int(typed[2])))
+        tokens += [tokenizer.topic, *name, tokenizer.length_id(int(typed[2])), tokenizer.topic_end]
+    return tokens
 
 
 def _scaffold(name_tokens: int) -> int:
