@@ -1,9 +1,9 @@
 """Answers under a plan that somebody else has made (`--plan`)."""
 
 import pytest
+from conftest import each
 
 from config import MethodConfig, SampleConfig
-from conftest import each
 from plumbing.settings import refuse_idle
 from sample import Sampler
 
