@@ -9,11 +9,11 @@ synchronised. (kernels/bench.py times attention alone.)
 """
 
 import argparse
+import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
@@ -21,35 +21,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import torch
 import torch.nn.functional as F
 
-from config import MethodConfig, SampleConfig, TrainConfig
+from config import METHODS, MethodConfig, SampleConfig, TrainConfig
 from data import read_split
 from decode import Answer
-from measure.frontier import PRESETS
+from kernels.bench import in_turns, on_the_host, quartiles
 from measure.quality import aligned
 from model import ModelConfig, Transformer
-from plumbing.device import find, name_of, synchronize, utilization
+from plumbing.device import find, name_of, utilization
 from plumbing.settings import add_settings, command, locate, pick
 from sample import Passes, Sampler
 from train import Trainer
 
-
-def in_turns(calls: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each of `repeats` rounds of calls, after one round that is not counted."""
-    seconds = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds[name] += [time.perf_counter() - start] if repeat else []
-    return seconds
+PRESETS = {  # the shape of what is trained, and its batches
+    "tasks": "",
+    "gpu": "--d_model 512 --n_head 8 --n_kv_head 4 --d_ff 1536 --n_layer 8 --batch 32",
+    "tiny": "--d_model 32 --n_head 1 --n_kv_head 1 --d_ff 32 --n_layer 1 --batch 2",  # to try this script
+}
 
 
 def spread(values: list[float], form: str) -> str:
     """Median and quartiles for a reader."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, median, high = quartiles(values)
     return f"{form % median} ({form % low} to {form % high})"
+
+
+def show(heads: list[str], rows: list[list[str]], as_json: bool) -> None:
+    """Print a table, or a JSON object per row."""
+    objects = (json.dumps({"what": f"{name}, {heads[0]}", **dict(zip(heads[1:], row))}) for name, *row in rows)
+    print("", *(objects if as_json else aligned(heads, rows)), sep="\n", flush=True)
 
 
 # ---------------------------------------------------------------- training
@@ -57,17 +56,17 @@ def spread(values: list[float], form: str) -> str:
 
 def trainers(args: argparse.Namespace) -> dict[str, Trainer]:
     """One per method, of the same model, data and settings."""
-    preset, parser = PRESETS[args.preset], argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     add_settings(parser, TrainConfig, ModelConfig)
     where = f"--data {args.data} --attention {args.attention} --device {args.device}"
-    shape = parser.parse_args(f"{preset.train} {preset.common} {where}".split())
+    shape = parser.parse_args(f"{PRESETS[args.preset]} {where}".split())
     shape.compile = args.compile
     return {method: Trainer(pick(TrainConfig, shape), pick(ModelConfig, shape), MethodConfig(method))
-            for method in ("ar", "planned", "dense", "parallel-ar")}  # fmt: skip
+            for method in args.methods}  # fmt: skip
 
 
 def bench_training(args: argparse.Namespace) -> None:
-    """Print tokens/s of each method's training, also as a share of autoregressive training."""
+    """Print tokens/s of each method's training, also as a share of the first one's."""
     trained, tokens, flops = trainers(args), {}, {}
     print(f"\nTraining on {args.data}, {args.updates} updates per turn, median and quartiles of {args.repeats}")
 
@@ -79,14 +78,16 @@ def bench_training(args: argparse.Namespace) -> None:
         tokens.setdefault(method, []).append(trainer.progress.tokens - before[0])
         flops.setdefault(method, []).append(trainer.progress.flops - before[1])
 
-    seconds = in_turns({method: lambda m=method: train(m) for method in trained}, args.repeats, find(args.device))
+    timed = partial(on_the_host, device=find(args.device))
+    seconds = in_turns({method: partial(train, method) for method in trained}, args.repeats, timed)
     speed = {m: [n / s for n, s in zip(tokens[m][1:], seconds[m])] for m in trained}  # the first turn warms up
     rows = []
     for method, trainer in trained.items():
         used = utilization(sum(flops[method][1:]) / sum(seconds[method]), trainer.device)
-        relative = statistics.median(speed[method]) / statistics.median(speed["ar"])
+        relative = statistics.median(speed[method]) / statistics.median(speed[args.methods[0]])
         rows.append([method, spread(speed[method], "%.0f"), f"{relative:.2f}", used])
-    print(*aligned(["method", "tokens/s", "of ar", "computed"], rows), sep="\n")
+    kind = f"{args.preset}, compiled" if args.compile else args.preset
+    show([kind, "tokens/s", f"of {args.methods[0]}", "computed"], rows, args.json)
 
 
 # ---------------------------------------------------------------- sampling
@@ -113,7 +114,8 @@ def bandwidth(device: torch.device) -> float:
     """Bytes/s that the device reads and writes in copying 256 MiB."""
     source = torch.zeros(1 << 26, device=device)
     copy = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(in_turns({"": lambda: copy.copy_(source)}, 5, device)[""])
+    timed = partial(on_the_host, device=device)
+    return 2 * source.nbytes / statistics.median(in_turns({"": lambda: copy.copy_(source)}, 5, timed)[""])
 
 
 def samplers(args: argparse.Namespace) -> dict[str, Sampler]:
@@ -152,9 +154,9 @@ def bench_sampling(args: argparse.Namespace) -> None:
         def answer(name: str) -> None:
             answers[name] = answer_all(compared[name], prompts, batch)
 
-        calls = {name: lambda n=name: answer(n) for name in compared}
+        calls = {name: partial(answer, name) for name in compared}
         calls |= {f"{n} products": lambda s=s: matrix_products(s.model, s.passes.widths) for n, s in compared.items()}
-        seconds = in_turns(calls, args.repeats, device)
+        seconds = in_turns(calls, args.repeats, partial(on_the_host, device=device))
         speeds, costs = [], []
         for name, sampler in compared.items():
             median, bare, ar = (statistics.median(seconds[key]) for key in (name, f"{name} products", "ar"))
@@ -164,20 +166,23 @@ def bench_sampling(args: argparse.Namespace) -> None:
             speeds.append([name, per_answer, f"{tokens / median:.0f}", f"{ar / median:.2f}"])
             times = f"{1e3 * median / passes:.2f}", f"{median / bare:.1f}", f"{median / floor:.0f}"
             costs.append([name, str(passes), *times])
-        print("", *aligned([f"batch {batch}", "ms per answer", "tokens/s", "speed / ar"], speeds), sep="\n")
-        heads = [f"batch {batch}", "passes", "ms per pass", "/ products", "/ reading"]
-        print("", *aligned(heads, costs), sep="\n", flush=True)
+        show([f"batch {batch}", "ms per answer", "tokens/s", "speed / ar"], speeds, args.json)
+        show([f"batch {batch}", "passes", "ms per pass", "/ products", "/ reading"], costs, args.json)
 
 
 def options() -> argparse.Namespace:
     """The command line. Raises ValueError for numbers with which nothing can be timed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("both", "training", "sampling"), default="both", help="(default: both)")
-    parser.add_argument("--preset", choices=PRESETS, default="tasks", help="model, of frontier.py (default: tasks)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tasks", help="model and batch that train (default: tasks)"
+    )
     parser.add_argument("--data", default="data/tasks", help="data set (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")
     parser.add_argument("--attention", default="auto", help="what computes attention in training (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what is trained and what samples")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ar", "planned", "dense", "parallel-ar"],
+                        help="trained; the first is what others are compared with (default: %(default)s)")  # fmt: skip
     parser.add_argument("--updates", type=int, default=10, help="per turn of training (default: %(default)s)")
     parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
     parser.add_argument("--ar", default="checkpoints/tasks/ar.safetensors", help="its baseline (default: %(default)s)")
@@ -186,6 +191,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps_ratio", type=float, default=0.5, help="one way to denoise (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.9, help="another way to (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of everything (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON objects")
     args = parser.parse_args()
     least = {"repeats": 2, "updates": 1, "prompts": 1}  # 2: for quartiles
     given = [*((name, getattr(args, name), number) for name, number in least.items()),

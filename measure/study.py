@@ -1,7 +1,7 @@
 """Trainings and measurements by name, each done once: they are kept under a hash of code, data and settings.
 
-The weights stay in a folder; the figures are in one JSON file, from which tables and pictures can be made without
-training again. An interrupted call goes on where it was.
+The weights stay in a folder; the figures are in one JSON file, from which page and pictures are made without training
+again. An interrupted call goes on where it was.
 """
 
 import hashlib
@@ -10,15 +10,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
+from config import SampleConfig
 from measure.code import TRAINING, fingerprint, sources
+from measure.eval import EvalConfig, evaluate
+from plumbing.files import write_whole
 from plumbing.settings import ROOT, locate
 
 DATA_FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json")
+KEPT = ("scores", "readers", "plan_nll", "span_elbo", "span_elbo_error", "pad_share", "spans_per_answer")  # of a report
 
 
 @dataclass(frozen=True)
@@ -34,46 +37,24 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def call(script: str, options: list[str], log: Path) -> str:
-    """Run one of the project's scripts; what it says goes to a log. Returns what it prints. Raises ValueError."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        file.write(f"{script} {' '.join(options)}\n")
-        file.flush()
-        out = subprocess.PIPE if script != "train.py" else file
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen([sys.executable, ROOT / script, *options], stdout=out, stderr=file, text=True,
-                                   env=environment)  # fmt: skip
-        try:
-            printed, _ = process.communicate()
-        except KeyboardInterrupt:
-            process.wait()  # it got the signal too, and saves
-            raise
-    if process.returncode:
-        raise ValueError(f"{script} {' '.join(options)} failed: see the end of {log}")
-    return printed or ""
-
-
-def together(function: Callable, items: list[tuple], workers: int) -> list:
-    """The function of each item, up to `workers` at a time; a failure stops what has not begun."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = [pool.submit(function, *item) for item in items]
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return [future.result() for future in sorted(futures, key=lambda f: f.cancelled())]  # a failure first
+def rounded(value: Any) -> Any:
+    """A value for JSON with numbers of five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 class Study:
-    """Trains `models` in `out` and measures them; `kept` is the JSON file of the figures."""
+    """Trains `models` in `out` and measures them on the first `limit` test prompts; the figures are kept in `kept`."""
 
-    def __init__(self, models: dict[str, Model], out: Path, kept: Path, device: str = "auto"):
-        self.models, self.out, self.kept, self.device = models, out, kept, device
+    def __init__(self, models: dict[str, Model], out: Path, kept: Path, limit: dict[str, int], device: str = "auto"):
+        self.models, self.out, self.kept, self.limit, self.device = models, out, kept, limit, device
         self.figures = json.loads(kept.read_text()) if kept.exists() else {}
+        self.used: dict[str, dict] = {}  # figures that this call has asked for
         self.code = {"train": fingerprint(TRAINING), "eval": fingerprint(sources(ROOT / "measure/eval.py"))}
         self.hashes: dict[str, list[str]] = {}
-        self.lock = Lock()
 
     def data(self, folder: str) -> list[str]:
         """Hashes of a data set's files."""
@@ -91,20 +72,55 @@ class Study:
         start = self.key(model.start, seed) if model.start else ""
         return digest(self.code["train"], self.data(model.data), model.train, seed, start)
 
-    def folder(self, name: str, seed: int) -> Path:
-        return self.out / f"{name.replace(' ', '-')}-{seed}-{self.key(name, seed)}"
-
     def train(self, name: str, seed: int) -> Path:
-        """The checkpoint of a training, which is run now if it is not there."""
-        model, folder = self.models[name], self.folder(name, seed)
-        path = folder / "model.safetensors"
+        """The checkpoint of a training, which is run now if it is not there. Raises ValueError if it fails."""
+        model, folder = self.models[name], self.out / f"{name.replace(' ', '-')}-{seed}-{self.key(name, seed)}"
+        path, log = folder / "model.safetensors", folder / "log.txt"
         if path.exists():
             return path
         options = ["--data", model.data, *model.train.split(), "--seed", str(seed), "--device", self.device]
         options += ["--init", str(self.train(model.start, seed))] if model.start else []
-        print(f"training {name}, seed {seed}; follow it in {folder / 'log.txt'}", flush=True)
-        call("train.py", [*options, "--out", str(folder)], folder / "log.txt")
-        if not path.exists():
-            raise ValueError(f"the training of {name} was stopped: see the end of {folder / 'log.txt'}")
+        print(f"training {name}, seed {seed}; follow it in {log}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        with log.open("a") as file:
+            process = subprocess.Popen([sys.executable, ROOT / "train.py", *options, "--out", folder], stdout=file,
+                                       stderr=file, env=environment)  # fmt: skip
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # it got the signal too, and saves
+                raise
+        if process.returncode or not path.exists():
+            raise ValueError(f"the training of {name} ended before its time: see the end of {log}")
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # a finished run needs no more than its model
         return path
+
+    def figure(self, what: str, parts: list, measure: Callable[[], dict]) -> dict:
+        """What `measure` returns, kept under what it is and all `parts` that decide it besides the sampling code."""
+        key = digest(self.code["eval"], what, parts)
+        if key not in self.figures:
+            print(f"measuring {what}", flush=True)
+            figure = {"what": what} | rounded(measure())
+            self.figures = (json.loads(self.kept.read_text()) if self.kept.exists() else {}) | {key: figure}
+            rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(self.figures[k])}" for k in sorted(self.figures))
+            write_whole(self.kept, "{\n" + rows + "\n}\n")
+        self.used[key] = self.figures[key]
+        return self.figures[key]
+
+    def report(self, name: str, seed: int, sample: str = "", draft: str = "", data: str = "") -> dict:
+        """What eval.py reports of a model, sampled with the given options, on its data set or on another."""
+        data = data or self.models[name].data
+        limit, keys = self.limit.get(data, 0), [self.key(model, seed) for model in (name, draft) if model]
+
+        def measure() -> dict:
+            pairs = sample.replace("--", "").split()
+            given = dict(zip(pairs[::2], pairs[1::2]))
+            types = {key: type(value) for key, value in asdict(SampleConfig()).items()}
+            config = SampleConfig(**{key: types[key](value) for key, value in given.items()})
+            drafter = str(self.train(draft, seed)) if draft else ""
+            found = evaluate(EvalConfig(str(self.train(name, seed)), data, limit=limit, draws=1, draft=drafter,
+                                        device=self.device), config)  # fmt: skip
+            return {key: found[key] for key in KEPT}
+
+        return self.figure(f"{name} {sample} seed {seed}", [keys, self.data(data), sample, limit], measure)

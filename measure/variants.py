@@ -8,6 +8,7 @@
 """
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,8 @@ def write_variant(data: str, out: Path, change: Callable[[Example, Tokenizer], I
     if (out / "tokenizer.json").exists():
         return
     folder, splits = locate(data), ("train", "val", "test")
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "families.py", out)  # answers are checked as before
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     with writing(out, list(splits), tokenizer) as add:
         for split in splits:
