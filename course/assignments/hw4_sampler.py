@@ -49,7 +49,7 @@ which of them compete. `certainty` gives a number per slot, `ranks` its rank amo
 decides.
 
 - Certainty is a property of the model. It does not change with temperature or top-p, which only choose the token.
-- With `threshold` every slot that reaches it is kept; the quota (then 1) makes sure that something is.
+- With `threshold` every slot that reaches it is kept, however small the quota.
 - With `apart`, of two neighbours that would get the same token (not `[PAD]`) only the more certain is kept; the next
   most certain slot takes the place of the other. With `pads_last` a slot waits if it would get `[PAD]` and one of the
   masked slots right before it text (`before_text` is there). What reaches the threshold is kept all the same.
@@ -79,7 +79,8 @@ is there; it calls your `fill` for all groups at once.
 - What does a pass have to compute? Everything before the scaffold that is not cached yet, and the unfinished spans,
   whole.
 - After step s of S, ceil(n s / S) of a span's n slots are filled. The quota of a pass is what is missing to that,
-  and at least one: a pass that fills none of a span's slots would be repeated exactly.
+  and at least one: a pass that fills none of a span's slots would be repeated exactly. With a threshold alone S is 0,
+  and the quota one.
 - `take` fills the slots whose tokens were kept: a `Reply` has them in the order of `reply.reading.entries`. Tell
   `retire` which spans are still unfinished. A denoising pass adds 1 to the critical path, however many slots it fills.
 - After the pass, entries before `first` are exact in the cache. Is anything else?
@@ -262,7 +263,8 @@ def draw_order(expected, came):
 )
 def passes_by_hand(rng, size):
     tokenizer, found = small.tokenizer(), {}
-    for settings in (dict(steps_ratio=float(rng.choice([0.3, 0.5, 0.8]))), dict(threshold=0.8)):
+    for settings in (dict(steps_ratio=float(rng.choice([0.3, 0.5, 0.8]))), dict(threshold=0.8),
+                     dict(steps_ratio=0.5, threshold=0.9)):  # fmt: skip
         answer, phase = by_hand.begun(tokenizer, max_tokens=400, **settings)
         for length in (3, 1, *(int(n) for n in rng.integers(1, 5, size))):
             phase = by_hand.wished(phase, "food", length)
@@ -372,9 +374,9 @@ WRONG = (
           "return [[i for _, slots in self.unfinished for i in slots]]", "passes_by_hand"),
     Wrong("quota rounded down", "decode.py", "math.ceil(size * self.step / self.steps)",
           "size * self.step // self.steps", "passes_by_hand"),
-    Wrong("quota per pass instead of in all", "decode.py", "(size * self.step / self.steps) - (size - left))",
-          "(size / self.steps))", "passes_by_hand"),
-    Wrong("short spans wait for long ones", "decode.py", "return max(1, math.ceil(size", "return max(0, math.ceil(size",
+    Wrong("quota per pass instead of in all", "decode.py", "share - (size - left)", "math.ceil(size / self.steps) if self.steps else 0",
+          "passes_by_hand"),
+    Wrong("short spans wait for long ones", "decode.py", "return max(1, share", "return max(self.steps == 0 or self.config.threshold > 0, share",
           "passes_by_hand"),
     Wrong("finished spans go on", "decode.py", "        self.retire(unfinished)\n", "", "passes_by_hand"),
     Wrong("plan computed by every pass", "decode.py", "return [*range(self.answer.cached, self.first), *(",
