@@ -334,7 +334,7 @@ def test_a_terminal_without_utf_8_gets_letters_for_shades(cli, monkeypatch):
 
 def test_bench_times_training_and_sampling_beside_autoregression(cli, files, monkeypatch, capsys):
     """The same model twice: it takes as many passes, so the ratio is of the machine's noise alone."""
-    few = ("--preset", "minutes", "--updates", "1", "--repeats", "2", "--batch", "1", "--prompts", "2")
+    few = ("--preset", "tiny", "--updates", "1", "--repeats", "2", "--batch", "1", "--prompts", "2")
     monkeypatch.setattr(sys, "argv", ["bench.py", *(a.replace("FILES", str(files)) for a in BENCH), *few])
     monkeypatch.setattr(bench, "SampleConfig", partial(SampleConfig, max_tokens=40))
     bench.main()
