@@ -92,7 +92,9 @@ def independence(examples: list[Example]) -> dict[str, float]:
 # ---------------------------------------------------------------- time
 
 
-def seconds_per_answer(samplers: dict[str, Sampler], prompts: list[str], batch: int, repeats: int = 3) -> dict[str, float]:
+def seconds_per_answer(
+    samplers: dict[str, Sampler], prompts: list[str], batch: int, repeats: int = 3
+) -> dict[str, float]:
     """Median seconds of each way to sample, all measured in turns."""
 
     def answer_all(sampler: Sampler) -> None:

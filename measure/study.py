@@ -47,7 +47,10 @@ def rounded(value: Any) -> Any:
 
 
 class Study:
-    """Trains `models` in `out` and measures them on the first `limit` test prompts; the figures are kept in `kept`."""
+    """Trains `models` in `out` and measures them; the figures are kept in `kept`.
+
+    `limit`: data set -> how many test prompts are answered, where not all are; "": of every other.
+    """
 
     def __init__(self, models: dict[str, Model], out: Path, kept: Path, limit: dict[str, int], device: str = "auto"):
         self.models, self.out, self.kept, self.limit, self.device = models, out, kept, limit, device
@@ -65,6 +68,10 @@ class Study:
             texts = [(locate(folder) / name).read_bytes() for name in DATA_FILES]
             self.hashes[folder] = [hashlib.sha256(text).hexdigest()[:16] for text in texts]
         return self.hashes[folder]
+
+    def limit_of(self, data: str) -> int:
+        """How many test prompts of a data set are answered; 0: all."""
+        return self.limit.get(data, self.limit.get("", 0))
 
     def key(self, name: str, seed: int) -> str:
         """What a training is kept under: all that decides its weights."""
@@ -111,7 +118,7 @@ class Study:
     def report(self, name: str, seed: int, sample: str = "", draft: str = "", data: str = "") -> dict:
         """What eval.py reports of a model, sampled with the given options, on its data set or on another."""
         data = data or self.models[name].data
-        limit, keys = self.limit.get(data, 0), [self.key(model, seed) for model in (name, draft) if model]
+        limit, keys = self.limit_of(data), [self.key(model, seed) for model in (name, draft) if model]
 
         def measure() -> dict:
             pairs = sample.replace("--", "").split()

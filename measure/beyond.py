@@ -1,0 +1,123 @@
+"""What the reviewers of the paper asked for, and two things that the data here makes cheap: see measure/claims.py."""
+
+from statistics import mean
+
+from config import SampleConfig
+from data import read_split
+from measure import probes
+from measure.claims import (
+    CHECKED,
+    HEADS,
+    POINTS,
+    SURE,
+    Claim,
+    Found,
+    always,
+    changed,
+    over,
+    passes,
+    right,
+    shown,
+    spread,
+    table,
+)  # fmt: skip
+from measure.models import TOWNS
+from plumbing.settings import locate
+
+UNDER_PLANS = 60  # prompts that are answered under changed plans
+
+
+def parts(f: Found) -> Claim:
+    names = {"noised history": "noised history", "1/t weights": "1/t weights", "extra pads": "0 to 10 random `[PAD]`",
+             "no warm-up": "no autoregressive warm-up, equal updates"}  # fmt: skip
+    values, rows = changed(f, names)
+    worse = [names[name] for name in names if always(values["planned"], values[name])]
+    return Claim(
+        "Every part of the design, taken away once",
+        "asked for by reviewers; the paper has topics and `<sync/>` alone",
+        f"worse in all seeds: {', '.join(worse) or 'none'} (topics and `<sync/>` above)",
+        "**no claim of the paper**; the parts that make no difference here may at scale",
+        table(HEADS, rows),
+    )
+
+
+def rivals(f: Found) -> Claim:
+    names = ["autoregression, half size", "speculative decoding by these two", "autoregression, drafts of its own",
+             "Skeleton-of-Thought", "parallel autoregression", "joint as parallel autoregression, drafts",
+             "planned, sparse", "joint as planned, drafts"]  # fmt: skip
+    rows, best = [], {}
+    for name in names:
+        model, settings, draft = POINTS[name]
+        for n, sample in enumerate(settings or ("",)):
+            reports = f.reports(model, sample, draft)
+            drafts = [over(r, "draft_passes") if draft else 0 for r in reports]
+            cells = [spread(list(map(get, reports))) for get in (right, passes)]
+            rows.append([name if n == 0 else "", shown(sample), *cells, spread(drafts)])
+            best[name] = min(best.get(name, 1e9), mean(map(passes, reports)))
+    return Claim(
+        "Against speculative decoding, a smaller model, Skeleton-of-Thought, APAR and ParaThinker",
+        "asked for by reviewers",
+        f"passes: speculative {best['speculative decoding by these two']:.1f} (and as many of the small model times its "
+        f"drafts), own drafts {best['autoregression, drafts of its own']:.1f}, Skeleton-of-Thought "
+        f"{best['Skeleton-of-Thought']:.1f}, planned {best['planned, sparse']:.1f}, planned with drafts "
+        f"{best['joint as planned, drafts']:.1f}",
+        "**no claim of the paper**; APAR and ParaThinker can be tested by their closest relative alone",
+        ["Skeleton-of-Thought has nothing of the method but prompts: a request for the skeleton, then one for each point. Our "
+         "models follow no prompt that they never saw, so this one was trained on both kinds as ordinary text; a point sees "
+         "no other point. APAR forks without naming lengths, and PASTA promises spans within the text: `parallel-ar`, whose "
+         "plan comes first, is the closest. ParaThinker attempts one answer several times and then settles: the family "
+         "`thinking` of `data/tasks` has its shape ([results](results.md#tasks)).", "",
+         *table(["method", "setting", "right", "passes", "passes of the drafting model"], rows)],
+    )  # fmt: skip
+
+
+def independence(f: Found) -> Claim:
+    examples = read_split(locate(TOWNS) / "test.jsonl")
+    exact = probes.independence(examples)
+    agree = lambda report: 100 * over(report, "exact", ("coupled",))
+    ways = [("autoregression", "ar", ""), ("parallel autoregression", "parallel-ar", ""),
+            ("planned, sparse", "planned", SURE), ("planned, sparse, one slot per pass", "planned", "--steps_ratio 1"),
+            ("planned, dense", "dense", SURE), ("planned, dense, one slot per pass", "dense", "--threshold 1"),
+            ("planned, sparse, the plan names the colour", "named", SURE)]  # fmt: skip
+    rows, found = [], {}
+    for label, name, sample in ways:
+        greedy, hot = (list(map(agree, f.reports(name, f"{sample}{more}"))) for more in ("", " --temperature 1"))
+        bound = f"{100 * exact['apart']:.1f}" if name in ("parallel-ar", "planned") else "100"
+        rows.append([label, spread(greedy), "100", spread(hot), bound])
+        found[label] = hot
+    kept = max(mean(found[n]) for n in ("planned, sparse", "parallel autoregression")) <= 100 * exact["apart"] + 5
+    return Claim(
+        "What independence costs, exactly",
+        "the paper has no figure",
+        f"total correlation {exact['total_correlation']:.2f} nats per answer: spans drawn apart agree in at most "
+        f"{100 * exact['apart']:.1f}% of answers; measured {spread(found['planned, sparse'])} (sparse), "
+        f"{spread(found['planned, dense'])} (dense), {spread(found['planned, sparse, the plan names the colour'])} (named)",
+        "**no claim of the paper**; " + ("sparse spans keep to the bound, a plan that names the shared choice lifts it"
+                                         if kept else "measured above the bound: look for a leak"),
+        ["In `coupled` all spans have one of four colours, which nothing decides. Given prompt and plan, K spans have a total "
+         "correlation of (K - 1) log 4. Greedily, spans that do not see each other can still agree by habit. Right answers in "
+         "per cent, and the best possible:", "",
+         *table(["", "greedy", "bound", "temperature 1", "bound"], rows)],
+        ["paper-independence.png"],
+    )  # fmt: skip
+
+
+def given(f: Found) -> Claim:
+    study = f.study
+    examples = [e for e in read_split(locate(TOWNS) / "test.jsonl") if e.family in CHECKED][:UNDER_PLANS]
+    found = [study.figure(f"plans seed {seed}", [study.key("planned", seed), UNDER_PLANS], lambda: probes.under_plans(
+             study.train("planned", seed), examples, SampleConfig(threshold=0.9), study.device, seed))
+             for seed in f.seeds]  # fmt: skip
+    values = {name: [100 * report[name] for report in found] for name in found[0] if name != "what"}
+    hurt = [name for name, v in values.items() if always(values["its own plan"], v)]
+    return Claim(
+        "What a plan decides",
+        "the paper has no figure; wrong plans cost a 7B diffusion model 16 points elsewhere (arXiv 2603.13243)",
+        "; ".join(f"{name} {spread(v)}" for name, v in values.items()),
+        f"**no claim of the paper**; worse in all seeds: {', '.join(hurt) or 'none'}",
+        [
+            "Right spans in per cent of those that the prompt asks for and the plan has (`sample.py --plan`):",
+            "",
+            *table(["plan", "right spans"], [[name, spread(v)] for name, v in values.items()]),
+        ],
+    )

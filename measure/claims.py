@@ -1,0 +1,309 @@
+"""The claims of the paper, one function each: what it says, how it is measured here, what we find.
+
+Figures of the paper are those of its second version (March 2026, 7B model, AlpacaEval), second hand from published
+reading notes; the abstract of the first version gives the speed-ups (1.27 to 1.81) and the drops in win rate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import mean
+
+from config import SampleConfig
+from data import read_split
+from measure import probes
+from measure.models import EPOCHS, STUDIED, TOWNS
+from measure.quality import checker
+from measure.study import Study
+from plumbing.settings import locate
+from sample import Sampler
+
+CHECKED = ("towns", "sums")  # families with one right answer
+SURE = "--threshold 0.9"
+SWEEP = ("--steps_ratio 0.5", "--steps_ratio 0.25", "--steps_ratio 0.1", SURE)
+POINTS = {  # a line of the frontier: the model, its settings, and a second model that drafts
+    "autoregression": ("ar", ("",), ""),
+    "autoregression, half size": ("ar half", ("",), ""),
+    "speculative decoding by these two": ("ar", ("--ahead 4", "--ahead 8", "--ahead 16", "--ahead 32"), "ar half"),
+    "autoregression, drafts of its own": ("ar drafts", ("--ahead 8",), ""),
+    "Skeleton-of-Thought": ("skeleton", (), ""),
+    "parallel autoregression": ("parallel-ar", ("",), ""),
+    "block diffusion": ("block", SWEEP, ""),
+    "diffusion of the whole answer": ("diffusion", SWEEP, ""),
+    "planned, sparse": ("planned", SWEEP, ""),
+    "planned, dense": ("dense", SWEEP, ""),
+    "joint as planned, drafts": ("joint", ("--ahead 8 --steps_ratio 0.25", f"--ahead 8 {SURE}"), ""),
+    "joint as parallel autoregression, drafts": ("joint", ("--ahead 8 --decode parallel-ar",), ""),
+}
+SCALES = ("0.5", "0.75", "1", "1.5", "2", "2.5")
+RATIOS, THRESHOLDS = ("0.05", "0.1", "0.25", "0.5", "1"), ("0.5", "0.7", "0.9", "0")
+
+
+@dataclass
+class Claim:
+    """A row of the page, and what stands below it. `verdict` begins with agrees, differs or cannot be tested here."""
+
+    title: str
+    paper: str
+    here: str
+    verdict: str
+    lines: list[str] = field(default_factory=list)  # Markdown
+    pictures: list[str] = field(default_factory=list)
+
+
+class Found:
+    """The figures of a study over its seeds."""
+
+    def __init__(self, study: Study, seeds: list[int]):
+        self.study, self.seeds = study, seeds
+
+    def reports(self, name: str, sample: str = "", draft: str = "") -> list[dict]:
+        if name == "skeleton":
+            return [self.skeleton(seed) for seed in self.seeds]
+        return [self.study.report(name, seed, sample, draft) for seed in self.seeds]
+
+    def skeleton(self, seed: int) -> dict:
+        limit, folder = self.study.limit_of(TOWNS), locate(TOWNS)
+        examples = read_split(folder / "test.jsonl")[: limit or None]
+        measure = lambda: probes.skeleton_of_thought(self.study.train("skeleton", seed), examples, checker(folder),
+                                                     self.study.device)  # fmt: skip
+        return self.study.figure(f"skeleton seed {seed}", [self.study.key("skeleton", seed), limit], measure)
+
+
+# ---------------------------------------------------------------- figures of a report
+
+
+def over(report: dict, figure: str, families: tuple[str, ...] = CHECKED) -> float:
+    return mean(report["scores"][family][figure] for family in families)
+
+
+def right(report: dict) -> float:
+    """Exact answers of the families with one right answer, in per cent."""
+    return 100 * over(report, "exact")
+
+
+def chrf(report: dict) -> float:
+    return report["readers"]["chrF"]["value"]
+
+
+def passes(report: dict) -> float:
+    return over(report, "passes") if "towns" in report["scores"] else report["scores"]["all"]["passes"]
+
+
+def speed(report: dict) -> float:
+    """Content tokens per pass."""
+    return over(report, "content_tokens") / over(report, "passes")
+
+
+def spread(values: list[float], form: str = "{:.1f}") -> str:
+    """Mean of the seeds and, where they do not all read the same, the lowest and the highest."""
+    middle, low, high = (form.format(v) for v in (mean(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def shown(sample: str) -> str:
+    return sample.replace("--", "").replace("decode parallel-ar", "").strip() or "greedy"
+
+
+def always(ours: list[float], theirs: list[float]) -> bool:
+    """Whether every seed of one is above every seed of the other."""
+    return min(ours) > max(theirs)
+
+
+# ---------------------------------------------------------------- the claims
+
+
+def frontier(f: Found) -> Claim:
+    rows, areas, best = [], {}, max(right(r) for name, (model, settings, draft) in POINTS.items()
+                                    for sample in settings or ("",) for r in f.reports(model, sample, draft))  # fmt: skip
+    for name, (model, settings, draft) in POINTS.items():
+        curves = [[] for _ in f.seeds]
+        for n, sample in enumerate(settings or ("",)):
+            reports = f.reports(model, sample, draft)
+            for curve, report in zip(curves, reports):
+                curve.append((speed(report), right(report)))
+            cells = [spread([get(r) for r in reports]) for get in (right, passes)]
+            costs = [spread([over(r, cost) for r in reports], "{:.0f}") for cost in ("critical_path", "positions")]
+            rows.append([name if n == 0 else "", shown(sample), *cells, *costs, ""])
+        areas[name] = [probes.aup(curve, best) for curve in curves]
+        rows[-1][-1] = spread(areas[name], "{:.0f}")
+    ar, planned = (f.reports(model, sample) for model, sample in (("ar", ""), ("planned", SURE)))
+    gain, lost = mean(map(passes, ar)) / mean(map(passes, planned)), mean(map(right, ar)) - mean(map(right, planned))
+    front = areas["planned, sparse"]
+    ahead = [name for name, area in areas.items() if mean(area) > mean(front) and not name.startswith("planned")]
+    verdict = "agrees" if gain > 1 and lost < 5 else "differs"
+    return Claim(
+        "Planned diffusion is on the front of quality against latency",
+        "1.27 times (dense) and 1.81 times (sparse) as fast as autoregression, win rates 49.2 and about 44 against 50",
+        f"{gain:.1f} times fewer passes than autoregression, {lost:+.1f} points of right answers lost",
+        f"**{verdict}**, against autoregression; ahead by area (AUP): {', '.join(ahead) or 'none'}",
+        ["Right answers in per cent, mean of the seeds (lowest to highest). AUP: accuracy under parallelism, the area under "
+         "quality over tokens per pass (d3LLM, 2026).", "",
+         *table(["method", "setting", "right", "passes", "critical path", "positions", "AUP"], rows)],
+        ["paper-frontier.png"],
+    )  # fmt: skip
+
+
+def times(f: Found) -> Claim:
+    study, seed = f.study, f.seeds[0]
+    settings = {f"{name}, {shown(s)}": (model, s) for name, (model, samples, draft) in POINTS.items() if not draft
+                for s in samples}  # fmt: skip
+    prompts = [e.prompt for e in read_split(locate(TOWNS) / "test.jsonl") if e.family in CHECKED][:16]
+
+    def measure() -> dict:
+        found = {}
+        for batch in (1, 8):
+            samplers = {}
+            for name, (model, sample) in settings.items():
+                words = sample.replace("--", "").split()
+                given = {key: float(value) if value[0].isdigit() and "." in value else value
+                         for key, value in zip(words[::2], words[1::2])}  # fmt: skip
+                given |= {"ahead": int(given["ahead"])} if "ahead" in given else {}
+                samplers[name] = Sampler.load(study.train(model, seed), SampleConfig(**given), study.device)
+            found[str(batch)] = probes.seconds_per_answer(samplers, prompts, batch)
+        return found
+
+    keys = [study.key(model, seed) for model, _ in settings.values()]
+    found = study.figure("milliseconds", [keys, sorted(settings), len(prompts)], measure)
+    rows = [[name, *(f"{1e3 * found[b][name]:.0f} ({found[b]['autoregression, greedy'] / found[b][name]:.1f})"
+                     for b in ("1", "8"))] for name in settings]  # fmt: skip
+    fastest = {b: max(found[b]["autoregression, greedy"] / found[b][n] for n in settings if n.startswith("planned"))
+               for b in ("1", "8")}  # fmt: skip
+    return Claim(
+        "The gain in time is smaller than the gain in critical path",
+        "critical path 367 (autoregression), 160 (dense), 155 (sparse): 2.3 times shorter, 1.27 to 1.81 times as fast",
+        f"the fastest planned setting is {fastest['1']:.1f} times as fast alone, {fastest['8']:.1f} times eight at once",
+        "**agrees**: a pass over many slots costs more than one over a token, on a CPU several times",
+        ["Milliseconds per answer on one CPU core, in turns, seed 0 (times as fast as autoregression):", "",
+         *table(["", "alone", "eight at once"], rows)],
+        ["paper-path.png"],
+    )  # fmt: skip
+
+
+def training(f: Found) -> Claim:
+    found = {m: {n: list(map(chrf, f.reports(f"{m} {n} epochs", "--steps_ratio 0.25" if m in ("planned", "dense",
+             "diffusion", "joint") else ""))) for n in EPOCHS} for m in STUDIED}  # fmt: skip
+    rows = [[method, *(spread(values) for values in by_epoch.values())] for method, by_epoch in found.items()]
+    gains = {m: mean(v[EPOCHS[-1]]) - mean(v[EPOCHS[-2]]) for m, v in found.items()}
+    verdict = "agrees" if gains["planned"] > max(gains["ar"], 0) else "differs"
+    return Claim(
+        "More training helps planned and plain diffusion, not autoregression",
+        "2 to 16 epochs: autoregression 50 to 50, planned 44.9 to 49.2, diffusion 41.1 to 52.6",
+        f"chrF on recipes from {EPOCHS[-2]} to {EPOCHS[-1]} epochs: "
+        + ", ".join(f"{m} {gain:+.1f}" for m, gain in gains.items()),
+        f"**{verdict}**",
+        ["400 recipes, each model trained from scratch with falling rates for so many epochs; chrF on 64 test recipes:", "",
+         *table(["", *(f"{n} epochs" for n in EPOCHS)], rows)],
+        ["paper-epochs.png"],
+    )  # fmt: skip
+
+
+def changed(f: Found, names: dict[str, str], get: Callable = right, sample: str = SURE) -> tuple[dict, list]:
+    """Values and rows of the planned model and of models with a part changed."""
+    found = {name: f.reports(name, sample) for name in ("planned", *names)}
+    values = {name: list(map(get, reports)) for name, reports in found.items()}
+    rows = [[{"planned": "as it is", **names}[name], spread(values[name]), *(spread([over(r, "exact", (family,)) * 100
+             for r in reports]) for family in ("towns", "sums", "coupled")), spread(list(map(passes, reports)))]
+            for name, reports in found.items()]  # fmt: skip
+    return values, rows
+
+
+HEADS = ["", "right", "`towns`", "`sums`", "`coupled`", "passes"]
+
+
+def topics(f: Found) -> Claim:
+    values, rows = changed(
+        f, {"numbered topics": "topics only numbered", "topic not repeated": "not repeated in its span"}
+    )
+    without = always(values["planned"], values["numbered topics"])
+    return Claim(
+        "Topics matter",
+        "win rate 46.65 with topics, 23.33 without",
+        f"right answers {spread(values['planned'])} with, {spread(values['numbered topics'])} without",
+        "**agrees**: without its topic a span does not know what it is about" if without else "**differs**",
+        table(HEADS, rows),
+    )
+
+
+def sync(f: Found) -> Claim:
+    names = {"untagged": "`<sync/>` deleted (theirs): the text stands before the plan",
+             "one round": "one round (ours): the text becomes a span"}  # fmt: skip
+    values, rows = changed(f, names, lambda report: 100 * over(report, "exact", ("sums",)))
+    lost = [name for name in names if always(values["planned"], values[name])]
+    return Claim(
+        "`<sync/>` matters",
+        "win rate 46.65 with it, 42.96 without, and slower (3.23 to 5.81 s)",
+        f"right `sums`, whose second round needs the first: {spread(values['planned'])} with it, "
+        f"{spread(values['untagged'])} with the tag deleted, {spread(values['one round'])} in one round",
+        f"**agrees**: worse in all seeds ({' and '.join(lost)})" if lost else "**differs**: no seed-proof difference",
+        table(["", "right `sums`", *HEADS[2:]], rows),
+    )
+
+
+def lengths(f: Found) -> Claim:
+    curves = {}
+    for name, label in (("planned", "towns"), ("extra pads", "towns, 0 to 10 random `[PAD]`")):
+        curves[label] = {s: list(map(right, f.reports(name, f"--steps_ratio 0.5 --length_scale {s}"))) for s in SCALES}
+    last = f"planned {EPOCHS[-1]} epochs"
+    curves["recipes"] = {s: list(map(chrf, f.reports(last, f"--steps_ratio 0.25 --length_scale {s}"))) for s in SCALES}
+    best = {label: max(curve, key=lambda s: mean(curve[s])) for label, curve in curves.items()}
+    return Claim(
+        "Planned lengths are right: quality peaks at scale 1",
+        "a curve over scales of 0.5, 1, 1.5, 2 and 2.5 with its peak at 1",
+        ", ".join(f"{label}: best at {scale}" for label, scale in best.items()),
+        "**agrees**" if set(best.values()) == {"1"} else "**differs**: " + ("longer spans cost nothing on recipes but "
+                                                                          "passes" if float(best["recipes"]) > 1 else "see the curve"),
+        ["Right answers (towns) and chrF (recipes) by the scale of all planned lengths:", "",
+         *table(["", *SCALES], [[label, *(spread(values) for values in curve.values())] for label, curve in curves.items()])],
+        ["paper-lengths.png"],
+    )  # fmt: skip
+
+
+def knobs(f: Found) -> Claim:
+    name = f"planned {EPOCHS[-1]} epochs"
+    grid = {}
+    for tau in THRESHOLDS:
+        for r in RATIOS:
+            sample = f"--steps_ratio {r}" + (f" --threshold {tau}" if float(tau) else "")
+            reports = f.reports(name, sample)
+            grid[tau, r] = [mean(map(chrf, reports)), mean(r["scores"]["all"]["denoise_passes"] for r in reports)]
+    rows = [[f"threshold {tau}" if float(tau) else "no threshold", *(f"{grid[tau, r][0]:.1f} / {grid[tau, r][1]:.0f}"
+             for r in RATIOS)] for tau in THRESHOLDS]  # fmt: skip
+    smooth = all(grid["0", a][1] < grid["0", b][1] for a, b in zip(RATIOS, RATIOS[1:]))
+    rises = grid["0", RATIOS[-1]][0] > grid["0", RATIOS[0]][0]
+    return Claim(
+        "Two smooth knobs: step ratio r and threshold tau",
+        "a grid on which quality and time rise together",
+        f"recipes: from r {RATIOS[0]} to {RATIOS[-1]} chrF {grid['0', RATIOS[0]][0]:.1f} to {grid['0', RATIOS[-1]][0]:.1f}, "
+        f"denoising passes {grid['0', RATIOS[0]][1]:.0f} to {grid['0', RATIOS[-1]][1]:.0f}",
+        "**agrees**" if smooth and rises else "**differs**: more steps do not give better text",
+        ["chrF / denoising passes on recipes. Each pass fills at least the share that r asks for, and all slots that reach "
+         "the threshold:", "", *table(["", *(f"r {r}" for r in RATIOS)], rows)],
+        ["paper-knobs.png"],
+    )  # fmt: skip
+
+
+def plans(f: Found) -> Claim:
+    rows, found = [], {}
+    for label, name, sample in (
+        ("towns", "planned", SURE),
+        ("recipes", f"planned {EPOCHS[-1]} epochs", "--steps_ratio 0.25"),
+    ):
+        reports = f.reports(name, sample)
+        whole = [r["scores"]["all"] for r in reports]
+        share = [w["plan_passes"] / (w["plan_passes"] + w["content_tokens"]) for w in whole]
+        found[label] = [spread([100 * w["valid"] for w in whole]), spread([w["length_error"] for w in whole], "{:.2f}")]
+        spans = ", ".join(f"{n}: {100 * part:.0f}%" for n, part in reports[0]["spans_per_answer"].items())
+        rows.append([label, *found[label], spread([100 * w["plan_right"] for w in whole]), spans,
+                     spread([100 * s for s in share]), spread([100 * r["pad_share"] for r in reports])])  # fmt: skip
+    return Claim(
+        "Plans are minimal and reliable",
+        "plans are nearly always valid, and their lengths unbiased",
+        "; ".join(f"{label}: {valid}% valid and whole, lengths off by {off} units" for label, (valid, off) in found.items()),
+        "**agrees**, as far as it can be tested: the grammar makes every plan valid here",
+        table(["", "valid, %", "length off by, units", "plan as in the reference, %", "spans per answer",
+               "passes for plan and text / (these + content tokens), %", "`[PAD]` in slots, %"], rows),
+    )  # fmt: skip
