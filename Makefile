@@ -1,5 +1,5 @@
 # `make demo` shows the project at work, `make test` compares the method with its oracles in two minutes, `make test-all`
-# runs all tests, `make data` prepares the data sets, and `make frontier` compares all methods. Each sets up .venv first.
+# runs all tests, `make data` prepares the data sets, and `make paper` measures all methods. Each sets up .venv first.
 # `make clean` removes .venv and runs/.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 # Tests have one thread: their models are so small that more threads wait longer than they work.
 OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all data frontier clean
+.PHONY: demo test test-all data paper clean
 
 demo: $(VENV)/ready
 	@$(RUN) demo/demo.py
@@ -19,12 +19,13 @@ test-all: $(VENV)/ready
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q tests
 
 data: $(VENV)/ready
+	$(RUN) data/towns/prepare.py
 	$(RUN) data/tasks/prepare.py
 	$(RUN) data/recipes/prepare.py
 
-frontier: $(VENV)/ready
+paper: $(VENV)/ready
 	$(RUN) -m pip install --quiet --requirement requirements-extra.txt
-	$(RUN) measure/frontier.py
+	$(RUN) measure/paper.py
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
