@@ -341,7 +341,7 @@ def test_bench_times_training_and_sampling_beside_autoregression(cli, files, mon
     out = capsys.readouterr().out
     assert "torch" in out.splitlines()[0]
     assert max(len(line) for line in out.splitlines() if str(files) not in line) <= 80
-    training = re.findall(r"^\| (\S+) +\| +\d+ \(\d+ to \d+\) \| +([\d.]+) \| \S+ TFLOP/s", out, re.MULTILINE)
+    training = re.findall(r"^\| (\S+) +\| +\d+ \(\d+ to \d+\) \| +([\d.]+) \| +\S+ TFLOP/s", out, re.MULTILINE)
     assert [name for name, _ in training] == ["ar", "planned", "dense", "parallel-ar"] and training[0][1] == "1.00"
     names = ["ar", "planned, steps_ratio 0.5", "planned, threshold 0.9"]
     speeds = re.findall(r"^\| (\S.*?) +\| +\d+ \(\d+ to \d+\) \| +\d+ \| +([\d.]+) \|$", out, re.MULTILINE)
