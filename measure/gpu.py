@@ -11,7 +11,6 @@ report says what failed, and is written anew after each part. What no longer fit
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -92,7 +91,7 @@ def run(words: list[str], log: Path, seconds: float) -> str:
 def rows_of(log: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The JSON objects that a part has printed, one per line, and its last other lines."""
     rows, said = [], []
-    for line in re.split(r"[\r\n]+", log.read_text(errors="replace")):
+    for line in log.read_text(errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
@@ -158,6 +157,9 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args, start = options(), time.monotonic()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # whoever ends this ends the part that runs, as Ctrl-C does
     for folder in ("logs", "trainings"):  # of an earlier call
         shutil.rmtree(args.out / folder, ignore_errors=True)
     (args.out / "logs").mkdir(parents=True)

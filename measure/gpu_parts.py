@@ -81,7 +81,7 @@ def versions(args: argparse.Namespace) -> None:
     from kernels import nvcc
     from plumbing.device import find, name_of
 
-    say("compilers", nvcc=nvcc() or "none", gcc=shutil.which("g++") or "none")
+    say("compilers", **{"nvcc": nvcc() or "none", "g++": shutil.which("g++") or "none"})
     device, more = find(args.device), {}
     if device.type == "cuda":
         at_hand = torch.cuda.get_device_properties(device)
@@ -180,7 +180,7 @@ def sampled(args: argparse.Namespace) -> None:
                 )
             if not method and not {"temperature", "ahead"} & settings.keys():
                 found = likelihoods(sampler, examples[: args.prompts], 1)
-                say(f"{name}, nats per token", **{n: f"{found[n]:.4f}" for n in ("plan_nll", "span_elbo") if found[n]})
+                say(f"{name}, nats per token", **{n: f"{found[n]:.5f}" for n in ("plan_nll", "span_elbo") if found[n]})
 
 
 def figures(
