@@ -45,7 +45,7 @@ def rivals(f: Found) -> Claim:
     names = ["autoregression, half size", "speculative decoding by these two", "autoregression, drafts of its own",
              "Skeleton-of-Thought", "parallel autoregression", "joint as parallel autoregression, drafts",
              "planned, sparse", "joint as planned, drafts"]  # fmt: skip
-    rows, best = [], {}
+    rows, found = [], {}
     for name in names:
         model, settings, draft = POINTS[name]
         for n, sample in enumerate(settings or ("",)):
@@ -53,14 +53,18 @@ def rivals(f: Found) -> Claim:
             drafts = [over(r, "draft_passes") if draft else 0 for r in reports]
             cells = [spread(list(map(get, reports))) for get in (right, passes)]
             rows.append([name if n == 0 else "", shown(sample), *cells, spread(drafts)])
-            best[name] = min(best.get(name, 1e9), mean(map(passes, reports)))
+            found.setdefault(name, []).append((mean(map(passes, reports)), mean(map(right, reports))))
+    best = {}
+    for name, points in found.items():  # a setting that ruins the answers is no gain
+        cost, good = min(point for point in points if point[1] >= max(other for _, other in points) - 5)
+        best[name] = f"{cost:.1f} ({good:.0f}%)"
     return Claim(
         "Against speculative decoding, a smaller model, Skeleton-of-Thought, APAR and ParaThinker",
         "asked for by reviewers",
-        f"passes: speculative {best['speculative decoding by these two']:.1f} (and as many of the small model times its "
-        f"drafts), own drafts {best['autoregression, drafts of its own']:.1f}, Skeleton-of-Thought "
-        f"{best['Skeleton-of-Thought']:.1f}, planned {best['planned, sparse']:.1f}, planned with drafts "
-        f"{best['joint as planned, drafts']:.1f}",
+        f"fewest passes (right) at most 5 points below each method's best: speculative "
+        f"{best['speculative decoding by these two']} besides those of the small model, own drafts "
+        f"{best['autoregression, drafts of its own']}, Skeleton-of-Thought {best['Skeleton-of-Thought']}, planned "
+        f"{best['planned, sparse']}, planned with drafts {best['joint as planned, drafts']}",
         "**no claim of the paper**; APAR and ParaThinker can be tested by their closest relative alone",
         ["Skeleton-of-Thought has nothing of the method but prompts: a request for the skeleton, then one for each point. Our "
          "models follow no prompt that they never saw, so this one was trained on both kinds as ordinary text; a point sees "
@@ -89,14 +93,15 @@ def independence(f: Found) -> Claim:
     return Claim(
         "What independence costs, exactly",
         "the paper has no figure",
-        f"total correlation {exact['total_correlation']:.2f} nats per answer: spans drawn apart agree in at most "
-        f"{100 * exact['apart']:.1f}% of answers; measured {spread(found['planned, sparse'])} (sparse), "
+        f"total correlation {exact['total_correlation']:.2f} nats per answer: spans drawn apart, each colour as often as in "
+        f"the data, agree in {100 * exact['apart']:.1f}% of answers; measured {spread(found['planned, sparse'])} (sparse), "
         f"{spread(found['planned, dense'])} (dense), {spread(found['planned, sparse, the plan names the colour'])} (named)",
         "**no claim of the paper**; " + ("sparse spans keep to the bound, a plan that names the shared choice lifts it"
-                                         if kept else "measured above the bound: look for a leak"),
+                                         if kept else "measured above it: spans prefer the same colour, or see each other"),
         ["In `coupled` all spans have one of four colours, which nothing decides. Given prompt and plan, K spans have a total "
-         "correlation of (K - 1) log 4. Greedily, spans that do not see each other can still agree by habit. Right answers in "
-         "per cent, and the best possible:", "",
+         "correlation of (K - 1) log 4. Spans that prefer the same colour agree more often, all of them if they are greedy: that "
+         "is habit, not knowledge. Right answers in per cent, and the best possible for the data's distribution (a wrong word "
+         "elsewhere counts, too: measured shares are too low rather than too high):", "",
          *table(["", "greedy", "bound", "temperature 1", "bound"], rows)],
         ["paper-independence.png"],
     )  # fmt: skip
@@ -105,7 +110,7 @@ def independence(f: Found) -> Claim:
 def given(f: Found) -> Claim:
     study = f.study
     examples = [e for e in read_split(locate(TOWNS) / "test.jsonl") if e.family in CHECKED][:UNDER_PLANS]
-    found = [study.figure(f"plans seed {seed}", [study.key("planned", seed), UNDER_PLANS], lambda: probes.under_plans(
+    found = [study.probe(f"plans seed {seed}", [study.key("planned", seed), UNDER_PLANS], lambda: probes.under_plans(
              study.train("planned", seed), examples, SampleConfig(threshold=0.9), study.device, seed))
              for seed in f.seeds]  # fmt: skip
     values = {name: [100 * report[name] for report in found] for name in found[0] if name != "what"}

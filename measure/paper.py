@@ -24,6 +24,7 @@ from measure.drawings import PICTURES
 from measure.models import MODELS, RECIPES, TOWNS, VARIANTS
 from measure.pictures import save
 from measure.study import Model, Study
+from plumbing.device import find
 from plumbing.files import write_whole
 from plumbing.settings import ROOT, command
 
@@ -39,7 +40,7 @@ HEAD = """# The paper, claim by claim
     python measure/paper.py
 
 wrote this page from what it trained and measured on a CPU: models of 0.2M parameters on the invented towns of
-[data/towns](../data/towns), models of 0.5M on real recipes, each with {seeds} seeds. A figure is their mean; in brackets are
+[data/towns](../data/towns), models of 0.7M on real recipes, each with seeds {seeds}. A figure is their mean; in brackets are
 the lowest and the highest. The paper's are those of its second version (March 2026; 7B model, AlpacaEval, 805 prompts),
 taken second hand from reading notes; its first version calls the sparse variant planned diffusion. "Agrees" means that
 the direction is the same here, never the size: nothing on this page says how the method does at 7B parameters.
@@ -60,7 +61,7 @@ def prepare(folder: str) -> None:
 
 def page(found: dict[str, Claim], seeds: list[int]) -> str:
     """The page: a table of all claims, then each with what was measured."""
-    lines = [HEAD.format(seeds=len(seeds)), "| claim | the paper | here | |", "|---|---|---|---|"]
+    lines = [HEAD.format(seeds=", ".join(map(str, seeds))), "| claim | the paper | here | |", "|---|---|---|---|"]
     lines += [f"| [{c.title}](#{name}) | {c.paper} | {c.here} | {c.verdict} |" for name, c in found.items()]
     for name, claim in found.items():
         lines += [
@@ -99,6 +100,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="where to train and measure (default: %(default)s)")
     args = parser.parse_args()
+    find(args.device)  # before anything takes its time
+    if min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: expected different whole numbers")
     full = args.preset == "full"
     names = args.only or (list(CLAIMS) if full else list(MINUTES))
     for folder in (TOWNS, RECIPES) if full else (TOWNS,):

@@ -5,13 +5,14 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from config import SampleConfig
 from data.towns.families import COLOURS
-from measure.bench import in_turns
+from kernels.bench import in_turns, on_the_host
 from measure.variants import POINT, SKELETON
 from sample import Sampler
 from tags import Example, Span
@@ -78,10 +79,11 @@ def under_plans(path: Path, examples: list[Example], config: SampleConfig, devic
 
 def independence(examples: list[Example]) -> dict[str, float]:
     """Of `coupled`, per answer: the total correlation of its spans given prompt and plan, in nats, and the share of
-    answers that can be right if each span is drawn apart from the others, at temperature 1.
+    answers that are right if each span is drawn apart from the others, as often in each colour as in the data.
 
     The colour is uniform over n, and all K spans have the same: each span alone has entropy log n, all of them
-    together log n, so their total correlation is (K - 1) log n. Spans drawn apart agree with probability n^(1 - K).
+    together log n, so their total correlation is (K - 1) log n. Spans drawn apart agree with probability n^(1 - K);
+    more often only if they prefer a colour, which the data do not.
     """
     spans = [len(example.rounds[0].spans) for example in examples if example.family == "coupled"]
     n = len(COLOURS)
@@ -102,9 +104,9 @@ def seconds_per_answer(
             sampler.answer(prompts[start : start + batch])
 
     calls = {name: lambda sampler=sampler: answer_all(sampler) for name, sampler in samplers.items()}
-    device = next(iter(samplers.values())).device
+    device = torch.device(next(iter(samplers.values())).device)
     return {name: statistics.median(times) / len(prompts)
-            for name, times in in_turns(calls, repeats, torch.device(device)).items()}  # fmt: skip
+            for name, times in in_turns(calls, repeats, partial(on_the_host, device=device)).items()}  # fmt: skip
 
 
 # ---------------------------------------------------------------- one number per method
@@ -113,12 +115,12 @@ def seconds_per_answer(
 def aup(points: list[tuple[float, float]], best: float) -> float:
     """Accuracy under parallelism (d3LLM, Qian et al. 2026) of (tokens per pass, quality in per cent), `best` of all.
 
-    The area under the curve of quality over tokens per pass, from 0 on. Each quality counts exp(-3 (1 - quality / best))
-    times, and settings more than 5 points below the method's slowest do not count.
+    The area under the curve of quality over tokens per pass: a rectangle up to the slowest setting, then trapezoids, in
+    which each quality counts exp(-3 (1 - quality / best)) times. Settings more than 5 points below the slowest are left out.
     """
     points = sorted(points)
     points = [(speed, quality) for speed, quality in points if quality >= points[0][1] - 5]
-    weighed = [(speed, quality * min(1, math.exp(-3 * (1 - quality / best)))) for speed, quality in points]
+    weighed = [(speed, quality * math.exp(-3 * (1 - quality / best)) if quality else 0) for speed, quality in points]
     area = points[0][0] * points[0][1]
     for (x0, y0), (x1, y1) in zip(weighed, weighed[1:]):
         area += (x1 - x0) * (y0 + y1) / 2

@@ -10,12 +10,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import SampleConfig
-from measure.code import TRAINING, fingerprint, sources
+from measure.code import TRAINING, bare, fingerprint, sources
 from measure.eval import EvalConfig, evaluate
 from plumbing.files import write_whole
 from plumbing.settings import ROOT, locate
@@ -35,6 +35,12 @@ class Model:
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def sample_config(options: str) -> SampleConfig:
+    """Settings from options as sample.py takes them."""
+    words, default = options.replace("--", "").split(), SampleConfig()
+    return SampleConfig(**{key: type(getattr(default, key))(value) for key, value in zip(words[::2], words[1::2])})
 
 
 def rounded(value: Any) -> Any:
@@ -57,6 +63,7 @@ class Study:
         self.figures = json.loads(kept.read_text()) if kept.exists() else {}
         self.used: dict[str, dict] = {}  # figures that this call has asked for
         self.code = {"train": fingerprint(TRAINING), "eval": fingerprint(sources(ROOT / "measure/eval.py"))}
+        self.code["probes"] = fingerprint(ROOT / f"measure/{name}.py" for name in ("probes", "variants"))
         self.hashes: dict[str, list[str]] = {}
 
     def data(self, folder: str) -> list[str]:
@@ -68,6 +75,11 @@ class Study:
             texts = [(locate(folder) / name).read_bytes() for name in DATA_FILES]
             self.hashes[folder] = [hashlib.sha256(text).hexdigest()[:16] for text in texts]
         return self.hashes[folder]
+
+    def checker(self, folder: str) -> str:
+        """A hash of what says which answers are right."""
+        script = locate(folder) / "families.py"
+        return digest(*(bare(path) for path in sorted(sources(script)))) if script.exists() else ""
 
     def limit_of(self, data: str) -> int:
         """How many test prompts of a data set are answered; 0: all."""
@@ -115,19 +127,20 @@ class Study:
         self.used[key] = self.figures[key]
         return self.figures[key]
 
+    def probe(self, what: str, parts: list, measure: Callable[[], dict]) -> dict:
+        """A figure that measure/probes.py measures."""
+        return self.figure(what, [self.code["probes"], *parts], measure)
+
     def report(self, name: str, seed: int, sample: str = "", draft: str = "", data: str = "") -> dict:
         """What eval.py reports of a model, sampled with the given options, on its data set or on another."""
         data = data or self.models[name].data
         limit, keys = self.limit_of(data), [self.key(model, seed) for model in (name, draft) if model]
 
         def measure() -> dict:
-            pairs = sample.replace("--", "").split()
-            given = dict(zip(pairs[::2], pairs[1::2]))
-            types = {key: type(value) for key, value in asdict(SampleConfig()).items()}
-            config = SampleConfig(**{key: types[key](value) for key, value in given.items()})
             drafter = str(self.train(draft, seed)) if draft else ""
             found = evaluate(EvalConfig(str(self.train(name, seed)), data, limit=limit, draws=1, draft=drafter,
-                                        device=self.device), config)  # fmt: skip
+                                        device=self.device), sample_config(sample))  # fmt: skip
             return {key: found[key] for key in KEPT}
 
-        return self.figure(f"{name} {sample} seed {seed}", [keys, self.data(data), sample, limit], measure)
+        parts = [keys, self.data(data), self.checker(data), sample, limit]
+        return self.figure(f"{name} {sample} seed {seed}", parts, measure)

@@ -7,6 +7,7 @@
 | `skeleton` | Skeleton-of-Thought as ordinary text: a request for the skeleton, and one for each of its points      |
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import read_split, writing
-from data.tasks.families import COLOURS
+from data.towns.families import COLOURS
 from methods import merged
+from plumbing.files import write_whole
 from plumbing.settings import locate
 from tags import Example, Round
 from tokenizer import Tokenizer
@@ -31,7 +33,7 @@ def untagged(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
 def named(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
     rounds = example.rounds
     if example.family == "coupled":
-        spans = [(span, re.search("|".join(COLOURS), span.text)[0]) for span in rounds[0].spans]
+        spans = [(span, re.search(rf"\b({'|'.join(COLOURS)})\b", span.text)[0]) for span in rounds[0].spans]
         rounds = (Round(spans=tuple(replace(span, topic=f"{span.topic} {colour}") for span, colour in spans)),)
     yield replace(example, rounds=rounds)
 
@@ -46,10 +48,13 @@ def skeleton(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
 
 
 def write_variant(data: str, out: Path, change: Callable[[Example, Tokenizer], Iterator[Example]]) -> None:
-    """Write the data set of a folder as a variant, unless it is there."""
-    if (out / "tokenizer.json").exists():
+    """Write the data set of a folder as a variant, unless it is there and was made of the same."""
+    folder, splits, stamp = locate(data), ("train", "val", "test"), out / "made-of.txt"
+    files = [*(folder / f"{split}.jsonl" for split in splits), folder / "tokenizer.json", folder / "families.py"]
+    made_of = hashlib.sha256(b"".join(path.read_bytes() for path in (*files, Path(__file__)))).hexdigest()
+    if stamp.exists() and stamp.read_text() == made_of:
         return
-    folder, splits = locate(data), ("train", "val", "test")
+    stamp.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "families.py", out)  # answers are checked as before
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -58,3 +63,4 @@ def write_variant(data: str, out: Path, change: Callable[[Example, Tokenizer], I
             for example in read_split(folder / f"{split}.jsonl", tokenizer):
                 for changed in change(example, tokenizer):
                     add(split, changed)
+    write_whole(stamp, made_of)
