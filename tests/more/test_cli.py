@@ -101,7 +101,7 @@ def test_help_of_the_small_scripts(cli):
             ("show/mask.py", ("attention", "png")),
             ("measure/plot.py", ("png",)),
             ("measure/bench.py", ("device", "repeats")),
-            ("measure/frontier.py", ("preset", "out")),
+            ("measure/paper.py", ("only", "preset", "seeds", "out")),
         ]
     ):
         code, out, _ = cli(script, "--help")
@@ -191,8 +191,9 @@ WRONG = {  # script: (arguments, what the line names)
         ((*EVAL, "--answers", "FILES/text.safetensors/a"), ["text.safetensors"]),
     ],
     "measure/plot.py": [((f"FILES/{file}",), [file]) for file in ("none.csv", "text.safetensors", "model.safetensors")],
-    "measure/frontier.py": [
-        (("--workers", 0), ["--workers 0"]), (("--preset", "days"), ["--preset", "days", "minutes"]),
+    "measure/paper.py": [
+        (("--seeds", 0, 0), ["--seeds 0 0"]), (("--seeds", -1), ["--seeds -1"]),
+        (("--preset", "days"), ["--preset", "days", "minutes"]), (("--only", "all"), ["--only", "all", "topics"]),
     ],
     "train.py": [
         (("--data", "FILES/none", "--out", "FILES/out"), ["none"]),
@@ -245,7 +246,7 @@ def test_what_came_from_outside_is_said_without_control_codes(cli, tmp_path):
 DEVICES = [
     ("measure/eval.py", (*MODEL, "--data", "FILES")),
     ("measure/bench.py", ()),
-    ("measure/frontier.py", ()),
+    ("measure/paper.py", ()),
     ("demo/demo.py", ()),
 ]
 
@@ -303,7 +304,7 @@ for command in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_a_reader_who_leaves_ends_a_script_without_a_word():
-    commands = ["show/mask.py", "measure/eval.py --help", "measure/frontier.py --help",
+    commands = ["show/mask.py", "measure/eval.py --help", "measure/paper.py --help",
                 "sample.py --device cpu --prompt otter --max_tokens 8"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", LEFT, *commands], cwd=ROOT, capture_output=True, text=True, timeout=120
