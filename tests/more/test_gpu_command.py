@@ -25,7 +25,8 @@ from training.checkpoint import save_checkpoint
 SHAPE = {"n_layer": 1, "d_model": 32, "n_head": 1, "n_kv_head": 1, "d_ff": 32}
 FORKED = """
 import os, runpy, sys
-import torch, torch._dynamo, torch.nn.attention.flex_attention  # once, for all parts
+import pytest, torch, torch._dynamo, torch.nn.attention.flex_attention  # once, for all parts
+import kernels.bench, measure.eval  # but not train.py, which picks its type as it is imported
 from measure import gpu
 
 def run(words, log, seconds):
