@@ -242,7 +242,7 @@ def sync(f: Found) -> Claim:
         "win rate 46.65 with it, 42.96 without, and slower (3.23 to 5.81 s)",
         f"right `sums`, whose second round needs the first: {spread(values['planned'])} with it, "
         f"{spread(values['untagged'])} with the tag deleted, {spread(values['one round'])} in one round",
-        told(values, verdict if lost else "**differs**: no difference in every seed"),
+        told(values, verdict if lost else "**differs**: no difference that all seeds share"),
         table(["", *HEADS[2:]], [[name, *cells] for name, _, *cells in rows]),
     )
 

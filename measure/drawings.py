@@ -64,7 +64,7 @@ def path(f: Found, figure) -> None:
     ):
         tidy(axis)
         axis.set_xlabel(label)
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower right")  # beside the bars of what is faster
 
 
 def epochs(f: Found, figure) -> None:
@@ -74,7 +74,7 @@ def epochs(f: Found, figure) -> None:
         values = [list(map(chrf, f.reports(f"{method} {e} epochs", sample))) for e in EPOCHS]
         band(axis, list(EPOCHS), values, n, len(STUDIED), method)
     tidy(axis, xscale="log")
-    axis.set(xlabel="epochs", ylabel="chrF of answers to unseen prompts")
+    axis.set(xlabel="epochs", ylabel="chrF of answers to unseen prompts", xticks=EPOCHS)
     axis.legend(frameon=False)
 
 
@@ -123,10 +123,10 @@ def independence(f: Found, figure) -> None:
         axis.vlines(x, min(values), max(values), color="black", lw=1)
     bound = 100 * bounds(read_split(locate(TOWNS) / "test.jsonl"))["apart"]
     axis.axhline(bound, color="C3", lw=1, ls="--")
-    axis.annotate("best possible for spans drawn apart", (-0.4, bound + 2), color="C3", fontsize=9)
+    axis.annotate("spans drawn apart, each colour as often", (-0.4, bound + 2), color="C3", fontsize=9)
     axis.set_xticks(range(len(ways)), ways, fontsize=8)
     tidy(axis)
-    axis.set_ylabel("`coupled` answers that agree, %, temperature 1")
+    axis.set_ylabel("coupled answers that agree, %, temperature 1")
 
 
 PICTURES = {  # file: what draws it, and its size in inches
