@@ -171,7 +171,7 @@ WRONG = {  # script: (arguments, what the line names)
           for file in ("none", "text", "cut", "empty", "other")),
         (("--prompt", "x", "--checkpoint", "FILES"), ["FILES"]),
         ((*SAMPLE, "--html", "FILES/model.safetensors"), ["--html FILES/model.safetensors: holds", "which is read"]),
-        ((*SAMPLE, "--steps_ratio", 0), ["--steps_ratio 0.0"]),
+        ((*SAMPLE, "--steps_ratio", -1), ["--steps_ratio -1.0"]),
         ((*SAMPLE, "--order", "best"), ["best", "entropy, confidence, margin, random"]),
         ((*SAMPLE, "--max_tokens", "many"), ["--max_tokens", "many"]),
         ((*SAMPLE, "--device", "abacus"), ["abacus"]),
