@@ -24,7 +24,7 @@ from training.checkpoint import save_checkpoint
 
 SHAPE = {"n_layer": 1, "d_model": 32, "n_head": 1, "n_kv_head": 1, "d_ff": 32}
 FORKED = """
-import os, runpy, sys
+import os, runpy, sys, traceback
 import pytest, torch, torch._dynamo, torch.nn.attention.flex_attention  # once, for all parts
 import kernels.bench, measure.eval  # but not train.py, which picks its type as it is imported
 from measure import gpu
@@ -35,8 +35,15 @@ def run(words, log, seconds):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(1, 2)
         sys.argv = words[2:] if words[1] == "-m" else words[1:]
-        runpy.run_module(words[2], run_name="__main__") if words[1] == "-m" else runpy.run_path(words[1], run_name="__main__")
-        sys.exit()
+        try:
+            runpy.run_module(words[2], None, "__main__") if words[1] == "-m" else runpy.run_path(words[1], None, "__main__")
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0) if isinstance(end.code, (int, type(None))) else print(end.code) or 1
+        except BaseException:
+            code = traceback.print_exc() or 1
+        sys.stdout.flush()
+        os._exit(code)  # python takes seconds to clean up
     return "failed" if os.waitpid(child, 0)[1] else "ok"
 
 gpu.run = run
