@@ -4,12 +4,14 @@ The weights stay in a folder; the figures are in one JSON file, from which page 
 again. An interrupted call goes on where it was.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(part) for part in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process, or part of this one, is in such a block of the same folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Study:
@@ -94,13 +105,18 @@ class Study:
     def train(self, name: str, seed: int) -> Path:
         """The checkpoint of a training, which is run now if it is not there. Raises ValueError if it fails."""
         model, folder = self.models[name], self.out / f"{name.replace(' ', '-')}-{seed}-{self.key(name, seed)}"
-        path, log = folder / "model.safetensors", folder / "log.txt"
+        path = folder / "model.safetensors"
         if path.exists():
             return path
         options = ["--data", model.data, *model.train.split(), "--seed", str(seed), "--device", self.device]
         options += ["--init", str(self.train(model.start, seed))] if model.start else []
-        print(f"training {name}, seed {seed}; follow it in {log}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            return path if path.exists() else self.run(options, path, f"{name}, seed {seed}")
+
+    def run(self, options: list[str], path: Path, name: str) -> Path:
+        """Run train.py until it has written `path`, or go on with what is in its folder."""
+        folder, log = path.parent, path.with_name("log.txt")
+        print(f"training {name}; follow it in {log}", flush=True)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with log.open("a") as file:
             process = subprocess.Popen([sys.executable, ROOT / "train.py", *options, "--out", folder], stdout=file,
@@ -121,9 +137,10 @@ class Study:
         if key not in self.figures:
             print(f"measuring {what}", flush=True)
             figure = {"what": what} | rounded(measure())
-            self.figures = (json.loads(self.kept.read_text()) if self.kept.exists() else {}) | {key: figure}
-            rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(self.figures[k])}" for k in sorted(self.figures))
-            write_whole(self.kept, "{\n" + rows + "\n}\n")
+            with alone(self.out):  # another call may write the same file
+                self.figures = (json.loads(self.kept.read_text()) if self.kept.exists() else {}) | {key: figure}
+                rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(self.figures[k])}" for k in sorted(self.figures))
+                write_whole(self.kept, "{\n" + rows + "\n}\n")
         self.used[key] = self.figures[key]
         return self.figures[key]
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,7 @@ if how == "stop" and not (out / "checkpoint.safetensors").exists():
     time.sleep(0.3)
     (out / "checkpoint.safetensors").write_text("half")
     sys.exit()
+time.sleep(0.2)
 (out / "model.safetensors").write_text(" ".join(sys.argv[1:]))
 """
 
@@ -89,10 +91,19 @@ def test_an_interrupted_training_goes_on_in_its_folder_and_leaves_its_model_alon
     assert first == second and not path.with_name("checkpoint.safetensors").exists()
 
 
+def test_of_two_studies_side_by_side_one_trains_and_the_other_waits(make):
+    with ThreadPoolExecutor() as pool:
+        paths = [*pool.map(lambda study: study.train("the model", 0), [make(), make()])]
+    assert paths[0] == paths[1] and {name: len(lines) for name, lines in said(make()).items()} == {
+        "warm-up": 1,
+        "the-model": 1,
+    }
+
+
 def test_a_training_that_fails_or_leaves_no_model_is_an_error_that_names_its_log(make):
     for how in each(["fail", "idle"]):
         with pytest.raises(
-            ValueError, match="the training of the model ended before its time: see the end of .*log.txt"
+            ValueError, match="the training of the model, seed 0 ended before its time: see the end of .*log.txt"
         ):
             make(f"--how {how}").train("the model", 0)
 
