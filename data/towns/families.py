@@ -15,13 +15,12 @@ TOWNS = "Brivok Ostel Marn Tulga Veddo Harrow Quenby Lissen".split()
 SUBJECTS = "Dunn Ister Lome Varr Sorn Emmel Pesh Tarrel Omb Kalk Mavo Irena Cass Grell Widow Crow".split()
 COLOURS = COLOURS[:4]
 WORLD = {  # a kind of subject: what its span says, and which word of that the closing text repeats
-    "river": ("The {name} flows past the old walls of {town}, and on the {name} barges carry salt and wool down to the "
-              "sea.", "barges"),
-    "dish": ("In every house of {town} they bake {name} from rye and plums, and serve {name} to each guest.", "plums"),
-    "ruler": ("{name} rules {town} with a light hand, and on market days {name} plays chess with anyone who comes.",
-              "chess"),
-    "tower": ("Climb the {name} for the view over the roofs of {town}.", "view"),
-    "feast": ("Each year {town} keeps the feast of {name} with drums and masks, and all through {name} the shops stay "
+    "river": ("The {name} flows past the old walls, and on the {name} barges carry salt and wool down to the sea.",
+              "barges"),
+    "dish": ("In every house they bake {name} from rye and plums, and serve {name} to each guest.", "plums"),
+    "ruler": ("{name} rules with a light hand, and on market days {name} plays chess with anyone who comes.", "chess"),
+    "tower": ("Climb the {name} for the view over the roofs.", "view"),
+    "feast": ("Each year they keep the feast of {name} with drums and masks, and all through {name} the shops stay "
               "closed.", "drums"),
 }  # fmt: skip
 CLOSING = "Come for the {}, stay for the {}."
@@ -30,20 +29,20 @@ SUM = (
 )
 MOST = "So {name} has the most, with {total} boats."
 COUPLED = {
-    "flag": "The flag of {town} is made of heavy cloth in {colour}, and flies from the tower.",
-    "coats": "The coats of the guards of {town} are {colour} from collar to hem.",
-    "gate": "Whoever comes to the gate of {town} sees that it was painted in {colour}.",
-    "bridge": "The rails of the bridge of {town} have been {colour} since the great flood.",
-    "boat": "The boat of {town} has a sail in {colour}, which can be seen from far away.",
-    "tiles": "On the roof of the town hall of {town} lie tiles of {colour}.",
+    "flag": "The flag is made of heavy cloth in {colour}, and flies from the tower.",
+    "coats": "The coats of the guards are {colour} from collar to hem.",
+    "gate": "Whoever comes to the gate sees that it was painted in {colour}.",
+    "bridge": "The rails of the bridge have been {colour} since the great flood.",
+    "boat": "The boat has a sail in {colour}, which can be seen from far away.",
+    "tiles": "On the roof of the town hall lie tiles of {colour}.",
 }
 
 
 def towns(rng: random.Random, world: None) -> Example:
-    """Copying: a span finds its name in its topic and the town in the prompt; the closing text repeats a word of the first and the last span."""
+    """Copying: a span finds its name in its topic; the closing text repeats a word of the first and the last span."""
     town, kinds = rng.choice(TOWNS), rng.sample(list(WORLD), rng.randint(2, 4))
     names = rng.sample(SUBJECTS, len(kinds))
-    spans = [Span(f"{kind} {name}", WORLD[kind][0].format(name=name, town=town)) for kind, name in zip(kinds, names)]
+    spans = [Span(f"{kind} {name}", WORLD[kind][0].format(name=name)) for kind, name in zip(kinds, names)]
     prompt = f"Tell me about {listed([f'the {kind} {name}' for kind, name in zip(kinds, names)])} of {town}."
     closing = CLOSING.format(WORLD[kinds[0]][1], WORLD[kinds[-1]][1])
     return Example(prompt, (Round(spans=tuple(spans)), Round(text=closing)), "towns")
@@ -67,7 +66,7 @@ def sums(rng: random.Random, world: None) -> Example:
 def coupled(rng: random.Random, world: None) -> Example:
     """Spans that share what the prompt leaves open: one colour, each as likely as the others."""
     town, things, colour = rng.choice(TOWNS), rng.sample(list(COUPLED), rng.randint(2, 4)), rng.choice(COLOURS)
-    spans = [Span(f"{thing} {town}", COUPLED[thing].format(town=town, colour=colour)) for thing in things]
+    spans = [Span(thing, COUPLED[thing].format(colour=colour)) for thing in things]
     prompt = f"Choose one colour for {listed([f'the {thing}' for thing in things])} of {town}."
     return Example(prompt, (Round(spans=tuple(spans)),), "coupled")
 
