@@ -83,12 +83,12 @@ def test_skeleton_of_thought_asks_what_its_model_was_shown_and_counts_the_points
         "text": plain_text(e.rounds),
         "plan_passes": 10 + n,
         "positions": 100 + n,
-        "content_tokens": n,
+        "content_tokens": n + 1,
     }
     sampler = scripted(monkeypatch, {e.prompt: result(n, e) for n, e in enumerate(shown)})
     scores = probes.skeleton_of_thought("", [example] * 2, check, "cpu")["scores"]["sums"]
     assert sampler.asked == [[shown[0].prompt], [e.prompt for e in shown[1:]]] * 2 and len(shown) == 5
-    assert (scores["passes"], scores["positions"], scores["content_tokens"]) == (10 + 14, 510, 10)
+    assert (scores["passes"], scores["positions"], scores["content_tokens"]) == (10 + 14, 510, 14)
     assert scores["exact"] == 1
     sampler.results[shown[2].prompt]["text"] = "wrong"
     assert probes.skeleton_of_thought("", [example], check, "cpu")["scores"]["sums"]["exact"] == 0
@@ -115,7 +115,7 @@ def test_under_its_own_plan_a_missing_topic_is_a_wrong_span_and_a_foreign_one_is
         Example("one", (Round(spans=made(a="A", b="B")),), "f"),
         Example("two", (Round(spans=made(c="C", d="D")),), "f"),
     ]
-    scripted(monkeypatch, {"one": made(a="A"), "two": made(c="C", d="D"), "a 2; b 2": made(a="A", b="wrong"),
+    scripted(monkeypatch, {"one": made(a="A", more="M"), "two": made(c="C", d="D"), "a 2; b 2": made(a="A", b="wrong"),
                            "a 2; c 2": made(a="A", c="x"), "c 2; b 2": made(c="x", b="B")})  # fmt: skip
     found = probes.under_plans("", examples, SampleConfig(), "cpu", 0)
     assert found["its own plan"] == 3 / 4 and found["the reference plan"] == 3 / 4
