@@ -29,6 +29,7 @@ UNDER_PLANS = 60  # prompts that are answered under changed plans
 
 def parts(f: Found) -> Claim:
     names = {"noised history": "noised history", "1/t weights": "1/t weights", "extra pads": "0 to 10 random `[PAD]`",
+             "rounds in proportion": "rounds picked in proportion to what they predict, not evenly",
              "no warm-up": "no autoregressive warm-up, equal updates"}  # fmt: skip
     values, rows = changed(f, names)
     worse = [names[name] for name in names if always(values["planned"], values[name])]

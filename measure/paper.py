@@ -39,7 +39,7 @@ HEAD = """# The paper, claim by claim
 
     python measure/paper.py
 
-wrote this page from what it trained and measured on a CPU: models of 0.2M parameters on the invented towns of
+wrote this page from what it trained and measured on a CPU: models of 0.4M parameters on the invented towns of
 [data/towns](../data/towns), models of 0.7M on real recipes, each with seeds {seeds}. A figure is their mean; in brackets are
 the lowest and the highest. The paper's are those of its second version (March 2026; 7B model, AlpacaEval, 805 prompts),
 taken second hand from reading notes; its first version calls the sparse variant planned diffusion. "Agrees" means that

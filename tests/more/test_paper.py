@@ -12,7 +12,7 @@ from data.towns.families import FAMILIES, TRAIN_SHARES
 from measure import beyond, claims, drawings, models, paper
 from measure.claims import Found
 from measure.drawings import PICTURES
-from measure.models import EPOCHS, MODELS
+from measure.models import EPOCHS, MODELS, WARM_UP
 from measure.paper import CLAIMS, page
 
 LAST = f"planned {EPOCHS[-1]} epochs"
@@ -105,6 +105,7 @@ def test_all_pictures_belong_to_one_claim_and_are_drawn_from_the_same_figures(tm
     found = Found(study, [0, 1, 2])
     names = [picture for make in CLAIMS.values() for picture in make(found).pictures]
     of_the_page = {*asked}
+    assert {*MODELS} - {name for name, *_ in asked} == {WARM_UP}, "nothing is trained for no claim"
     assert sorted(names) == sorted(PICTURES)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
