@@ -18,11 +18,13 @@ from measure import study as module
 from measure import variants
 from measure.claims import chrf, over, passes
 from measure.quality import checker
-from measure.study import DATA_FILES, KEPT, Model, Study, sample_config
+from measure.study import KEPT, Model, Study, sample_config
 from methods import merged
 from plumbing.settings import ROOT
 from tags import SYNC, format_answer, plain_text
 from tokenizer import Tokenizer
+
+FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json")
 
 # ---------------------------------------------------------------- trainings
 
@@ -50,7 +52,7 @@ def make(tmp_path, monkeypatch):
     """A function that makes a study of a small folder of data, with a script in place of train.py."""
     data, script = tmp_path / "data", tmp_path / "train.py"
     data.mkdir()
-    for name in (*DATA_FILES, "families.py"):
+    for name in (*FILES, "families.py"):
         (data / name).write_text(f"text = {name!r}")
     script.write_text(TRAINER)
     run = subprocess.Popen
@@ -119,7 +121,7 @@ def test_all_that_decides_the_weights_changes_what_a_training_is_kept_under(make
     study = make()
     study.code["train"] = "other"
     found["code"] = key(study)
-    for name in DATA_FILES:
+    for name in FILES:
         (make.data / name).write_text("other")
         found[name] = key(make())
         (make.data / name).write_text(f"text = {name!r}")
@@ -178,7 +180,7 @@ def test_all_that_decides_a_figure_measures_it_anew_and_nothing_else_does(make, 
     study.code["probes"] = "other"
     report(study)
     assert len(evaluations) == n
-    for name in each([*DATA_FILES, "families.py"]):
+    for name in each([*FILES, "families.py"]):
         (make.data / name).write_text("other = 2")
         report(make())
         assert len(evaluations) == (n := n + 1)
