@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, chrf, over, passes, right, shown
+from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, chrf, over, passes, right, scaled, shown
 from measure.models import EPOCHS, STUDIED
 from measure.pictures import Label, marker, tidy, write_labels
 
@@ -81,10 +81,10 @@ def epochs(f: Found, figure) -> None:
 def lengths(f: Found, figure) -> None:
     axes = figure.subplots(1, 2)
     for n, (name, label) in enumerate((("planned", "as planned"), ("extra pads", "trained with 0 to 10 random [PAD]"))):
-        values = [list(map(right, f.reports(name, f"--steps_ratio 0.5 --length_scale {s}"))) for s in SCALES]
+        values = [list(map(right, f.reports(name, scaled(s)))) for s in SCALES]
         band(axes[0], [*map(float, SCALES)], values, n, 2, label)
     name = f"planned {EPOCHS[-1]} epochs"
-    values = [list(map(chrf, f.reports(name, f"--steps_ratio 0.25 --length_scale {s}"))) for s in SCALES]
+    values = [list(map(chrf, f.reports(name, scaled(s)))) for s in SCALES]
     band(axes[1], [*map(float, SCALES)], values, 0, 2, "recipes")
     for axis, label in zip(axes, ("right answers, %: towns", "chrF: recipes")):
         tidy(axis)

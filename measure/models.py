@@ -11,8 +11,8 @@ STEPS, FIRST, WARM_UP = 1500, 300, "warm-up"  # all towns models but two begin w
 EVEN = "--even_rounds"  # as many updates for the short second round as for the first
 
 
-def towns(train: str, data: str = TOWNS, start: str = WARM_UP) -> Model:
-    return Model(data, f"{SMALL} {train} --steps {STEPS}", start)
+def towns(train: str, data: str = TOWNS, steps: int = STEPS) -> Model:
+    return Model(data, f"{SMALL} {train} --steps {steps}", WARM_UP)
 
 
 METHODS = {
@@ -24,7 +24,7 @@ METHODS = {
     "joint": towns(f"--method joint {EVEN} --ahead 8"),
     "ar drafts": towns("--method ar --ahead 8"),
     "ar half": Model(TOWNS, f"{HALF} --method ar --steps {STEPS + FIRST}"),
-    "skeleton": towns("--method ar", f"{VARIANTS}/skeleton"),
+    "skeleton": towns("--method ar", f"{VARIANTS}/skeleton", steps=2 * STEPS),  # its requests are shorter
     "block": towns("--method block --block 20"),
     "diffusion": towns("--method diffusion"),
 }
