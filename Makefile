@@ -1,16 +1,19 @@
 # `make demo` shows the project at work, `make test` compares the method with its oracles in two minutes, `make test-all`
-# runs all tests, `make data` prepares the data sets, and `make paper` measures all methods. Each sets up .venv first.
-# `make clean` removes .venv and runs/.
+# runs all tests, `make data` prepares the data sets, `make paper` measures all methods, and `make play` opens a page
+# to play with. Each sets up .venv first. `make clean` removes .venv and runs/.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 # Tests have one thread: their models are so small that more threads wait longer than they work.
 OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all data paper clean
+.PHONY: demo play test test-all data paper clean
 
 demo: $(VENV)/ready
 	@$(RUN) demo/demo.py
+
+play: $(VENV)/ready
+	@$(RUN) demo/play.py
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q tests --ignore=tests/more

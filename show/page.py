@@ -31,23 +31,29 @@ class Places:
     """What a recording tells about each part of its answer."""
 
     def __init__(self, frames: Sequence[Frame]):
-        self.since, self.kept, self.unsure = since(frames), {}, {}
-        for draw in (draw for frame in frames for draw in frame.draws):
+        self.since, self.kept, self.unsure, self.looks = since(frames), {}, {}, {}
+        for n, draw in ((n, draw) for n, frame in enumerate(frames, 1) for draw in frame.draws):
             if draw.outcome in ("new", "accepted"):
                 self.kept[draw.part] = draw
             elif draw.outcome == "unsure":
                 self.unsure.setdefault(draw.part, []).append(round(draw.probability, 3))
+            if draw.likeliest and draw.outcome != "rejected":
+                likeliest = [(text, round(probability, 3)) for text, probability in draw.likeliest]
+                self.looks.setdefault(draw.part, []).append((n, draw.waits, likeliest))
 
     def token(self, part: tuple, text: str | None) -> dict:
         """A token of the page: its text, the pass that wrote it (None: none did), and how sure the model was of it.
 
-        `unsure` holds, of a slot, what the passes before gave the token that they drew for it and did not keep.
+        `unsure` holds, of a slot, what the passes before gave the token that they drew for it and did not keep; `looks`,
+        of a recording that has them, the likeliest tokens of each pass that drew it, and what it waited for.
         """
         token = {"part": name(part), "text": text or "", "since": self.since.get(part)}
         if part[0] == "slot":
             token["unsure"] = self.unsure.get(part, [])
         if draw := self.kept.get(part):
             token |= {"probability": round(draw.probability, 3), "draft": draw.outcome == "accepted"}
+        if part in self.looks:
+            token["looks"] = self.looks[part]
         return token
 
 
@@ -113,10 +119,10 @@ def data(races: Sequence[Race]) -> list[dict]:
 
 
 def page(races: Sequence[Race]) -> str:
-    """The page as HTML."""
+    """The page as HTML; without races it waits for its script's `load`."""
     text = json.dumps(data(races), separators=(",", ":"))
     contents = {
-        "title": html.escape(printable(races[0].prompt)),
+        "title": html.escape(printable(races[0].prompt if races else "Answers, pass by pass")),
         "style": (FOLDER / "player.css").read_text(encoding="utf-8"),
         "script": (FOLDER / "player.js").read_text(encoding="utf-8"),
         "data": text.replace("<", "\\u003c"),  # nothing in it ends the script element

@@ -43,6 +43,7 @@ class Lane {
     }
     for (const { since, topic, slots } of spans) {
       const head = topic ? [element("strong", "", `${topic}:`)] : [];
+      if (topic) head[0].dataset.head = slots[0].part.replace(/^slot(.*)-\d+$/, "span$1");
       const span = element("p", "", ...head, ...slots.flatMap((token) => this.token(token, since)));
       const final = element("div", "final", span.textContent);
       final.ariaHidden = true;
@@ -138,6 +139,7 @@ function show(n) {
   $("slider").value = pass;
   $("now").textContent = `pass ${pass} of ${last}`;
   $("slider").setAttribute("aria-valuetext", $("now").textContent);
+  $("answers").dispatchEvent(new Event("pass")); // for the page that the player is in
 }
 
 function play(on) {
@@ -195,7 +197,7 @@ function load(recordings) {
   $("race").replaceChildren(...races.map(({ prompt }, i) => new Option(prompt, i)));
   $("choice").hidden = races.length === 1;
   $("prompt").hidden = !$("choice").hidden;
-  choose(races[0]);
+  if (races.length) choose(races[0]);
 }
 
 load(JSON.parse($("recording").textContent));

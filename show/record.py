@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from decode import Answer, Denoise, Phase, Reply
-from masks import PLAN
+from masks import GIVEN, PLAN, PROMPT
+from unmask import before_text, beside_its_like, certainty
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class FrameDraw:
     text: str
     probability: float  # that the model gave it, at temperature 1
     outcome: str  # "new"; "unsure": its slot stays masked; "accepted" or "rejected": it was a draft
+    waits: str = ""  # what an unsure slot waits for: "neighbour", "text" (`waiting`); "": it was not certain enough
+    likeliest: tuple[tuple[str, float], ...] = ()  # tokens with probabilities, if `record` was asked for them
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,20 @@ def frame(answer: Answer) -> Frame:
 # ---------------------------------------------------------------- a recording
 
 
-def record(answer: Callable, prompt: str, watch: Callable | None = None) -> list[Frame]:
+def record(answer: Callable, prompt: str, watch: Callable | None = None, likeliest: int = 0) -> list[Frame]:
     """Answer a prompt with `Sampler.answer`. Returns a frame per pass; of an answer that takes no pass, its end.
 
-    `watch`: called with the answer as it is in each frame.
+    `watch`: called with the answer as it is in each frame. `likeliest`: how many tokens to keep of what each draw was
+    drawn from.
     """
     frames, passes = [], []
 
     def probe(answer: Answer, replies: list[Reply], logits: Tensor) -> None:
         tokenizer, phase, probabilities = answer.tokenizer, answer.phase, logits.softmax(-1)
-        passes.append([(phase.in_spans, entry, "" if token == tokenizer.pad else tokenizer.name(token),
-                        probabilities[row, token].item(), outcome)
+        ranked, waits = probabilities.topk(min(likeliest, logits.shape[-1])), waiting(answer, replies, logits)
+        text = lambda token: "" if token == tokenizer.pad else tokenizer.name(token)
+        best = [tuple((text(token), p) for p, token in zip(*row) if p) for row in zip(*map(Tensor.tolist, ranked))]
+        passes.append([(phase.in_spans, entry, text(token), probabilities[row, token].item(), outcome, waits[row], best[row])
                        for row, entry, token, outcome in outcomes(phase, replies)])  # fmt: skip
 
     def watching(answer: Answer) -> None:
@@ -106,6 +113,21 @@ def record(answer: Callable, prompt: str, watch: Callable | None = None) -> list
         draws = (FrameDraw(at.get((in_spans, entry)), *what) for in_spans, entry, *what in drawn)
         frames[n] = replace(frames[n], draws=tuple(draws))
     return frames
+
+
+def waiting(answer: Answer, replies: list[Reply], logits: Tensor) -> list[str]:
+    """What each prediction of a pass waits for (unmask.fill): "neighbour": one that would get the same token is surer;
+    "text": it would get [PAD], and a masked slot before it text; "": nothing. In random order the surer is not known."""
+    if not isinstance(answer.phase, Denoise):
+        return [""] * len(logits)
+    config, pad, slots = answer.config, answer.tokenizer.pad, [(n, *slot) for n, reply in enumerate(replies)
+                                 for slot in zip(reply.reading.entries, reply.tokens, reply.kept)]  # fmt: skip
+    group, entry, token, kept = torch.tensor(slots).T
+    if known := bool(config.threshold) or config.order != "random":
+        sure = certainty(logits.cpu(), token, config, [])
+    near = beside_its_like(token, sure, group, entry) & (token != pad) if known and config.apart else kept > 1
+    late = before_text(token, pad, group, entry) if config.pads_last else kept > 1
+    return ["" if k else "neighbour" if n else "text" if t else "" for k, n, t in zip(kept, near, late)]
 
 
 def outcomes(phase: Phase, replies: list[Reply]) -> Iterator[tuple[int, int, int, str]]:
@@ -148,6 +170,17 @@ def places(answer: Answer) -> dict[tuple[bool, int], tuple]:
                 part = ("text", r, n) if k < 0 else ("name", r, k, n)
             found[False, entry], n = part, n + 1
     return found
+
+
+def rows(answer: Answer) -> list[tuple[tuple | None, int, int, int]]:
+    """For each layout entry of a finished answer the part that it holds, and its row of the mask as it was when it was
+    written: prefix, begin, end. A span's tags and topic are the part ("span", r, k), the prompt is ("prompt",)."""
+    layout, at = answer.layout, places(answer)
+    others = {PROMPT: lambda r, k: ("prompt",), GIVEN: lambda r, k: ("span", r, k)}
+    ends = range(1, len(layout) + 1) if layout.attention == "causal" else layout.end  # finished ones see both ways
+    return [(others[kind](r, k) if kind in others else at.get((k >= 0, entry)), prefix, begin, min(end, stop))
+            for entry, (kind, r, k, prefix, begin, end, stop) in enumerate(
+                zip(layout.kind, layout.round, layout.span, layout.prefix, layout.begin, layout.end, ends))]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what pictures have in common

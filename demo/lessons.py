@@ -1,0 +1,61 @@
+"""What the page to play with offers: prompts of each data set, and lessons, which set everything up."""
+
+PROMPTS = {  # of the test splits
+    "tasks": (
+        "Tell me about the craft, the food, the ruler and the animal of Marast.",
+        "Tell me about the river, the food and the ruler of Brivok.",
+        "Tell me about the craft, the festival, the ruler and the river of Zanum.",
+        "Take the word cloak and write down its initial, kind, length, plural and ending.",
+        "Take the word potato and write down its kind, length and initial.",
+        "About Elsa Quinn we know: room kitchen, city Athens, food plum, tool bell, pet wolf, job singer. Describe the tool, "
+        "food and pet.",
+        "About Simon Foster we know: city Athens, pet deer, room barn, job gardener, food radish, tool hammer. Describe the "
+        "city, pet, job and room.",
+        "The singer finds five onions, then five and later four. How many are there? Count from the end, the start and the "
+        "outer.",
+        "Suppose the lawyer has four apples and six lemons; the painter has three apples and five lemons; the hunter has "
+        "three apples and four lemons. How many does each have, and who has the most?",
+        "Choose one colour for the Vikings and describe their boots, drums, boat and shirts.",
+        "Choose one colour for the Saints and describe their drums, tent and flag.",
+        "Write a story about the teacher from the mountain, the lost saw and the mouse.",
+    ),
+    "recipes": (
+        "What is the recipe for Cabbage Omelette?",
+        "What is the recipe for Fluffy Protein Steamed Omelette?",
+        "What is the recipe for Banana Cherry Smoothie?",
+        "What is the recipe for Pear Honey Oatmeal?",
+        "Give me a recipe for Smashed Potatoes with Feta.",
+        "What is the recipe for Potato Pancakes with Meat?",
+        "What is the recipe for Vegetable Couscous with Peas?",
+        "Give me a recipe for Cabbage Soup with Meat.",
+        "How do I make Mexican Chicken Burrito Bowl?",
+        "How do I make Olivier Salad?",
+        "Give me a recipe for Spinach and Orange Salad.",
+        "How do I make Bananas Stuffed with Nuts in Chocolate?",
+    ),
+}  # of other data the three that the checkpoint names
+LESSONS = {  # each sets up one prompt and up to three answers: model, way to decode, settings
+    "topics": {
+        "title": "Why topics?",
+        "say": "Both answers have four spans of the same lengths. In the second all that its plan says of a span is a number: "
+        "no span knows which part of the answer is its own. (This model never saw numbers; one trained with them does "
+        "better, but only by the order of the prompt.)",
+        "prompt": PROMPTS["tasks"][0],
+        "runs": [("tasks/planned", "planned", {"threshold": 0.9}),
+                 ("tasks/planned", "planned", {"threshold": 0.9, "plan": "topic 1 4; topic 2 3; topic 3 4; topic 4 3"})],
+    },
+    "independent": {
+        "title": "Why must spans be independent?",
+        "say": "The colour is to be one for all, and only chance decides which. Spans that do not see each other each draw "
+        "their own; text that is written left to right sees what it chose before. Try other seeds.",
+        "prompt": PROMPTS["tasks"][9],
+        "runs": [("tasks/joint", "planned", {"temperature": 1.0}), ("tasks/ar", "ar", {"temperature": 1.0})],
+    },
+    "steps": {
+        "title": "What do few steps cost?",
+        "say": "The first answer fills its spans in a fifth of the passes of the second. What is filled in one pass is drawn "
+        "independently: look for doubled, missing and broken words.",
+        "prompt": PROMPTS["recipes"][0],
+        "runs": [("recipes/joint", "planned", {"steps_ratio": 0.1}), ("recipes/joint", "planned", {"steps_ratio": 0.5})],
+    },
+}  # fmt: skip
