@@ -9,6 +9,7 @@ the player of all recordings (show/player.html) plays the answers.
 import argparse
 import json
 import math
+import re
 import sys
 import threading
 import webbrowser
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,11 +42,14 @@ SHIPPED = ("tasks/planned", "tasks/joint", "tasks/ar", "recipes/joint", "recipes
 SAFE = "default-src 'none'; frame-ancestors 'self'; base-uri 'none'; form-action 'none'; "
 INLINE = SAFE + "style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # as player.html itself says
 OWN = SAFE + "style-src 'self'; script-src 'self'; connect-src 'self'; frame-src 'self'"
-FILES: dict[str, tuple[str, str, Callable[[], str]]] = {  # path -> its type, what it may load, its text
-    "/": ("text/html", OWN, lambda: (FOLDER / "play.html").read_text(encoding="utf-8")),
-    "/play.css": ("text/css", OWN, lambda: (FOLDER / "play.css").read_text(encoding="utf-8")),
-    "/play.js": ("text/javascript", OWN, lambda: (FOLDER / "play.js").read_text(encoding="utf-8")),
-    "/player": ("text/html", INLINE, lambda: player.page([])),
+FILES = {
+    "/": ("play.html", "text/html"),
+    "/play.css": ("play.css", "text/css"),
+    "/play.js": ("play.js", "text/javascript"),
+}
+ASKED = {  # path -> what a request says
+    "/answer": {"id": str, "model": str, "decode": str, "prompt": str, "settings": dict},
+    "/cancel": {"id": str},
 }
 
 
@@ -143,10 +148,12 @@ class Server(ThreadingHTTPServer):
 
     def options(self) -> dict:
         """All that the page can choose from."""
-        lessons = {
-            key: lesson for key, lesson in LESSONS.items() if {run[0] for run in lesson["runs"]} <= {*self.models}
-        }
+        lessons = {key: x for key, x in LESSONS.items() if all(model in self.models for model, *_ in x["runs"])}
         return {"models": {key: model.options() for key, model in self.models.items()}, "lessons": lessons}
+
+    def handle_error(self, *args: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # that is a page that has gone
+            super().handle_error(*args)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -157,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def reply(self, text: str, status: int = 200, kind: str = "application/json", policy: str = SAFE) -> None:
+    def reply(self, text: str, kind: str = "application/json", policy: str = SAFE, status: int = 200) -> None:
         """`text` as the whole body, or the beginning of one that goes on."""
         self.send_response(status)
         headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-store",
@@ -167,21 +174,19 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def line(self, **what: object) -> None:
-        """A line of an answer on its way. Raises OSError if nobody reads it."""
-        self.wfile.write(json.dumps(what).encode() + b"\n")
-
     def refuse(self, status: int, why: str) -> None:
-        self.reply(json.dumps({"error": printable(why)}) + "\n", status)
+        self.reply(json.dumps({"error": printable(why)}) + "\n", status=status)
 
     def do_GET(self) -> None:
-        kind, policy, text = FILES.get(self.path.partition("?")[0], ("", "", None))
         if self.headers["Host"] not in self.server.hosts:
             self.refuse(403, "This page is for this machine alone.")
+        elif self.path in FILES:
+            file, kind = FILES[self.path]
+            self.reply((FOLDER / file).read_text(encoding="utf-8"), kind, OWN)
+        elif self.path == "/player":
+            self.reply(player.page([]), "text/html", INLINE)
         elif self.path == "/options":
             self.reply(json.dumps(self.server.options()))
-        elif text:
-            self.reply(text(), 200, kind, policy)
         else:
             self.refuse(404, "There is no such page.")
 
@@ -189,21 +194,21 @@ class Handler(BaseHTTPRequestHandler):
         host, length = self.headers["Host"], self.headers["Content-Length"] or ""
         if host not in self.server.hosts or self.headers["Origin"] != f"http://{host}":
             return self.refuse(403, "Only this machine's own page may ask for answers.")
-        if self.headers["Content-Type"] != "application/json" or not length.isdecimal() or int(length) > LARGEST:
-            return self.refuse(400, f"A request is JSON of at most {LARGEST} bytes: shorten the prompt.")
+        if self.headers["Content-Type"] != "application/json":
+            return self.refuse(400, "A request is JSON.")
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > LARGEST:
+            return self.refuse(400, f"A request has at most {LARGEST} bytes: shorten the prompt.")
         try:
             sent = json.loads(self.rfile.read(int(length)))
-            wanted = {"/answer": [("model", str), ("decode", str), ("prompt", str), ("settings", dict)], "/cancel": []}
-            for key, kind in [("id", str), *wanted[self.path]]:
-                if not isinstance(sent[key], kind):
-                    raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return self.refuse(400, "This request is none that the page makes.")
+            if {key: type(value) for key, value in sent.items()} != ASKED[self.path]:
+                raise TypeError
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            return self.refuse(400, "This is no request of the page: load it again.")
         if self.path == "/answer":
-            return self.answer(*(sent[key] for key in ("id", "model", "decode", "prompt", "settings")))
+            return self.answer(**sent)
         if event := self.server.cancelled.get(sent["id"]):
             event.set()
-        self.reply("{}\n")
+        self.reply("{}")
 
     def answer(self, id: str, model: str, decode: str, prompt: str, settings: dict) -> None:
         """Reply with lines of JSON: while it waits and works how far it is, and at the end `answer` or `error`."""
@@ -213,35 +218,35 @@ class Handler(BaseHTTPRequestHandler):
             config = configured(settings, decode)
         except (ValueError, OverflowError) as error:
             return self.refuse(400, str(error))
-        cancelled = self.server.cancelled[id] = threading.Event()
+        self.server.cancelled[id] = threading.Event()
         try:
-            self.reply("", kind="application/x-ndjson")
+            self.reply("", "application/x-ndjson")
             while not self.server.turn.acquire(timeout=0.2):
-                self.go_on(cancelled, waiting=True)
+                self.go_on(id, waiting=True)
             try:
-                go_on = lambda answer: self.go_on(cancelled, passes=answer.plan_passes + answer.denoise_passes)
-                self.line(answer=played(self.server.models[model], config, prompt, go_on))
+                go_on = lambda answer: self.go_on(id, passes=answer.plan_passes + answer.denoise_passes)
+                last = {"answer": played(self.server.models[model], config, prompt, go_on)}
             finally:
                 self.server.turn.release()
         except (ValueError, Cancelled) as error:
-            self.line(error=printable(str(error)))
-        except OSError:
-            pass  # nobody reads it any more
+            last = {"error": printable(str(error))}
         finally:
             del self.server.cancelled[id]
+        self.line(**last)
 
-    def go_on(self, cancelled: threading.Event, **what: object) -> None:
+    def go_on(self, id: str, **what: object) -> None:
         """Say how far an answer is. Raises Cancelled, or OSError if the page is gone."""
-        if cancelled.is_set():
+        if self.server.cancelled[id].is_set():
             raise Cancelled("Cancelled.")
         self.line(**what)
+
+    def line(self, **what: object) -> None:
+        self.wfile.write(json.dumps(what).encode() + b"\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", action="append", default=[], metavar="FILE", help="another model; may be repeated"
-    )
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="FILE", help="one more model")
     parser.add_argument("--no-browser", action="store_true", help="only say where the page is")
     parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")
     args = parser.parse_args()
@@ -249,9 +254,10 @@ def main() -> None:
     paths = {key: path for key, path in paths.items() if path.exists()} | {key: locate(key) for key in args.checkpoint}
     device = find(args.device)
     server = Server({key: Model(path, device) for key, path in paths.items()})
-    print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    print(f"{url} (Ctrl-C ends it)", flush=True)
     if not args.no_browser:
-        threading.Thread(target=webbrowser.open, args=[f"http://127.0.0.1:{server.server_port}/"], daemon=True).start()
+        threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -123,7 +123,7 @@ class Lane {
 // ---------------------------------------------------------------- the player
 
 function choose(race) {
-  last = Math.max(...race.answers.map(({ passes }) => passes.length));
+  last = Math.max(0, ...race.answers.map(({ passes }) => passes.length));
   lanes = race.answers.map((answer) => new Lane(answer, last));
   $("prompt").textContent = race.prompt;
   $("answers").replaceChildren(...lanes.map(({ node }) => node));
