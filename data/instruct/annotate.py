@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from data.instruct.plans import Cut, build
-from data.instruct.structure import RULES, TEXT, Part, paragraphs, parts_by, stem
+from data.instruct.structure import RULES, TEXT, Part, paragraphs, stem
 from data.instruct.topics import lead, name, strip_marker, words_of
 from tags import Round
 from tokenizer import MAX_LENGTH, Tokenizer
 
-COSTS = "the plan costs what it saves"
+COSTS, LEANS = "the plan costs what it saves", "its parts lean on each other"
 PROSE = ("paragraph", "line")  # kinds whose parts may lean on the part before
 
 
@@ -40,14 +40,14 @@ def annotate(prompt: str, text: str, tokenizer: Tokenizer) -> Annotation:
     The decision is the rule's name, or why the text stays as it is. Where the plan of a rule costs too much, that of a
     finer one would cost more.
     """
-    why = "no parallel structure"
-    for rule in RULES:
-        parts = parts_by(rule, text, prompt)
+    why = LEANS if ONE_WORK.search(prompt) else "no parallel structure"
+    for rule, parts_of in RULES.items() if why != LEANS else ():
+        parts = parts_of(text)
         if not any(a.kind == b.kind != TEXT for a, b in zip(parts, parts[1:])):
             continue
         cuts = cuts_from(parts, text, prompt)
         if not any(cut.topic for cut in cuts):
-            why = "its parts lean on each other"
+            why = LEANS
             break
         rounds, gaps = build(text, cuts)
         why = objection(rounds, tokenizer)
@@ -102,15 +102,16 @@ def cuts_from(parts: list[Part], text: str, prompt: str) -> list[Cut]:
         run = list(run)
         near = lambda part: run[0].begin <= part.begin <= run[-1].begin or part.kind == kind == "entry"
         kin = [label for part, label in zip(parts, labels) if label and near(part)]
-        tale = kind == TEXT or len({*kin}) < len(kin)  # labels that recur: speakers, or questions and answers
         end = next((part.begin for part in parts if part.begin > run[-1].begin), len(text))
-        for group in [[(run[0].begin, "", "")]] if tale else rounds_of(kind, run, text[:end], prompt):
+        said, recur = text[run[0].begin : end], len({*kin}) < len(kin)  # labels of speakers, or questions and answers
+        tale = kind == TEXT or recur or narrated(said) and kind in PROSE or kind == "step" and EQUATION.search(said)
+        for group in [[(run[0].begin, "")]] if tale else rounds_of(kind, run, text[:end], prompt):
             spans = len(group) > 1
             if not spans and cuts and cuts[-1].topic is None:
                 continue  # text after text: one piece
-            names = named([(content, topic) for _, content, topic in group]) if spans else [None]
+            names = named([content for _, content in group]) if spans else [None]
             sync = bool(cuts) and cuts[-1].topic is not None
-            cuts += [Cut(begin, name, sync and i == 0) for i, ((begin, *_), name) in enumerate(zip(group, names))]
+            cuts += [Cut(begin, name, sync and i == 0) for i, ((begin, _), name) in enumerate(zip(group, names))]
     return cuts
 
 
@@ -122,33 +123,33 @@ def with_closing(parts: list[Part], text: str) -> list[Part]:
     return parts
 
 
-def rounds_of(kind: str, run: list[Part], text: str, prompt: str) -> list[list[tuple[int, str, str]]]:
-    """Neighbouring parts of one kind as groups of (begin, content, topic), one group per round, in the order of the text.
+def rounds_of(kind: str, run: list[Part], text: str, prompt: str) -> list[list[tuple[int, str]]]:
+    """Neighbouring parts of one kind as groups of (begin, content), one group per round, in the order of the text.
 
     A part that refers back begins a new group. In prose what continues the part before belongs to that part, as does a
     paragraph that opens nothing of its own; an introduction is a group of its own.
     """
     ends, groups, before = [*(part.begin for part in run[1:]), len(text)], [[]], []
-    for (begin, _, topic), end in zip(run, ends):
+    for (begin, _), end in zip(run, ends):
         content, prose = text[begin:end], kind in PROSE
         announced = kind != "paragraph" or opens(content, prompt) or refers_back(content, before, last=False)
         if prose and groups[-1] and (continues(content) or not announced):
             start = groups[-1][-1][0]
-            groups[-1][-1] = start, text[start:end], ""
+            groups[-1][-1] = start, text[start:end]
             continue
         later = before and refers_back(content, before, last=prose and end == len(text))
         if groups[-1] and (later or prose and len(before) == 1 and introduces(before[0])):
             groups.append([])
-        groups[-1].append((begin, content, topic))
+        groups[-1].append((begin, content))
         before.append(content)
     return groups if 3 * len(before) >= 2 * len(run) else [groups[0][:1]]  # more goes on than begins: one tale
 
 
-def named(spans: list[tuple[str, str]]) -> list[str]:
-    """A name for each of the spans (content, topic or "") of a plan, different from the others."""
-    names, contents = [], [content for content, _ in spans]
-    for i, (content, topic) in enumerate(spans):
-        topic, count = topic or name(content, contents[:i] + contents[i + 1 :]), 1
+def named(contents: list[str]) -> list[str]:
+    """A name for each of the spans of a plan, different from the others."""
+    names = []
+    for content in contents:
+        topic, count = name(content), 1
         while (topic if count == 1 else f"{topic} {count}") in names:
             count += 1
         names.append(topic if count == 1 else f"{topic} {count}")
@@ -183,9 +184,22 @@ COUNTS = re.compile(
     re.IGNORECASE,
 )
 OPENING = 5  # words in which a paragraph says what it is about
-INTRODUCES = re.compile(
-    r"(?:sure|certainly|of course|absolutely|yes|no|here (?:is|are)|here['’]s|below)\b", re.IGNORECASE
+ONE_WORK = re.compile(  # a prompt that asks for a text whose parts are not independent, however it looks
+    r"\b(?:write|tell|compose|draft|create|continue|finish|invent|make up|read)\b(?:(?!\babout\b|\bof\b)[^.?!:\n]){0,60}"
+    r"\b(?:story|tale|fable|myth|legend|novel|chapter|scene|narrative|diary|memoir|poem|haiku|limerick|song|lyrics|rap|"
+    r"dialogue|conversation|letter|e-?mail|speech|script|screenplay|toast|eulogy)\b",
+    re.IGNORECASE,
 )
+NARRATES = re.compile(
+    r"\b(?:he|she|his|her|him)\b[\w ,'’-]*\b(?:was|were|had|went|came|saw|took|found|began|felt|knew|became|left|\w+ed)\b|"
+    r"\b(?:once upon|(?:one|that|the (?:next|following|same)) (?:day|morning|evening|night|year|week)|suddenly|at last|"
+    r"(?:years?|days?|weeks?|months?|hours?|minutes?) (?:later|passed|went))\b",
+    re.IGNORECASE,
+)
+SPEECH = re.compile(
+    r"[,.!?][\"”] (?:\w+ ){0,3}(?:said|asked|replied|cried)\b|\b(?:said|asked|replied|cried)\b[\w ]*[,:] [\"“]"
+)
+INTRODUCES = re.compile(r"(?:sure|certainly|of course|absolutely|yes|no|here(?: is| are|['’]s)|below)\b", re.IGNORECASE)
 
 
 def refers_back(text: str, before: list[str], last: bool) -> bool:
@@ -205,15 +219,9 @@ def refers_back(text: str, before: list[str], last: bool) -> bool:
     False
     """
     label, _ = lead(text)
-    if (
-        label in REPLIES
-        or label == "a"
-        and "q" in [lead(other)[0] for other in before]
-        or SUMS_UP.fullmatch(label)
-        or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE)
-    ):
-        return True
-    if POINTS_BACK.search(words(text)):
+    replies = label in REPLIES or label == "a" and "q" in [lead(other)[0] for other in before]
+    sums_up = SUMS_UP.fullmatch(label) or re.match(rf"(?:{SUMS_UP.pattern})\b", words(text), re.IGNORECASE)
+    if replies or sums_up or POINTS_BACK.search(words(text)):
         return True
     numbers = set(NUMBERS.findall(re.split(r"(?<=[.!?])\s", words(text))[0]))
     return last and len(numbers) > 1 and any(numbers <= set(NUMBERS.findall(other)) for other in before)
@@ -225,7 +233,18 @@ def continues(text: str) -> bool:
     >>> continues("They also eat crabs."), continues("Otters eat crabs."), continues("2x = 4")
     (True, False, True)
     """
-    return bool(CONTINUES.match(words(text)) or EQUATION.search(text))
+    opening = " ".join(words(text).split()[: OPENING + 3])
+    return bool(CONTINUES.match(words(text)) or EQUATION.search(text) or NARRATES.search(opening))
+
+
+def narrated(text: str) -> bool:
+    """Whether prose tells what happened: somebody speaks, or a third of the sentences say what a person did, or when.
+
+    >>> narrated("One day a fox met a bear. He asked for fish. It rained."), narrated("Foxes hunt. One fox hunted.")
+    (True, False)
+    """
+    said = re.split(r"(?<=[.!?])\s+", text.strip())
+    return bool(SPEECH.search(text)) or sum(bool(NARRATES.search(each)) for each in said) >= max(2, len(said) / 3)
 
 
 def opens(text: str, prompt: str) -> bool:
@@ -236,9 +255,8 @@ def opens(text: str, prompt: str) -> bool:
     """
     opening = words(text).split()[:OPENING]
     asked = {stem(word) for word in words_of(prompt)}
-    return bool(
-        lead(text)[0] or COUNTS.match(words(text)) or asked & {stem(word) for word in words_of(" ".join(opening))}
-    )
+    found = {stem(word) for word in words_of(" ".join(opening))}
+    return bool(lead(text)[0] or COUNTS.match(words(text)) or asked & found)
 
 
 def introduces(text: str) -> bool:

@@ -152,9 +152,7 @@ class Gain:
 
 def gains(examples: list[Example], judge: Judge) -> list[list[Gain]]:
     """For each example the gains of the pieces that have others before them."""
-    pieces = [
-        (example.prompt, piece, n) for n, example in enumerate(examples) for piece in asked(example) if piece.others
-    ]
+    pieces = [(e.prompt, piece, n) for n, e in enumerate(examples) for piece in asked(e) if piece.others]
     views = [lambda piece: (), lambda piece: piece.others, lambda piece: piece.others[-1:]]
     nats = [judge.nats([question(prompt, piece, view(piece)) for prompt, piece, _ in pieces]) for view in views]
     found = [[] for _ in examples]

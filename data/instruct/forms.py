@@ -194,13 +194,10 @@ def history(fields: dict) -> Iterator[Turn]:
     said = fields.get("history") or []
     said = parsed(said) if isinstance(said, str) else said  # a cell of a table
     for number, pair in enumerate(said if isinstance(said, list) else [said], 1):
+        texts = isinstance(pair, list) and all(isinstance(words, str) and words.strip() for words in pair)
         if isinstance(pair, dict):
             yield turn_of(pair, f"history, turn {number}")._replace(learnt=False)
-        elif (
-            isinstance(pair, list)
-            and len(pair) == 2
-            and all(isinstance(words, str) and words.strip() for words in pair)
-        ):
+        elif texts and len(pair) == 2:
             yield from (Turn(role, words.strip(), False) for role, words in zip(("user", "assistant"), pair))
         else:
             raise ValueError(f"expected pairs of texts, or turns, in 'history', found {pair!r:.40}")

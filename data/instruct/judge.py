@@ -72,11 +72,9 @@ class Score:
     known: int = 0
 
     def add(self, found: set, known: set) -> None:
-        self.right, self.found, self.known = (
-            self.right + len(found & known),
-            self.found + len(found),
-            self.known + len(known),
-        )
+        self.right += len(found & known)
+        self.found += len(found)
+        self.known += len(known)
 
     @property
     def precision(self) -> float:
@@ -216,9 +214,8 @@ def main() -> None:
     if not paying:
         raise ValueError(f"{args.what}: nothing to judge on")
     scores, verdicts = judge(paying, tokenizer)
-    print(
-        f"{len(paying)} of {len(examples)} answers have a plan that pays: {scores['spans'].known} spans in {scores['rounds'].known} pieces"
-    )
+    known = f"{scores['spans'].known} spans in {scores['rounds'].known} pieces"
+    print(f"{len(paying)} of {len(examples)} answers have a plan that pays: {known}")
     print(f"{'':10}{'precision':>10}{'recall':>8}{'F1':>8}")
     for kind, score in scores.items():
         print(f"{kind:10}{score.precision:10.1%}{score.recall:8.1%}{score.f1:8.1%}")

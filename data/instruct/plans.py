@@ -41,7 +41,7 @@ def build(text: str, cuts: Iterable[Cut]) -> tuple[tuple[Round, ...], tuple[str,
         gaps.append(text[end:begin])
         end = begin + len(content)
         now = rounds[-1]
-        if (cut.sync and (now[0] or now[1])) or (cut.topic is None and (now[0] or now[1])):
+        if (cut.sync or cut.topic is None) and (now[0] or now[1]):
             now = [None, []]
             rounds.append(now)
         if cut.topic is None:
@@ -68,9 +68,8 @@ def cuts_of(rounds: Iterable[Round], gaps: Iterable[str] = ()) -> list[Cut]:
     gaps = iter(tuple(gaps) or ("", *["\n"] * len(pieces(rounds))))
     at = 0
     for number, round_ in enumerate(rounds):
-        for place, (topic, text) in enumerate(
-            [(None, round_.text), *((span.topic, span.text) for span in round_.spans)]
-        ):
+        own = [(None, round_.text), *((span.topic, span.text) for span in round_.spans)]
+        for place, (topic, text) in enumerate(own):
             if text:
                 at += len(next(gaps))
                 cuts.append(Cut(at, topic, bool(number) and place == int(not round_.text)))
@@ -94,16 +93,12 @@ def quoted(text: str, said: object) -> list[Cut]:
     cuts, at = [], 0
     for number, piece in enumerate(said, 1):
         begins, topic, sync = piece.get("begins"), piece.get("topic"), piece.get("sync", False)
-        if (
-            not isinstance(begins, str)
-            or not begins.strip()
-            or not isinstance(topic, str | None)
-            or type(sync) is not bool
-        ):
+        quote = isinstance(begins, str) and begins.strip()
+        if not quote or not isinstance(topic, str | None) or type(sync) is not bool:
             raise ValueError(
-                f"piece {number}: expected 'begins', a quote, and perhaps 'topic', a name, and 'sync': true"
+                f"piece {number}: expected 'begins', a quote, and perhaps 'topic', a name, or 'sync': true"
             )
-        found = text.find(begins.strip(), at)
+        found = text.find(quote, at)
         if found < 0:
             raise ValueError(f"piece {number}: {begins[:40]!r} is not in the text after piece {number - 1}")
         cuts.append(Cut(found, topic, sync))

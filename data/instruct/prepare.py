@@ -75,10 +75,8 @@ class Progress:
         if now - self.last > (1 if self.live else 60):
             self.last, passed = now, now - self.start
             left = passed * (1 - share) / max(share, 1e-9)
-            line = (
-                f"{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second"
-            )
-            line += f", {left:.0f} s left"
+            line = f"{self.doing}: {self.count:,} records, {share:4.0%} of the file, {self.count / passed:,.0f} per second, "
+            line += f"{left:.0f} s left"
             print(f"\r{line}   " if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def done(self) -> None:
@@ -169,10 +167,9 @@ class Decider:
         """The answer with its plan, None if the record is left out; and what was wrong with it or its plan, or ""."""
         self.number += 1
         self.ignored.update(record.ignored)
-        too_long = tokens_of(record, self.tokenizer) > self.config.max_tokens
-        annotation, complaint = (
-            (None, f"longer than {self.config.max_tokens} tokens") if too_long else self.plan(record)
-        )
+        annotation, complaint = None, f"longer than {self.config.max_tokens} tokens"
+        if tokens_of(record, self.tokenizer) <= self.config.max_tokens:
+            annotation, complaint = self.plan(record)
         if annotation is None:
             self.answers[f"left out: {re.sub('.*: ', '', one_line(complaint))}"] += 1
             return None, complaint
@@ -201,10 +198,7 @@ class Decider:
     def table(self) -> str:
         """The decisions and how often each was taken, then the fields that were not read."""
         rows = [f"{'decision':52}{'answers':>9}{'spans':>9}"]
-        rows += [
-            f"{what:52}{n:9,}{self.spans[what] or '':>9}"
-            for what, n in sorted(self.answers.items(), key=lambda x: -x[1])
-        ]
+        rows += [f"{what:52}{n:9,}{self.spans[what] or '':>9}" for what, n in self.answers.most_common()]
         fields = ", ".join(f"{one_line(name)} ({n:,})" for name, n in self.ignored.most_common())
         return "\n".join([*rows, *([f"ignored fields: {fields}"] if fields else [])])
 
@@ -281,10 +275,8 @@ def main() -> None:
         tokenizer = survey.tokenizer(config)
     decider = write(args.files, config, survey, tokenizer)
     print(f"{survey.good:,} records, {survey.bad:,} more cannot be used", decider.table(), sep="\n")
-    if config.annotations and decider.annotations.unused():
-        raise ValueError(
-            f"{config.annotations}: its lines from record {decider.annotations.unused()} on are for no record"
-        )
+    if config.annotations and (first := decider.annotations.unused()):
+        raise ValueError(f"{config.annotations}: its lines from record {first} on are for no record")
 
 
 if __name__ == "__main__":

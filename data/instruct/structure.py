@@ -3,7 +3,6 @@
 sections     headings of one level, with what is below them
 items        list items, numbered steps, rows of a table, labelled entries
 paragraphs   paragraphs; in a text of one paragraph its lines
-asked        sentences of one line that begin with the parts of the question
 """
 
 import re
@@ -17,12 +16,10 @@ class Part(NamedTuple):
 
     begin: int
     kind: str
-    topic: str = ""  # if the rule knows what it is called
 
 
 TEXT = "text"
 WRAPPED = 100  # characters of the longest line of a text whose line breaks may be there for the looks
-BEFORE_NAME = r"(?:the|an?|its?|his|her|their|your|as for|about|in terms of|regarding|main|first|second|third)"
 FENCE = re.compile(r"\s*(```|~~~)")
 BULLET = re.compile(r"([ \t]*)[-*+•–][ \t]+\S")
 NUMBER = re.compile(r"([ \t]*)(?:\*\*)?(?:step\s+)?\(?(\d{1,3}|[a-z](?=[.)]\s))[.):](?:\s|\*\*)", re.IGNORECASE)
@@ -171,55 +168,16 @@ def wrapped(before: str, line: str, width: int) -> bool:
     return line[:1].isspace() or (full and line[:1].islower()) or not re.search(r"[.!?:;][\"')*_`]*\s*$", before)
 
 
-def asked(text: str, prompt: str) -> list[Part]:
-    """Sentences of a single paragraph that begin with the parts of a question, in its order.
-
-    >>> answer = "The river is long. Its food is fish. As for the eagles, none. They left."
-    >>> [said for said, _ in cut(answer, asked, "Tell me about the river, the food and the eagles of Brivok.")]
-    ['The river is long.', 'Its food is fish.', 'As for the eagles, none. They left.']
-    """
-    keys, parts = asked_for(prompt) if "\n" not in text.strip() else [], []
-    if len(keys) < 2:
-        return []
-    begins = [0, *(match.end() for match in re.finditer(r"[.!?][\"')]?\s+(?=\S)", text))]
-    for word in keys:
-        last = parts[-1].begin if parts else -1
-        opening = re.compile(rf"(?:{BEFORE_NAME}\s+)*{re.escape(stem(word))}", re.IGNORECASE)
-        begin = next((begin for begin in begins if begin > last and opening.match(text, begin)), None)
-        if begin is None:
-            return []
-        parts.append(Part(begin, "sentence", word))
-    return parts if parts[0].begin == 0 else [Part(0, TEXT), *parts]
-
-
-def asked_for(prompt: str) -> list[str]:
-    """The last words of what a prompt lists.
-
-    >>> asked_for("Compare the price, the weight of wood and its smells.")
-    ['price', 'weight', 'smells']
-    """
-    listed = next((said for said in re.split(r"[.?!:\n]", prompt) if re.search(r"\b(?:and|or)\b", said)), "")
-    chunks = re.split(r",\s*(?:and|or)\s+|,\s*|\s+(?:and|or)\s+", listed.strip())
-    chunks = [re.split(r"\s(?:of|in|for|at|on|to|between|from|with)\s", chunk)[0].split() for chunk in chunks]
-    keys = [chunk[-1].lower().strip("\"'()") for chunk in chunks if chunk]
-    return keys if all(keys) and len(set(map(stem, keys))) == len(keys) else []
-
-
 def stem(word: str) -> str:
     """A word without an ending that an answer may change, such as a plural's."""
     return re.sub(r"(?<=\w{3})(?:ies|es|s|ing|ed|y)$", "", word)
 
 
-RULES = {"sections": sections, "items": items, "paragraphs": paragraphs, "asked": asked}
+RULES = {"sections": sections, "items": items, "paragraphs": paragraphs}
 
 
-def parts_by(rule: str, text: str, prompt: str) -> list[Part]:
-    """The parts that one of RULES sees in a text; [] if it sees none."""
-    return asked(text, prompt) if rule == "asked" else RULES[rule](text)
-
-
-def cut(text: str, rule: Callable[..., list[Part]], *more: str) -> list[tuple[str, str]]:
+def cut(text: str, rule: Callable[[str], list[Part]]) -> list[tuple[str, str]]:
     """(text, kind) of each part, for examples."""
-    parts = rule(text, *more)
+    parts = rule(text)
     ends = [*(part.begin for part in parts[1:]), len(text)]
     return [(text[part.begin : end].strip(), part.kind) for part, end in zip(parts, ends)]

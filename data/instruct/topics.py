@@ -1,33 +1,40 @@
-"""What to call a span: its own heading or label if it has one, else the words that tell it from the other spans."""
+"""What to call a span: its number, then its own heading or label, or else the first words that say something.
 
-import math
+A span cannot count what it does not see: items written side by side are numbered right only if their topics are.
+"""
+
 import re
-from collections import Counter
+from itertools import groupby
+from textwrap import shorten
 
-MOST_WORDS, MOST_CHARACTERS = 5, 40  # of a name
+MOST_WORDS, MOST_CHARACTERS = 3, 40  # of a name, its number aside
 MARKER = re.compile(r"\s*(?:[-*+•–]|\(?(?:\d{1,3}|[A-Za-z])[.)]|\|)\s+|\s*#{1,6}\s+|\s*>\s+")
 STEP = re.compile(r"\s*(?:step|part|day|week|phase)\s+\d+\b[.:)\s-]*", re.IGNORECASE)
+NUMBER = re.compile(  # of an item, a heading or a step
+    r"[\s#>*_+•–-]*(?:(?:step|part|day|week|phase)\s+(\d+)\b|\(?(\d{1,3}|[a-z](?=[.)]))[.):]+(?=[\s*_]))", re.IGNORECASE
+)
+WORD = re.compile(r"[^\W_]+(?:(?!['’]s\b)[-'’][^\W_]+)*")  # without a possessive's end
 STOP = frozenset(
-    """a about above after again all also always am an and any are as at be because been before being below between
-    both but by can could did do does doing down during each either else even every few for from further get gets
-    give had has have having he her here hers him his how i if in into is it its itself just like make makes many may
-    me might more most much must my no nor not now of off often on once one only or other our out over own per same
-    she should so some such than that the their them then there these they this those through to too two under until
-    up use used using very was we well were what when where whether which while who whom whose why will with within
-    without would you your yours""".split()
+    """a about above additionally after again all also always am an and another any are as at be because been before
+    begin being below between both but by can consider could did do does doing down during each either else ensure even
+    every few finally first firstly for from further furthermore get gets give had has have having he her here hers him
+    his how i if in into is it its itself just keep last lastly let like make makes many may me might more moreover most
+    much must my no nor not now of off often on once one only or other our out over own per same second secondly she
+    should so some start such sure than that the their them then there these they third thirdly this those through to
+    too try two under until up use used using very was we well were what when where whether which while who whom whose
+    why will with within without would you your yours""".split()
 )
 
 
-def name(text: str, others: list[str]) -> str:
-    """A short name for a span of text beside others; never empty.
+def name(text: str) -> str:
+    """A short name for a span of text; never empty.
 
-    >>> name("- **Food:** fish and crabs", [])
-    'food'
-    >>> name("The otter eats fish and crabs.", ["The otter lives in rivers."])
-    'eats fish'
+    >>> name("- **Food:** fish and crabs"), name("2. Preheat the oven to 200 degrees.")
+    ('food', '2 preheat oven degrees')
     """
-    label, _ = lead(text)
-    return label or telling(text, others)
+    called, found = lead(text)[0] or first_phrases(text) or tidy(text) or "part", NUMBER.match(text)
+    number = found[found.lastindex].lower() if found else ""
+    return called if number in called.split() else f"{number} {called}".strip()
 
 
 def lead(text: str) -> tuple[str, str]:
@@ -75,23 +82,48 @@ def strip_marker(text: str) -> str:
 
 
 def tidy(title: str) -> str:
-    """A heading as a name: no mark-up, nothing in brackets, in small letters if only its first is a capital, short."""
+    """A heading as a name: no mark-up, number or brackets, in small letters if only its first is a capital, short.
+
+    >>> tidy("2. The **history** of the old castle (1200)"), tidy("__Step 1__"), tidy("a_min, DNA")
+    ('history old castle', 'step 1', 'a_min, DNA')
+    """
     title = re.sub(r"(?<=\w)\s*\([^()]*\)", "", title)
-    words = re.sub(r"[*_`#\[\]{}<>|\"]+", " ", title).strip(" .:;,-–—()").split()
-    title = " ".join(words[:MOST_WORDS])[:MOST_CHARACTERS].strip(" .:;,-–—(")
+    title = re.sub(r"[*`#\[\]{}<>|\"]+|(?<![^\W_])_|_(?![^\W_])", " ", title).strip()
+    words = (strip_marker(title) or title).strip(" .:;,-–—()").split()
+    dull = STOP if len(words) > MOST_WORDS else ("a", "an", "the")
+    title = short([word for word in words if word.lower() not in dull] or words)
     return title if title[1:] != title[1:].lower() else title.lower()
+
+
+def short(words: list[str]) -> str:
+    """Words as a name, cut inside one only if it is too long by itself."""
+    said = " ".join(words[:MOST_WORDS])
+    return (shorten(said, MOST_CHARACTERS, placeholder="") or said[:MOST_CHARACTERS]).strip(" .:;,-–—(")
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text that can name it."""
-    return [w for w in re.findall(r"[^\W\d_][\w'-]*", text.lower()) if w not in STOP and len(w) > 2]
+    return [word for word in WORD.findall(text.lower()) if tells(word)]
 
 
-def telling(text: str, others: list[str], most: int = 2) -> str:
-    """The words that are most of this text's and least of the others', in the order of the text."""
-    words, elsewhere = words_of(text), Counter(word for other in others for word in set(words_of(other)))
-    counts, first = Counter(words), {word: -i for i, word in reversed([*enumerate(words)])}
-    weight = {w: (1 + math.log(n)) * math.log((2 + len(others)) / (1 + elsewhere[w])) for w, n in counts.items()}
-    best = sorted(weight, key=lambda w: (-weight[w], -first[w]))[:most]
-    chosen = " ".join(sorted(best, key=lambda w: -first[w]))[:MOST_CHARACTERS].strip()
-    return chosen or tidy(re.sub(r"[^\w\s]", " ", text)) or "part"
+def tells(word: str) -> bool:
+    """Whether a word says something: no stop word, number, or contraction such as "we've"."""
+    return word not in STOP and len(word) > 2 and not re.search(r"['’]|^\d+$", word)
+
+
+def first_phrases(text: str) -> str:
+    """The first whole phrases that fit a name, of the first clause that has any. What says nothing parts phrases.
+
+    >>> first_phrases("- Remove the plant from its old pot."), first_phrases("Finally, meet the 12-year-old's dog.")
+    ('remove plant', 'meet 12-year-old dog')
+    """
+    for clause in re.split(r"[.,:;!?](?:\s|$)|\n", strip_marker(text).lower()):
+        words = []
+        for can, phrase in groupby(WORD.findall(clause), key=tells):
+            phrase = [*phrase] if can else []
+            if words and len(words + phrase) > MOST_WORDS:
+                break
+            words += phrase
+        if words:
+            return short(words)
+    return ""

@@ -259,7 +259,7 @@ def test_plans_made_elsewhere_are_used_where_they_fit(prepare, tmp_path):
     examples = {e.prompt: e for part in written(tmp_path / "set").values() for e in part}
     first, fourth = examples["Tell me about otter 0."], examples["Tell me about wolf 3."]
     assert [span.topic for span in first.rounds[0].spans] == ["all of it", "its play"] and first.family == "annotations"
-    assert [span.topic for span in fourth.rounds[0].spans] == ["home", "food", "play"]
+    assert [span.topic for span in fourth.rounds[0].spans] == ["1 home", "2 food", "3 play"]
     assert (
         "line 4: its annotation is not used: piece 1: 'Nothing such' is not in the text"
         in (tmp_path / "set" / "rejected.txt").read_text()
