@@ -13,6 +13,7 @@ from measure import probes
 from measure.models import EPOCHS, STUDIED, TOWNS
 from measure.quality import checker
 from measure.study import Study, sample_config
+from plumbing.device import find
 from plumbing.settings import locate
 from sample import Sampler
 
@@ -172,7 +173,7 @@ def times(f: Found) -> Claim:
         for batch in (1, 8):
             samplers = {}
             for name, (model, sample) in settings.items():
-                samplers[name] = Sampler.load(study.train(model, seed), sample_config(sample), study.device)
+                samplers[name] = Sampler.load(study.train(model, seed), sample_config(sample), find(study.device))
             found[str(batch)] = probes.seconds_per_answer(samplers, prompts, batch)
         return found
 

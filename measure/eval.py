@@ -44,7 +44,7 @@ from tags import Example
 class EvalConfig:
     """Evaluation."""
 
-    checkpoint: str = setting("checkpoints/tasks/planned.safetensors", "trained model")
+    checkpoint: str = setting("checkpoints/tasks/planned.safetensors", "trained model, or folder of a pretrained one")
     data: str = setting(
         "data/tasks", "folder of the data set it was trained on; runs its families.py and consistency.py"
     )
@@ -170,7 +170,8 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     examples = read_split(path, sampler.tokenizer)[: config.limit or None]
     if not examples:
         raise ValueError(f"{path} has no examples: name another --split")
-    files = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
+    names = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
+    files = [file for name in names for file in (sorted(name.glob("*.*")) if name.is_dir() else [name])]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
     settings = {"files": hashes, "limit": config.limit, "batch": config.batch}
     settings |= {"seeds": "of each prompt"}  # older files hold answers of which one per batch shared a seed
@@ -211,7 +212,10 @@ def quality(sampler: Sampler, examples: list[Example], results: list[dict], chec
 def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     """Nats per token of the reference answers."""
     tokenizer, method = sampler.tokenizer, sampler.method
-    sequences = [Sequence(encode(example, tokenizer, method.in_training)) for example in examples]
+    layouts = [encode(example, tokenizer, method.in_training) for example in examples]
+    for layout in layouts:
+        sampler.around(layout)
+    sequences = [Sequence(layout) for layout in layouts]
     loss, exact = JointLoss(sampler.model, tokenizer.pad + 1), method.attention == "causal"
     draws = 1 if exact or method.plan == "none" else draws  # no noise, nothing to repeat
     found = validate(loss, sequences, tokenizer, sampler.device, float(exact), draws=draws)

@@ -14,6 +14,7 @@ from config import SampleConfig
 from data.towns.families import COLOURS
 from kernels.bench import in_turns, on_the_host
 from measure.variants import POINT, SKELETON
+from plumbing.device import find
 from sample import Sampler
 from tags import Example, Span
 
@@ -25,7 +26,7 @@ def skeleton_of_thought(path: Path, examples: list[Example], check: Callable, de
 
     One request for the skeleton, then one for each point, all points in the same batch. A pass is one of the batch.
     """
-    sampler, rows = Sampler.load(path, SampleConfig(max_tokens=200), device), []
+    sampler, rows = Sampler.load(path, SampleConfig(max_tokens=200), find(device)), []
     for example in examples:
         (outline,) = sampler.answer([example.prompt + SKELETON])
         points = outline.result()["text"].split(", ")
@@ -59,7 +60,7 @@ def changed_plans(example: Example, foreign: Span, rng: random.Random) -> dict[s
 
 def under_plans(path: Path, examples: list[Example], config: SampleConfig, device: str, seed: int) -> dict[str, float]:
     """Share of right spans among those that the prompt asks for and the plan has, under each of `changed_plans`."""
-    sampler, rng, right = Sampler.load(path, config, device), random.Random(seed), {}
+    sampler, rng, right = Sampler.load(path, config, find(device)), random.Random(seed), {}
     for example in examples:
         foreign = rng.choice([e for e in examples if e.family == example.family and e != example]).rounds[0].spans[0]
         wanted = {span.topic: span.text for span in example.rounds[0].spans}
