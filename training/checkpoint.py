@@ -80,7 +80,7 @@ def introduction(path: str | Path) -> str:
         if not known:
             return ""
         prompts = "".join(f"  {one_line(prompt)}\n" for prompt in known["prompts"])
-        return f"This model was trained on {one_line(known['data'])!r}. It can answer prompts such as:\n{prompts}"
+        return f"(trained on {one_line(known['data'])!r}: it can answer prompts such as these)\n{prompts}"
     except UNREADABLE as error:
         raise CheckpointError(f"{path} does not say as it should what it was trained on ({error})") from None
 
