@@ -8,6 +8,7 @@ A text that shows no such structure, or whose plan would cost more than it saves
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -109,7 +110,7 @@ def cuts_from(parts: list[Part], text: str, prompt: str) -> list[Cut]:
             spans = len(group) > 1
             if not spans and cuts and cuts[-1].topic is None:
                 continue  # text after text: one piece
-            names = named([content for _, content in group]) if spans else [None]
+            names = named([content for _, content in group], kind in PROSE) if spans else [None]
             sync = bool(cuts) and cuts[-1].topic is not None
             cuts += [Cut(begin, name, sync and i == 0) for i, ((begin, _), name) in enumerate(zip(group, names))]
     return cuts
@@ -145,11 +146,15 @@ def rounds_of(kind: str, run: list[Part], text: str, prompt: str) -> list[list[t
     return groups if 3 * len(before) >= 2 * len(run) else [groups[0][:1]]  # more goes on than begins: one tale
 
 
-def named(contents: list[str]) -> list[str]:
-    """A name for each of the spans of a plan, different from the others."""
-    names = []
+def named(contents: list[str], prose: bool = False) -> list[str]:
+    """A name for each of the spans of a plan, different from the others. In prose what most speak of names none.
+
+    >>> named(["The otter lives in rivers.", "Another otter eats fish."], prose=True)
+    ['lives rivers', 'eats fish']
+    """
+    names, counts = [], Counter(word for content in contents for word in {*words_of(content)} if prose)
     for content in contents:
-        topic, count = name(content), 1
+        topic, count = name(content, {word for word, n in counts.items() if 2 * n > len(contents)}), 1
         while (topic if count == 1 else f"{topic} {count}") in names:
             count += 1
         names.append(topic if count == 1 else f"{topic} {count}")
@@ -161,7 +166,7 @@ def named(contents: list[str]) -> list[str]:
 SUMS_UP = re.compile(
     r"overall|in (?:conclusion|short|summary|sum|total|general|brief|the end)|to (?:sum|conclude|summari[sz]e|recap)|"
     r"altogether|together|all (?:in all|of (?:these|this|them))|these|those|both|therefore|thus|hence|as a result|"
-    r"consequently|in other words|by (?:following|combining|doing|using) (?:these|this)|with (?:these|this|all)|"
+    r"consequently|in (?:other words|(?:simple|simpler|other) terms)|by (?:following|combining|doing|using) (?:these|this)|with (?:these|this|all)|"
     r"ultimately|so,|conclusion|summary|total|verdict|result|final (?:thoughts|answer|result|verdict)|"
     r"key takeaways?|takeaways?|bottom line|the (?:above|former|latter)|as (?:mentioned|noted|shown|stated)",
     re.IGNORECASE,

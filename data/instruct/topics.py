@@ -4,6 +4,7 @@ A span cannot count what it does not see: items written side by side are numbere
 """
 
 import re
+from collections.abc import Set
 from itertools import groupby
 from textwrap import shorten
 
@@ -20,19 +21,20 @@ STOP = frozenset(
     every few finally first firstly for from further furthermore get gets give had has have having he her here hers him
     his how i if in into is it its itself just keep last lastly let like make makes many may me might more moreover most
     much must my no nor not now of off often on once one only or other our out over own per same second secondly she
-    should so some start such sure than that the their them then there these they third thirdly this those through to
+    should so some start such sure terms than that the their them then there these they third thirdly this those through to
     too try two under until up use used using very was we well were what when where whether which while who whom whose
     why will with within without would you your yours""".split()
 )
 
 
-def name(text: str) -> str:
-    """A short name for a span of text; never empty.
+def name(text: str, dull: Set[str] = frozenset()) -> str:
+    """A short name for a span of text; never empty; without the words `dull`, if others name it.
 
     >>> name("- **Food:** fish and crabs"), name("2. Preheat the oven to 200 degrees.")
     ('food', '2 preheat oven degrees')
     """
-    called, found = lead(text)[0] or first_phrases(text) or tidy(text) or "part", NUMBER.match(text)
+    called = lead(text)[0] or first_phrases(text, dull) or first_phrases(text) or tidy(text) or "part"
+    found = NUMBER.match(text)
     number = found[found.lastindex].lower() if found else ""
     return called if number in called.split() else f"{number} {called}".strip()
 
@@ -111,7 +113,7 @@ def tells(word: str) -> bool:
     return word not in STOP and len(word) > 2 and not re.search(r"['’]|^\d+$", word)
 
 
-def first_phrases(text: str) -> str:
+def first_phrases(text: str, dull: Set[str] = frozenset()) -> str:
     """The first whole phrases that fit a name, of the first clause that has any. What says nothing parts phrases.
 
     >>> first_phrases("- Remove the plant from its old pot."), first_phrases("Finally, meet the 12-year-old's dog.")
@@ -119,7 +121,7 @@ def first_phrases(text: str) -> str:
     """
     for clause in re.split(r"[.,:;!?](?:\s|$)|\n", strip_marker(text).lower()):
         words = []
-        for can, phrase in groupby(WORD.findall(clause), key=tells):
+        for can, phrase in groupby(WORD.findall(clause), key=lambda word: tells(word) and word not in dull):
             phrase = [*phrase] if can else []
             if words and len(words + phrase) > MOST_WORDS:
                 break

@@ -120,8 +120,9 @@ STRUCTURES = [
     (f"x : int\n    {A}\ny, z : float\n    {B}", [["", ["x", "y, z"]]]),
     (f":param x: {A}\n:param y: {B}", [["", ["x", "y"]]]),
     (f"Home: {A}\nFood: {B}", [["", ["home", "food"]]]),
-    (f"{A}\n\n{B}\n\nThey also eat. {C}", [["", ["otters swim rivers", "bears sleep rivers"]]]),
-    (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim rivers", "bears sleep rivers"]]]),
+    (f"{A}\n\n{B}\n\nThey also eat. {C}", [["", ["otters swim", "bears sleep"]]]),
+    (f"{A}\n\n{B}\n\nIn simpler terms: {C}", [["", ["otters swim", "bears sleep"]], [f"In simpler terms: {C}", []]]),
+    (f"Here is all:\n\n{A}\n\n{B}", [["Here is all:", ["otters swim", "bears sleep"]]]),
     (f"1. {A}\n\n```\n1. x\n2. y\n```\n2. {B}", [["", ["1 otters swim rivers", "2 bears sleep rivers"]]]),
     (f"1. {A}\n- {C}\n2. {B}\n- {C}", [["", ["1 otters swim rivers", "2 bears sleep rivers"]]]),
     (
