@@ -22,7 +22,7 @@ from config import METHODS, SampleConfig
 from demo.demo import PROMPTS
 from plumbing import device as devices
 from plumbing.files import refuse_overwriting, write_whole
-from plumbing.settings import command, locate, printable
+from plumbing.settings import Help, command, locate, printable
 from sample import Sampler
 from show.record import Frame, FrameTopic, action, counted, denoises, record, since
 
@@ -31,6 +31,7 @@ WIDTH, MARGIN, GAP = 760, 16, 24  # pixels: of the picture, around it, and betwe
 CHARACTER, LINE = 7.8, 18  # pixels: width of a character and height of a line, at font size 13
 PANEL = (WIDTH - 2 * MARGIN - GAP) / 2
 PAD = "\u00b7"
+HOW = {"planned": " (--steps_ratio 0.5)"}  # the settings of SampleConfig()
 LEGEND = [  # kind of box, what is in it, and what it means
     ("topic", "craft 4", "topic, length in units of 10 slots"),
     ("rule", "", "span"),
@@ -179,7 +180,7 @@ class Panel:
         self.since = since(frames)
 
     def draw(self) -> None:
-        self.film.add(text(self.x, self.y, METHODS[self.method].title, "strong"))
+        self.film.add(text(self.x, self.y, METHODS[self.method].title + HOW.get(self.method, ""), "strong"))
         self.count()
         self.narrate()
         for r, round_ in enumerate(self.frames[-1].rounds):
@@ -286,7 +287,7 @@ def draw(prompt: str, answers: Sequence[tuple[str, Sequence[Frame]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     shown = "(default: %(default)s)"
     parser.add_argument("--prompt", default=PROMPTS["tasks"], help=f"what both models answer {shown}")
     parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help=f"model on the left {shown}")
