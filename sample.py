@@ -29,11 +29,12 @@ from model import KVCache, Transformer
 from plumbing import device as devices
 from plumbing.files import refuse_overwriting
 from plumbing.settings import add_settings, command, locate, pick, refuse_idle
+from pretrained.chat import model_to_sample
 from show.page import Race, write_page
 from show.record import record
 from show.terminal import Screen
 from tokenizer import Tokenizer
-from training.checkpoint import introduction, load_checkpoint
+from training.checkpoint import introduction
 
 # ---------------------------------------------------------------- a pass
 
@@ -158,34 +159,33 @@ class Sampler:
     asks for."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: SampleConfig,
-                 method: MethodConfig = MethodConfig(), decoders: dict[str, Decoder] | None = None):  # fmt: skip
+                 method: MethodConfig = MethodConfig(), decoders: dict[str, Decoder] | None = None,
+                 around: Callable[[Layout], int] = lambda layout: 0):  # fmt: skip
         self.model, self.tokenizer, self.config, self.method = model.eval(), tokenizer, config, method
         self.decoders = decoders or (DECODERS_AHEAD if config.ahead else DECODERS)
+        self.around = around  # puts a chat template around a prompt, and returns how many tokens that adds
         self.passes, self.predictions = Passes(model), Predictions(model, tokenizer)
         self.device = self.passes.device
         # on a GPU a pass over more positions costs about the same; on a CPU one token need not wait for a hundred
-        together = devices.has_graphs(self.device)
-        self.turns = ((False, True),) if together else ((False,), (True,))  # of phases in spans or not
+        self.turns = ((False, True),) if devices.has_graphs(self.device) else ((False,), (True,))  # of phases in spans?
 
     @classmethod
     def load(cls, path: str | Path, config: SampleConfig, device: torch.device | str = "cpu") -> "Sampler":
-        """From a checkpoint, which says how it was trained.
+        """From a checkpoint, which says how it was trained, or a pretrained model as it is, from its folder.
 
         Raises ValueError if it cannot be sampled from, or if a setting would change nothing.
         """
-        model, tokenizer, info, _ = load_checkpoint(locate(path), device)
-        devices.use_threads(model.n_params())
+        model, tokenizer, info, around = model_to_sample(locate(path), device)
         method = decoded_as(trained_by(info, path), config.decode)
         refuse_idle(config, method)
-        dtype = devices.sampling_dtype(device)
-        dtype = getattr(torch, model.config.half) if dtype == torch.float16 else dtype
-        return cls(model.to(dtype), tokenizer, config, method)
+        return cls(model, tokenizer, config, method, around=around)
 
     def begin(self, prompts: Sequence[str]) -> list[Answer]:
         """Answers to prompts in their first phase. Raises ValueError if a prompt is too long."""
         answers, config, method, decoder = [], self.config, self.method, self.decoders[self.method.method]
         for i, prompt in enumerate(prompts):
             answer = Answer(prompt, self.tokenizer, config, method, decoder, config.seed + i, self.device)
+            answer.max_length += self.around(answer.layout)
             if answer.max_length > LONGEST:
                 raise ValueError(f"the prompt {prompt[:40]!r}... has {len(answer.layout)} tokens: "
                                  f"with --max_tokens {config.max_tokens} that is more than {LONGEST}")  # fmt: skip
@@ -251,7 +251,7 @@ def main() -> None:
         races.append(Race(prompt, [(METHODS[method].title, method, record(sampler.answer, prompt, watch=Screen()))]))
     if args.html:
         print(write_page(args.html, races))
-    sys.stderr.write(introduction(path))
+    sys.stderr.write("" if path.is_dir() else introduction(path))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from methods import encode, rewrite
 from noise import Sequence
 from plumbing.device import CHOICES, find, peak_memory
 from plumbing.files import write_whole
-from plumbing.settings import add_settings, check, command, locate, pick, printable, setting
+from plumbing.settings import Help, add_settings, check, command, locate, pick, printable, setting
 from sample import Sampler
 from tags import Example
 
@@ -290,7 +290,7 @@ def markdown(result: dict) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add_settings(parser, EvalConfig, SampleConfig)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args()

@@ -15,6 +15,8 @@ from tokenizer import MAX_LENGTH, Tokenizer
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same where digits were cut off first: white space before them is one word, too
 DIGITS_GPT2 = r"\p{N}%s|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")  # fmt: skip
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")  # fmt: skip
 
@@ -54,6 +56,9 @@ def read(folder: str | Path, unit: int = 10) -> tuple[Tokenizer, list[int | None
 
 def _read(saved: dict[str, Any], unit: int) -> tuple[Tokenizer, list[int | None]]:
     model, added = saved["model"], {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+    if model.get("byte_fallback") and "ByteLevel" in json.dumps(saved.get("pre_tokenizer")):
+        raise ValueError("it is byte-level BPE and falls back to bytes, both at once: transformers writes this for a GGUF file, "
+                         "and cuts texts wrong; python pretrained/gguf.py FILE.gguf writes a right one")  # fmt: skip
     if model.get("byte_fallback") or (saved.get("decoder") or {}).get("type") == "Metaspace":
         raise ValueError(f"a SentencePiece tokenizer, expected byte-level BPE: {ADVICE}")
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
