@@ -114,7 +114,7 @@ def tells(word: str) -> bool:
 
 
 def first_phrases(text: str, dull: Set[str] = frozenset()) -> str:
-    """The first whole phrases that fit a name, of the first clause that has any. What says nothing parts phrases.
+    """The first phrases that fit a name, two words or more, of the first clause that has any. Stop words part phrases.
 
     >>> first_phrases("- Remove the plant from its old pot."), first_phrases("Finally, meet the 12-year-old's dog.")
     ('remove plant', 'meet 12-year-old dog')
@@ -123,7 +123,7 @@ def first_phrases(text: str, dull: Set[str] = frozenset()) -> str:
         words = []
         for can, phrase in groupby(WORD.findall(clause), key=lambda word: tells(word) and word not in dull):
             phrase = [*phrase] if can else []
-            if words and len(words + phrase) > MOST_WORDS:
+            if words[1:] and len(words + phrase) > MOST_WORDS:
                 break
             words += phrase
         if words:

@@ -202,7 +202,7 @@ STORIES = {  # a prompt and an answer of two paragraphs, the second of which beg
     "persons": ("Bears?", f"{TWO} He was old. She loved him."),
     "moments": ("Bears?", f"One day, all was well. {TWO} The next morning it rained. {B}"),
     "speech": ("Bears?", f'{TWO} {B} {C} {A} "Who are you?" asked the fox.'),
-    "opening": ("Bears?", f"{A}\n\nIn 1903, she won with the bears. {B} {C} {A}"),
+    "opening": ("Bears?", f"{A}\n\nBears she had seen came back. {B} {C} {A}"),
     "steps": ("Bears?", f"1. Otters are two, as {A}\n2. Bears = 3 * 2, as {B}"),
 }
 
@@ -236,6 +236,8 @@ TOPICS = [
     ("b) **Fish**", "b fish"),
     ("**Day 4:** See the castle.", "day 4"),
     ("- 4 eggs from the farm", "eggs farm"),
+    ("Remove the plant from its old pot.", "remove plant"),
+    ("- Relax the long type error which is thrown.", "relax long type"),
     ("- **Practise the good habits of sleep** every night", "practise good habits"),
     ("The clothes I've washed, and the update of the router's software", "clothes washed"),
     ("Furthermore, the old castle is on a hill.", "old castle hill"),
