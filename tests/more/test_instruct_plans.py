@@ -201,6 +201,7 @@ STORIES = {  # a prompt and an answer of two paragraphs, the second of which beg
     "work": ("Write a short story with bears.", TWO),
     "persons": ("Bears?", f"{TWO} He was old. She loved him."),
     "moments": ("Bears?", f"One day, all was well. {TWO} The next morning it rained. {B}"),
+    "more moments": ("Bears?", f"Once upon a time, all was well. {TWO} Suddenly it rained. {B}"),
     "speech": ("Bears?", f'{TWO} {B} {C} {A} "Who are you?" asked the fox.'),
     "opening": ("Bears?", f"{A}\n\nBears she had seen came back. {B} {C} {A}"),
     "steps": ("Bears?", f"1. Otters are two, as {A}\n2. Bears = 3 * 2, as {B}"),
