@@ -136,7 +136,7 @@ function differing(before, now) {
   if (!now) return [];
   const old = new Map(pieces(before));
   return pieces(now).flatMap(([key, tokens]) => {
-    const known = old.get(key), comparable = known || (key.startsWith("span") && before.rounds[0]?.topics.length);
+    const known = old.get(key), comparable = known?.length || (key.startsWith("span") && before.rounds[0]?.topics.length);
     return comparable ? added(words(known ?? []), words(tokens)).flatMap(({ parts }) => parts) : [];
   });
 }
@@ -308,7 +308,8 @@ async function begin() {
   $("model").replaceChildren(...Object.keys(options.models).map((name) => new Option(name)));
   chooseModel();
   for (const [key, { title }] of Object.entries(options.lessons)) {
-    $("lessons").append(element("a", { href: `#${key}`, onclick: () => location.hash === `#${key}` && lesson() }, title));
+    const again = () => { if (location.hash === `#${key}`) lesson(); };
+    $("lessons").append(element("a", { href: `#${key}`, onclick: again }, title));
   }
   $("more").open = !matchMedia("(max-width: 56rem)").matches;
   player().document.documentElement.classList.add("framed");
