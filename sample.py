@@ -28,7 +28,7 @@ from methods import DECODERS, decoded_as, trained_by
 from model import KVCache, Transformer
 from plumbing import device as devices
 from plumbing.files import refuse_overwriting
-from plumbing.settings import add_settings, command, locate, pick, refuse_idle
+from plumbing.settings import Help, add_settings, command, locate, pick, refuse_idle
 from pretrained.chat import model_to_sample
 from show.page import Race, write_page
 from show.record import record
@@ -230,7 +230,7 @@ class Sampler:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--prompt", action="append", required=True, help="a question; may be given several times")
     parser.add_argument("--checkpoint", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", help=f"{', '.join(devices.CHOICES)} (default: %(default)s)")

@@ -1,11 +1,13 @@
-"""Train a model on a data set: the update, the loop, and the command line. config.py has the settings.
+"""Train a model on a data set: the update, the loop, and the command line.
 
-    python train.py                                         planned diffusion on data/tasks
-    python train.py --method ar                             the autoregressive model on the same examples
-    torchrun --nproc_per_node 2 train.py --accumulate 2     two processes: the losses of one with --accumulate 2
+    python train.py                 planned diffusion on data/tasks
+    python train.py --method ar     autoregression on the same examples
+    torchrun --nproc_per_node 2 train.py --accumulate 2
+        two processes: the losses of one with --accumulate 2
 
-All randomness is a function of (seed, step), so a run that is interrupted at any moment and started
-again continues with the losses that it would have had.
+config.py has the settings. All randomness is a function of (seed, step), so a
+run that is interrupted at any moment and started again continues with the
+losses that it would have had.
 """
 
 import argparse

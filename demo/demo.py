@@ -19,7 +19,7 @@ import torch
 from config import SampleConfig
 from plumbing.device import find, name_of
 from plumbing.files import refuse_overwriting
-from plumbing.settings import command, locate
+from plumbing.settings import Help, command, locate
 from sample import Sampler
 from show.page import Race, write_page
 from show.record import record
@@ -109,7 +109,7 @@ def show(data: str, prompt: str, delay: float, device: torch.device) -> Race:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--prompt", help="a prompt of your own for the chosen data set")
     parser.add_argument("--data", choices=PROMPTS, help="show only this data set's models (default: all)")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds a frame stays (default: %(default)s)")

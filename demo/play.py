@@ -30,7 +30,7 @@ from demo.lessons import LESSONS, PROMPTS
 from methods import decoded_as, trained_by
 from plumbing.device import find
 from plumbing.files import UNREADABLE
-from plumbing.settings import ROOT, command, locate, printable, refuse_idle
+from plumbing.settings import ROOT, Help, command, locate, printable, refuse_idle
 from sample import Sampler
 from show import page as player
 from show.page import FOLDER, Race
@@ -245,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--checkpoint", action="append", default=[], metavar="FILE", help="one more model")
     parser.add_argument("--no-browser", action="store_true", help="only say where the page is")
     parser.add_argument("--device", default="auto", help="where to compute (default: %(default)s)")

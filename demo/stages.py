@@ -20,7 +20,7 @@ from config import SampleConfig
 from demo.svg import CHARACTER, LEGEND, LINE, MARGIN, PAD, STYLE, Film, Word, box, legend, page, place, text
 from plumbing.device import find
 from plumbing.files import refuse_overwriting, write_whole
-from plumbing.settings import command, locate
+from plumbing.settings import Help, command, locate
 from sample import Sampler
 from show.record import Frame, FrameRound, counted, denoises, record, since
 
@@ -117,7 +117,7 @@ def draw(prompt: str, frames: Sequence[Frame]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--out", default="stages.svg", help="file to write (default: %(default)s)")
     args = parser.parse_args()
     refuse_overwriting([locate(CHECKPOINT)], out=args.out)

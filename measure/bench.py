@@ -28,7 +28,7 @@ from kernels.bench import in_turns, on_the_host, quartiles
 from measure.quality import aligned
 from model import ModelConfig, Transformer
 from plumbing.device import find, name_of, utilization
-from plumbing.settings import add_settings, command, locate, pick
+from plumbing.settings import Help, add_settings, command, locate, pick
 from sample import Passes, Sampler
 from train import Trainer
 
@@ -172,7 +172,7 @@ def bench_sampling(args: argparse.Namespace) -> None:
 
 def options() -> argparse.Namespace:
     """The command line. Raises ValueError for numbers with which nothing can be timed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--part", choices=("both", "training", "sampling"), default="both", help="(default: both)")
     parser.add_argument(
         "--preset", choices=PRESETS, default="tasks", help="model and batch that train (default: tasks)"
@@ -182,7 +182,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", help="what computes attention in training (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what is trained and what samples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["ar", "planned", "dense", "parallel-ar"],
-                        help="trained; the first is what others are compared with (default: %(default)s)")  # fmt: skip
+                        metavar="METHOD", help="trained: %(choices)s; the first is what others are compared with "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--updates", type=int, default=10, help="per turn of training (default: %(default)s)")
     parser.add_argument("--planned", default="checkpoints/tasks/planned.safetensors", help="(default: %(default)s)")
     parser.add_argument("--ar", default="checkpoints/tasks/ar.safetensors", help="its baseline (default: %(default)s)")

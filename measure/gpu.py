@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
-from plumbing.settings import ROOT, command  # no more than that: the machine may lack all packages
+from plumbing.settings import ROOT, Help, command  # no more than that: the machine may lack all packages
 
 
 class Part(NamedTuple):
@@ -145,7 +145,7 @@ def write(report: dict[str, Any], out: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="that all may take (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="parts that have one in their name")

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
 from measure.gpu import PARTS, command_of
-from plumbing.settings import ROOT, command, locate  # a part imports what else it needs: packages may be missing
+from plumbing.settings import ROOT, Help, command, locate  # a part imports what else it needs: packages may be missing
 
 # ways to sample each shipped model: settings, and a method that it was not trained for, for which its texts are nonsense
 WAYS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
@@ -207,7 +207,7 @@ def figures(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     for name in ("device", "data", "checkpoints"):
         parser.add_argument(name)
     parser.add_argument("out", type=Path)

@@ -27,7 +27,7 @@ from measure.quality import aligned
 from model import ModelConfig, Transformer
 from noise import Batch, Sequence, make_batch
 from plumbing.device import CHOICES, PEAKS, fast_dtype, find, name_of, peak_memory
-from plumbing.settings import add_settings, check, command, pick, refuse_idle, setting
+from plumbing.settings import Help, add_settings, check, command, pick, refuse_idle, setting
 from pretrained.lora import adapt, trained
 from tags import Example, Round, Span
 from tokenizer import Tokenizer
@@ -165,7 +165,7 @@ def measured(config: ModelConfig, batch: Batch, lora: int, recompute: bool, plac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add_settings(parser, MemoryConfig)
     config = pick(MemoryConfig, parser.parse_args())
     if not config.measure:

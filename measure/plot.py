@@ -20,7 +20,7 @@ import numpy as np
 
 from measure.pictures import Label, marker, save, tidy, write_labels
 from plumbing.files import refuse_overwriting
-from plumbing.settings import command
+from plumbing.settings import Help, command
 
 LOSSES = {
     "plan": "plan and text",
@@ -132,11 +132,12 @@ def named(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("logs", nargs="+", help="log.csv files, each with or without LABEL= before it")
     parser.add_argument("--x", choices=[*X, "epochs"], default="updates", help="(default: %(default)s)")
     parser.add_argument("--updates_per_epoch", type=float, default=0, help="examples / batch, for --x epochs")
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, help="panels (default: all that a log has)")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, metavar="LOSS",
+                        help="panels: %(choices)s (default: all that a log has)")  # fmt: skip
     parser.add_argument("--png", default="losses.png", help="picture to write (default: %(default)s)")
     args = parser.parse_args()
     if args.x == "epochs" and not args.updates_per_epoch > 0:

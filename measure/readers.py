@@ -27,7 +27,7 @@ from loss import JointLoss, validate
 from measure.quality import aligned, cell, own_function
 from methods import encode, trained_by
 from noise import Sequence
-from plumbing.settings import command, locate, one_line
+from plumbing.settings import Help, command, locate, one_line
 from tags import Example, Round, plain_text
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
@@ -209,7 +209,7 @@ def read(path: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("a", help="report of eval.py --json")
     parser.add_argument("b", help="another, of the same examples")
     args = parser.parse_args()

@@ -4,7 +4,9 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from pathlib import Path
@@ -68,6 +70,21 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type) -> None:
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
             text = f.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
             group.add_argument("--" + f.name, default=f.default, help=text, **kind)
+
+
+class Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description, and keeps its indented lines: what of one is too long goes on below it."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for line in re.sub(r"(?m)^(\S.*)\n(?=\S)", r"\1 ", text).strip("\n").split("\n"):
+            margin, line = indent + re.match(" *", line)[0], line.strip()
+            parts = re.split(" {3,}", line) if len(margin + line) > width else [line]  # a command, and what it does
+            for n, part in enumerate(parts):
+                below = margin + "    " * bool(margin)
+                filled += textwrap.wrap(part, width, initial_indent=below if n else margin, subsequent_indent=below,
+                                        break_long_words=False, break_on_hyphens=False) or [""]  # fmt: skip
+        return "\n".join(filled)
 
 
 def pick(cls: type, args: argparse.Namespace, **more: Any) -> Any:

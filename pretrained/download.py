@@ -23,7 +23,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.files import UNREADABLE, atomic
-from plumbing.settings import command
+from plumbing.settings import Help, command
 from pretrained.llama import tensor_files
 
 HUB = "https://huggingface.co"
@@ -89,7 +89,7 @@ def download(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("name", help="owner/model on the hub")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()

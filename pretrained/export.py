@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import LONGEST
 from model import Transformer
 from plumbing.files import atomic, refuse_overwriting, write_whole
-from plumbing.settings import add_settings, check, command, locate, pick, setting
+from plumbing.settings import Help, add_settings, check, command, locate, pick, setting
 from pretrained import tokens
 from pretrained.llama import load, look, places, transformers_config
 from tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: Path, dtype: str) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add_settings(parser, ExportConfig)
     config = pick(ExportConfig, parser.parse_args())
     path = locate(config.model)

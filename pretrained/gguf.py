@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent  # not on the path, or `gguf` would be th
 sys.path[:] = [str(HERE.parent), *(folder for folder in sys.path if Path(folder).resolve() != HERE)]
 
 from plumbing.files import UNREADABLE, atomic, refuse_overwriting, write_whole
-from plumbing.settings import command
+from plumbing.settings import Help, command
 from pretrained import tokens
 from pretrained.llama import load, look
 
@@ -159,7 +159,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("file", type=Path, help="a .gguf file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()

@@ -32,7 +32,7 @@ from model import Transformer
 from noise import IGNORE, Sequence, make_batch
 from plumbing import device as devices
 from plumbing.files import refuse_overwriting
-from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
+from plumbing.settings import Help, add_settings, check, command, locate, one_line, pick, setting
 from tags import Example, Round
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
@@ -213,7 +213,7 @@ def without_lone(cuts: list) -> list:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("data", help="folder of a data set")
     add_settings(parser, DependenceConfig)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import read_split
 from data.instruct.annotate import COSTS, annotate, objection
 from data.instruct.plans import cuts_of, restore
-from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
+from plumbing.settings import Help, add_settings, check, command, locate, one_line, pick, setting
 from tags import Example, Round, Span, pieces
 from tokenizer import Tokenizer
 
@@ -197,7 +197,7 @@ def described_as(entry: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("what", help="recipes, docstrings, or the folder of a data set")
     add_settings(parser, JudgeConfig)
     args = parser.parse_args()

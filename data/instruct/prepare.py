@@ -31,7 +31,7 @@ from data.instruct.forms import FORMS, Bad, Record, answers
 from data.instruct.plans import Annotations, build, restore
 from data.instruct.show import shown
 from plumbing.files import atomic, refuse_overwriting
-from plumbing.settings import add_settings, check, command, locate, one_line, pick, setting
+from plumbing.settings import Help, add_settings, check, command, locate, one_line, pick, setting
 from pretrained.tokens import read
 from tags import Example, plain_text
 from tokenizer import Tokenizer
@@ -258,7 +258,7 @@ def appearing(path: str | Path) -> Iterator[IO]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("files", nargs="+", type=Path, help=".json, .jsonl, .csv, .tsv or .parquet files")
     add_settings(parser, PrepareConfig)
     args = parser.parse_args()

