@@ -3,7 +3,9 @@
 import math
 import os
 import signal
+import textwrap
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,12 @@ def flops_of(loss: JointLoss, batch: Batch) -> float:
     return 3 * (blocks + logits)
 
 
+def fold(parts: Iterable[str], columns: int = 80) -> str:
+    """Parts of a message side by side; what has no room goes on in the next line, never within a part."""
+    text = "  ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
+    return textwrap.fill(text, columns, subsequent_indent="  ").replace("\N{NO-BREAK SPACE}", " ")
+
+
 class Progress:
     """What a run has done: updates, tokens, seconds, and the losses since the last row of its log."""
 
@@ -103,14 +111,14 @@ class Progress:
                 **dict(zip(TERMS, losses))}  # fmt: skip
 
     def line(self, row: dict[str, float]) -> str:
-        """A row and the speed for a reader."""
+        """A row and the speed for a reader, in lines that fit a terminal."""
         step, tokens, seconds = self.first
         passed = max(self.seconds - seconds, 1e-9)
         left = passed / (self.step - step) * (self.steps - self.step)
-        losses = "  ".join(f"{name} {row[name]:.4f}" for name in TERMS if row[name])
-        return (f"step {self.step:6}/{self.steps}  {losses}  {row['padding']:4.1%} padding  "
-                f"{(self.tokens - tokens) / passed:6.0f} tokens/s  {utilization(self.flops / passed, self.device)}  "
-                f"{left / 60:.1f} min left")  # fmt: skip
+        used = [utilization(self.flops / passed, self.device)] if self.device.type != "cpu" else []
+        return fold([f"step {self.step:{len(str(self.steps))}}/{self.steps}",
+                     *(f"{name} {row[name]:.4f}" for name in TERMS if row[name]),
+                     f"{(self.tokens - tokens) / passed:.0f} tokens/s", *used, f"{left / 60:.1f} min left"])  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, for JSON."""

@@ -1,5 +1,6 @@
 """A run's folder: the checkpoint from which an interrupted run goes on, the log, and the finished model."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,10 +10,10 @@ import torch
 
 from config import MethodConfig, TrainConfig
 from model import Transformer
-from plumbing.settings import locate
+from plumbing.settings import locate, one_line
 from tags import Example
 from tokenizer import Tokenizer
-from training.bookkeeping import Log, Processes, Progress
+from training.bookkeeping import Log, Processes, Progress, fold
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.optim import Optimizer
 
@@ -66,6 +67,12 @@ def introduce(folder: Path, examples: list[Example]) -> dict[str, Any]:
     return {"data": folder.resolve().name, "prompts": [*prompts][:3]}
 
 
+def how_to_answer(model: Path, trained_on: dict[str, Any]) -> str:
+    """The command that answers one of the prompts that a model was trained for."""
+    prompt = one_line(next(iter(trained_on["prompts"]), "..."))
+    return f"  python sample.py --checkpoint {shlex.quote(str(model))} \\\n    --prompt {shlex.quote(prompt)}"
+
+
 class Run:
     """A training from its first or last checkpoint to its end. The folder `out` holds all that is needed to go on."""
 
@@ -106,19 +113,28 @@ class Run:
             raise ValueError(f"{path} holds no run that can go on ({error!r}): take another --out") from None
         if other:
             raise ValueError(f"{path} is of a run with other {', '.join(other)}: take those or another --out")
-        self.say(f"going on with {path} after {self.progress.step} updates")
+        if not self.finished():
+            self.say(f"going on with {path} after {self.progress.step} updates")
+
+    def finished(self) -> bool:
+        """Whether all updates are done and the model is written."""
+        return self.progress.step >= self.config.steps and self.model.exists()
 
     def __enter__(self) -> "Run":
         """The first process keeps the log. A row that is in it already is not written again."""
+        self.wrote = "already finished:" if self.finished() else "wrote"
         if self.processes.rank == 0:
             self.log = Log(self.out / "log.csv", self.progress.step)
             if self.log.last == self.progress.step:
                 self.progress.recent = []
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type | None, *_: object) -> None:
+        """Of a finished run, say where its model is and what can be done with it."""
         if self.log:
             self.log.close()
+            if self.finished() and not failed:
+                self.say(f"{self.wrote} {self.model}; answer with:\n{how_to_answer(self.model, self.state.trained_on)}")
 
     def due(self, every: int) -> bool:
         """Whether what comes every so many updates comes now; at the end all of it does."""
@@ -133,8 +149,8 @@ class Run:
                 if self.due(c.validate_every):
                     losses = validate()
                     row |= {f"val_{name}": value for name, value in losses.items()}
-                    said = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-                    self.say(f"validation: {said} nats per token")
+                    said = (f"{name} {value:.4f}" for name, value in losses.items())
+                    self.say(fold(["validation:", *said, "nats per token"]))
                 self.log.write(row)
             progress.recent = []
         if self.log and progress.step == c.steps and not self.model.exists():  # the run was killed before it wrote that

@@ -17,7 +17,7 @@ from runs import SHAPE, Crash, assert_same, crash, interrupt, losses, make, opti
 import train
 from noise import TERMS
 from training import run as run_module
-from training.bookkeeping import Log
+from training.bookkeeping import Log, fold
 from training.checkpoint import load_checkpoint
 
 
@@ -25,12 +25,23 @@ def test_a_run_speaks_at_its_first_update_and_then_as_often_as_it_logs(folder, t
     run(folder, tmp_path, steps=7, log_every=5, validate_every=7)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("reading ")
-    steps = [
-        re.match(r"step +(\d+)/7  plan \d\.\d+  span \d\.\d+ .* \d+ tokens/s .* \d\.\d min left$", line)
-        for line in lines
-    ]
+    pattern = r"step +(\d+)/7  plan \d\.\d+  span \d\.\d+  \d+ tokens/s  \d\.\d min left$"
+    steps = [re.match(pattern, line) for line in lines]
     assert [int(match[1]) for match in steps if match] == [1, 5, 7]
     assert [int(row["step"]) for row in losses(tmp_path)] == [5, 7], "a row has the mean of all updates since the last"
+    assert all(len(line) <= 80 for line in lines if line.startswith(("step", "validation")))
+    model = tmp_path / "model.safetensors"
+    wrote, *command = lines[-3:]
+    assert wrote == f"wrote {model}; answer with:"
+    assert "".join(command).startswith(f"  python sample.py --checkpoint {model} \\    --prompt ")
+    run(folder, tmp_path, steps=7, log_every=5, validate_every=7)
+    assert f"already finished: {model}; answer with:" in capsys.readouterr().out
+
+
+def test_what_a_line_has_no_room_for_goes_on_below():
+    parts = ["step 10/500", *(f"{name} 1.2345" for name in TERMS), "1234 tokens/s", "1.5 min left"]
+    first, second = fold(parts).splitlines()
+    assert max(len(first), len(second)) <= 80 and (first + second).split("  ") == parts
 
 
 def test_validations_and_checkpoints_come_when_they_are_due_whatever_the_log_does(folder, fresh, monkeypatch):
