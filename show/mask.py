@@ -20,10 +20,10 @@ from tags import Round, Span, pieces
 from tokenizer import Tokenizer
 
 KINDS = {  # of a key: its name, how a terminal draws it, with letters alone, its colour there and in a picture
-    PROMPT: ("prompt", "░░", "pp", 37, "#8c959f"),
-    PLAN: ("plan and text", "▒▒", "tt", 36, "#218bff"),
-    GIVEN: ("tags and topic of a span", "▓▓", "gg", 33, "#d4a72c"),
-    SLOT: ("slot", "██", "ss", 32, "#2da44e"),
+    PROMPT: ("prompt", "░", "p", 37, "#8c959f"),
+    PLAN: ("plan and text", "▒", "t", 36, "#218bff"),
+    GIVEN: ("tags and topic of a span", "▓", "g", 33, "#d4a72c"),
+    SLOT: ("slot", "█", "s", 32, "#2da44e"),
 }
 INK = "#747c86"  # text that can be read on light and on dark pages
 
@@ -44,14 +44,14 @@ def seen(layout: Layout) -> torch.Tensor:
 
 
 def show(layout: Layout, tokenizer: Tokenizer, colours: bool = False, blocks: bool = True) -> Iterator[str]:
-    """Lines of the mask: a row per query, a column per key, drawn by the kind of the key.
+    """Lines of the mask, within 80 columns: a row per query, a column per key, drawn by the kind of the key.
 
     blocks: whether what is written to can encode block characters.
     """
     ink = {kind: block if blocks else letters for kind, (_, block, letters, *_) in KINDS.items()}
     if colours:
         ink = {kind: f"\x1b[{KINDS[kind][3]}m{cell}\x1b[0m" for kind, cell in ink.items()}
-    none = "· " if blocks else ". "
+    none = "·" if blocks else "."
     for token, row in zip(layout.token, seen(layout).tolist()):
         cells = (ink[kind] if sees else none for sees, kind in zip(row, layout.kind))
         yield f"{tokenizer.name(token).strip():>12} " + "".join(cells)
