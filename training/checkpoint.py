@@ -46,8 +46,10 @@ def load_checkpoint(
     The shapes in the file are compared with what its config says before anything of that size is made.
     """
     if (folder := Path(path)).is_dir():
-        files = [folder / "model.safetensors", *sorted(folder.glob("*.safetensors"))]
-        raise CheckpointError(f"{path} is a folder: name a file in it: {next(filter(Path.exists, files), files[0])}")
+        files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.stem != "model", file))
+        named = f"name a file in it: {files[0]}" if files else (
+            "no model is in it, or not yet: a training saves its first after --validate_every updates")  # fmt: skip
+        raise CheckpointError(f"{path} is a folder: {named}")
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
