@@ -23,10 +23,12 @@ const knobs = () => options.models[$("model").value].ways[$("way").value];
 const turned = () => knobs().filter(({ name }) => name !== "plan"); // the plan has its own place
 
 function chooseModel() {
-  const { prompts, ways } = options.models[$("model").value], kept = prompts.includes($("prompt").value);
-  $("prompts").replaceChildren(...prompts.map((prompt) => new Option(prompt)));
-  if (kept) $("prompts").value = $("prompt").value;
-  else $("prompt").value = prompts[0] ?? "";
+  const { data, prompts, ways } = options.models[$("model").value];
+  if ($("prompts").dataset.data !== data) { // else a prompt is kept, for another model to answer
+    $("prompts").replaceChildren(...prompts.map((prompt) => new Option(prompt)));
+    $("prompts").dataset.data = data;
+    $("prompt").value = prompts[0] ?? "";
+  }
   $("way").replaceChildren(...Object.keys(ways).map((way) => new Option(way)));
   chooseWay();
 }

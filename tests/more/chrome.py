@@ -10,7 +10,14 @@ import subprocess
 import time
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowLeft": (37, ""), "ArrowRight": (39, ""), "End": (35, "")}
+KEYS = {
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    " ": (32, " "),
+    "ArrowLeft": (37, ""),
+    "ArrowRight": (39, ""),
+    "End": (35, ""),
+}
 
 
 class Browser:
@@ -22,7 +29,13 @@ class Browser:
             raise FileNotFoundError
         (its_in, self.to), (self.back, its_out) = os.pipe(), os.pipe()
         its_in, its_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (its_in, its_out))  # clear of 3 and 4
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+        ]
         self.process = subprocess.Popen([program, *options], pass_fds=(3, 4), stderr=subprocess.DEVNULL,
                                         preexec_fn=lambda: (os.dup2(its_in, 3), os.dup2(its_out, 4)))  # fmt: skip
         self.number, self.rest, self.problems = itertools.count(1), b"", []
@@ -37,7 +50,9 @@ class Browser:
                 self.rest += os.read(self.back, 1 << 16) or b"{}\0"
             message, _, self.rest = self.rest.partition(b"\0")
             message = json.loads(message)
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded") and "status of 400" not in str(message):
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded") and "status of 400" not in str(
+                message
+            ):
                 self.problems.append(message["params"])
             if message.get("id") == number:
                 assert "error" not in message, message

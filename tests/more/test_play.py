@@ -10,11 +10,11 @@ import threading
 import time
 from dataclasses import fields
 
-import decode
 import pytest
 from conftest import SENTENCES, each
 from test_show import MODELS, random_sampler
 
+import decode
 from config import METHODS, MethodConfig, SampleConfig
 from demo import play
 from demo.lessons import LESSONS, PROMPTS
@@ -42,7 +42,11 @@ def asking(server, method, path, body=None, **headers):
     host = f"127.0.0.1:{server.server_port}"
     text = body if isinstance(body, str) else json.dumps(body)
     post = {"Origin": f"http://{host}", "Content-Type": "application/json", "Content-Length": str(len(text.encode()))}
-    headers = {"Host": host, **(post if method == "POST" else {}), **{k.replace("_", "-"): v for k, v in headers.items()}}
+    headers = {
+        "Host": host,
+        **(post if method == "POST" else {}),
+        **{k.replace("_", "-"): v for k, v in headers.items()},
+    }
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
     for name, value in headers.items():
@@ -76,7 +80,10 @@ def test_other_hosts_and_origins_are_refused(server):
         for path in ("/", "/player", "/options", "/play.js"):
             status, (line,), _ = ask(server, "GET", path, Host=host)
             assert (status, line) == (403, {"error": "This page is for this machine alone."})
-        assert ask(server, "POST", "/answer", request(), Host=host, Origin=f"http://{host}")[:2] == (403, [{"error": own}])
+        assert ask(server, "POST", "/answer", request(), Host=host, Origin=f"http://{host}")[:2] == (
+            403,
+            [{"error": own}],
+        )
     for origin in each([None, "null", "http://evil.example", f"https://127.0.0.1:{port}", f"http://localhost:{port}"]):
         for path in ("/answer", "/cancel"):
             assert ask(server, "POST", path, request(), Origin=origin)[:2] == (403, [{"error": own}])
@@ -131,18 +138,24 @@ def test_bad_input_gets_the_sampler_s_sentence_and_the_next_answer_comes(server)
 
 
 def texts(answer):
-    return ["".join(token["text"] for token in span["slots"]) for round_ in answer["rounds"] for span in round_["spans"]]
+    return [
+        "".join(token["text"] for token in span["slots"]) for round_ in answer["rounds"] for span in round_["spans"]
+    ]
 
 
 def test_an_answer_is_the_sampler_s_with_the_settings_of_its_request_alone(server):
-    for settings in each([{"temperature": 1.0, "seed": 3, **QUICK}, QUICK, {"plan": "food 2", "apart": False, **QUICK}]):
+    for settings in each(
+        [{"temperature": 1.0, "seed": 3, **QUICK}, QUICK, {"plan": "food 2", "apart": False, **QUICK}]
+    ):
         *passes, last = ask(server, "POST", "/answer", request("\x1b<b>" + PROMPT, **settings))[1]
         sampler = Sampler.load(MODELS["planned"], SampleConfig(decode="planned", **settings))
         (answer,) = sampler.answer(["\x1b<b>" + PROMPT])
         result, told = answer.result(), last["answer"]
         assert [text.strip() for text in texts(told)] == sum((round_["spans"] for round_ in result["rounds"]), [])
         assert told["prompt"] == "?<b>" + PROMPT and len(told["passes"]) == len(passes) == passes[-1]["passes"]
-        assert [row[1:] for row in told["rows"]] == [[*x] for x in zip(answer.layout.prefix, answer.layout.begin, answer.layout.end)]
+        assert [row[1:] for row in told["rows"]] == [
+            [*x] for x in zip(answer.layout.prefix, answer.layout.begin, answer.layout.end)
+        ]
         titles = {"plan": ["your plan"]}
         changed = sum((titles.get(name, [f"{name} {value}"]) for name, value in settings.items()), [])
         assert sorted(told["title"].split(" · ")) == sorted(["planned", *changed])
@@ -155,7 +168,9 @@ def test_the_knobs_of_a_way_are_the_settings_that_can_change_something_in_it():
     def acts(field, method):
         for context in ({}, {"temperature": 1.0}, {"threshold": 0.4}):
             try:
-                refuse_idle(SampleConfig(**{**context, field.name: others.get(field.name, field.type(0.5) or 1)}), method)
+                refuse_idle(
+                    SampleConfig(**{**context, field.name: others.get(field.name, field.type(0.5) or 1)}), method
+                )
                 return True
             except ValueError:
                 continue
@@ -170,7 +185,9 @@ def test_the_knobs_of_a_way_are_the_settings_that_can_change_something_in_it():
 
 def test_what_can_be_chosen_is_there(server):
     options = ask(server, "GET", "/options")[1][0]
-    assert [*options["models"]["tasks/joint"]["ways"]] == ["planned", "parallel-ar"] and [*options["lessons"]] == [*LESSONS]
+    assert [*options["models"]["tasks/joint"]["ways"]] == ["planned", "parallel-ar"] and [*options["lessons"]] == [
+        *LESSONS
+    ]
     assert all(len(prompts) == len({*prompts}) == 12 for prompts in PROMPTS.values())
     for lesson in LESSONS.values():
         for model, way, settings in lesson["runs"]:
@@ -217,7 +234,9 @@ def test_the_first_answer_takes_less_than_two_seconds_of_one_core():
 
 def test_the_command_takes_a_free_port_and_ends_quietly(server):
     command = [sys.executable, "demo/play.py", "--no-browser"]
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     ports = [re.fullmatch(r"http://127.0.0.1:(\d+)/ \(Ctrl-C ends it\)\n", run.stdout.readline())[1] for run in runs]
     assert ports[0] != ports[1]
     for run in runs:
@@ -255,7 +274,9 @@ def test_a_slot_that_waits_says_for_what(tokenizer, monkeypatch):
             while (g, run[-1] - 1) in at:
                 run.append(run[-1] - 1)
             late = token[n] == pad and any(token[at[g, x]] != pad for x in run)
-            expected.append("" if kept[n] else "neighbour" * (surer and config.apart) or "text" * (late and config.pads_last))
+            expected.append(
+                "" if kept[n] else "neighbour" * (surer and config.apart) or "text" * (late and config.pads_last)
+            )
         return token, kept
 
     monkeypatch.setattr(decode, "fill", watched)

@@ -7,7 +7,7 @@ from chrome import Browser, Tab
 from conftest import each
 from test_play import PROMPT, server  # noqa: F401
 
-from demo.lessons import LESSONS
+from demo.lessons import LESSONS, PROMPTS
 
 READY = "typeof options === 'object' && player().document.documentElement.className === 'framed'"
 DONE = "!running && race.answers.length === %d"
@@ -72,9 +72,12 @@ def test_an_error_is_a_sentence_and_a_way_has_its_own_knobs(tab):
     answer(tab, answers=0)
     assert tab.js("$('status').textContent") == "--threshold 7.0: expected at least 0 and at most 1"
     assert tab.js("getComputedStyle($('status')).color !== getComputedStyle(document.body).color")
-    fill_in(tab)
-    tab.js("$('model').value = 'tasks/ar'; $('model').dispatchEvent(new Event('change'))")
-    assert not tab.js("$('knob-threshold')") and tab.js("$('plan').hidden") and tab.js("$('prompt').value") != PROMPT
+    for model, prompt in each([("tasks/ar", PROMPT + "?"), ("recipes/ar", PROMPTS["recipes"][0])]):
+        tab.js(f"$('prompt').value = {PROMPT + '?'!r}")
+        tab.js(f"$('model').value = {model!r}; $('model').dispatchEvent(new Event('change'))")
+        assert (
+            not tab.js("$('knob-threshold')") and tab.js("$('plan').hidden") and tab.js("$('prompt').value") == prompt
+        )
 
 
 def test_a_plan_is_edited_and_what_changed_is_marked(tab):
@@ -84,28 +87,50 @@ def test_a_plan_is_edited_and_what_changed_is_marked(tab):
     remove = "$('chips').children[%d].querySelector('[title=Remove]').click()"
     tab.js(f"{remove % 2}; {remove % 1}; $('add').click(); $('add').click()")
     for k, name in ((1, "craft"), (2, "gone")):
-        tab.js(f"Object.assign($('chips').children[{k}].querySelector('input'), {{value: {name!r}}}).dispatchEvent(new Event('input'))")
+        tab.js(
+            f"Object.assign($('chips').children[{k}].querySelector('input'), {{value: {name!r}}}).dispatchEvent(new Event('input'))"
+        )
     tab.js(remove % 2)
     tab.js("for (const n of [1, 2]) $('chips').children[1].querySelector('[title=Longer]').click()")
     tab.js("$('chips').children[0].querySelector('[title=Shorter]').click()")
     (river, length), (craft, two) = tab.js(chips)
     assert (river, craft, two) == ("river", "craft", 4)
-    here = [tab.js(f"(() => {{ const b = $('chips').children[{k}].firstChild.getBoundingClientRect(); return [b.x + 9, b.y + 9]; }})()") for k in (0, 1)]
+    here = [
+        tab.js(
+            f"(() => {{ const b = $('chips').children[{k}].firstChild.getBoundingClientRect(); return [b.x + 9, b.y + 9]; }})()"
+        )
+        for k in (0, 1)
+    ]
     tab.mouse("Pressed", *here[0])
     tab.mouse("Moved", *here[1])
     tab.mouse("Released", *here[1])
     assert tab.js(chips) == [["craft", 4], ["river", length]]
     answer(tab, "under", 2)
-    assert tab.js("race.answers[1].rounds[0].topics.map((topic) => topic.name[0].text.trim() + topic.length.text)") == ["craft 4", f"river {length}"]
+    assert tab.js("race.answers[1].rounds[0].topics.map((topic) => topic.name[0].text.trim() + topic.length.text)") == [
+        "craft 4",
+        f"river {length}",
+    ]
     assert titles(tab)[1] == "planned · your plan · threshold 0.9"
-    marked = tab.js("[...lanes()[1].querySelectorAll('.span > p')].map((span) => span.querySelectorAll('.changed').length)")
+    marked = tab.js(
+        "[...lanes()[1].querySelectorAll('.span > p')].map((span) => span.querySelectorAll('.changed').length)"
+    )
     assert marked[0] and marked[0] == tab.js("race.answers[1].rounds[0].spans[0].slots.filter(({text}) => text).length")
     answer(tab, "under", 3)
-    assert words(tab, 2) == words(tab, 1) and not tab.js("player().document.querySelectorAll('.answer .changed').length")
+    assert words(tab, 2) == words(tab, 1) and not tab.js(
+        "player().document.querySelectorAll('.answer .changed').length"
+    )
 
 
 def test_words_that_differ_are_those_outside_a_longest_common_subsequence(tab):
-    for before, now, expected in each([("a b c", "a x c", ["x"]), ("a b", "b a b", ["b"]), ("", "a", ["a"]), ("a b", "", []), ("a a", "a b a a", ["b", "a"])]):
+    for before, now, expected in each(
+        [
+            ("a b c", "a x c", ["x"]),
+            ("a b", "b a b", ["b"]),
+            ("", "a", ["a"]),
+            ("a b", "", []),
+            ("a a", "a b a a", ["b", "a"]),
+        ]
+    ):
         split = lambda text: json.dumps([{"text": f" {word}", "part": ""} for word in text.split()])
         found = tab.js(f"added(words({split(before)}), words({split(now)})).map(({{word}}) => word.trim())")
         assert sorted(found) == sorted(expected)
@@ -122,10 +147,17 @@ def test_a_slot_is_looked_into_at_a_pass(tab):
     assert f"masked after pass {first}" in text and f"Likeliest in pass {first}, where " in text
     shown = tab.js("[...document.querySelectorAll('.likely')].map((line) => line.lastChild.textContent)")
     assert shown == [f"{p:.3f}" for _, p in likeliest] and len(shown) == 5
-    assert "It sees the prompt, the plan, its own span." in text and "It does not see the span “food”, the span “ruler”." in text
+    assert (
+        "It sees the prompt, the plan, its own span." in text
+        and "It does not see the span “food”, the span “ruler”." in text
+    )
     tab.js(f"player().go({slot['since']})")
-    assert f"from pass {slot['since']}" in tab.js("$('looked').innerText") and "where" not in tab.js("$('looked').innerText")
-    seen = tab.js("""[...lanes()[0].querySelectorAll('[data-part]')].map(({dataset, classList}) => [dataset.part, classList.contains('seen')])""")
+    assert f"from pass {slot['since']}" in tab.js("$('looked').innerText") and "where" not in tab.js(
+        "$('looked').innerText"
+    )
+    seen = tab.js(
+        """[...lanes()[0].querySelectorAll('[data-part]')].map(({dataset, classList}) => [dataset.part, classList.contains('seen')])"""
+    )
     assert all(sees == (not part.startswith(("slot-0-1", "slot-0-2"))) for part, sees in seen) and len(seen) > 40
     tab.js("$('after').click()")
     assert tab.js("looked.part") == slot["part"].rsplit("-", 1)[0] + f"-{int(slot['part'].rsplit('-', 1)[1]) + 1}"
@@ -134,7 +166,9 @@ def test_a_slot_is_looked_into_at_a_pass(tab):
 
 
 def test_an_answer_is_cancelled_and_another_tab_waits_and_gets_its_own(browser, tab, server):  # noqa: F811
-    tab.js("$('model').value = 'tasks/ar'; chooseModel(); $('knob-max_tokens').value = 4000; $('knob-temperature').value = 100")
+    tab.js(
+        "$('model').value = 'tasks/ar'; chooseModel(); $('knob-max_tokens').value = 4000; $('knob-temperature').value = 100"
+    )
     tab.js("$('ask').click()")
     tab.until("/^pass [0-9]/.test($('status').textContent)")
     other = Tab(browser, f"http://127.0.0.1:{server.server_port}/")
@@ -166,17 +200,23 @@ def test_a_lesson_sets_everything_up(tab):
 def test_it_fits_wide_and_narrow_and_follows_light_and_dark(tab):
     answer(tab)
     pages = set()
-    for width, height, scheme in each([(1280, 800, "light"), (1280, 800, "dark"), (390, 844, "light"), (390, 844, "dark")]):
+    for width, height, scheme in each(
+        [(1280, 800, "light"), (1280, 800, "dark"), (390, 844, "light"), (390, 844, "dark")]
+    ):
         tab.look(width, height, scheme)
         assert tab.js("document.documentElement.scrollWidth") <= width
         assert tab.js("player().document.documentElement.scrollWidth <= player().innerWidth")
         small = tab.js("""[...document.querySelectorAll('button, select, textarea, input:not([type=checkbox])')].filter((node) => node.checkVisibility())
           .filter((node) => node.getBoundingClientRect().height < 24).map((node) => node.outerHTML)""")
         assert not small
-        colours = tab.js("[document.body, $('prompt'), player().document.body].map((node) => getComputedStyle(node).backgroundColor + getComputedStyle(node).color)")
+        colours = tab.js(
+            "[document.body, $('prompt'), player().document.body].map((node) => getComputedStyle(node).backgroundColor + getComputedStyle(node).color)"
+        )
         pages.add((scheme, *colours))
         if width > 1000:
-            assert tab.js("$('player').getBoundingClientRect().bottom < innerHeight && lanes()[0].querySelector('.words').clientHeight > 90")
+            assert tab.js(
+                "$('player').getBoundingClientRect().bottom < innerHeight && lanes()[0].querySelector('.words').clientHeight > 90"
+            )
     assert len(pages) == 2 and len({colour for _, *colours in pages for colour in colours}) > 2
 
 
