@@ -6,6 +6,7 @@ family) and tokenizer.json, written by a prepare.py of its own. data/README.md s
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -26,10 +27,11 @@ def write_dataset(folder: str | Path, splits: dict[str, list[Example]], vocab_si
     been written. Each file appears whole or not at all.
     """
     _check_splits(splits)
-    texts = (text for e in splits["train"] for text in [e.prompt, *pieces(e.rounds), *(s.topic for s in _spans(e))])
+    train = _telling("read for the tokenizer", splits["train"])
+    texts = (text for e in train for text in [e.prompt, *pieces(e.rounds), *(s.topic for s in _spans(e))])
     with writing(folder, list(splits), Tokenizer.train(texts, vocab_size, unit)) as add:
         for split, examples in splits.items():
-            for example in examples:
+            for example in _telling(f"wrote for {split}", examples):
                 add(split, example)
 
 
@@ -58,7 +60,7 @@ def writing(folder: str | Path, splits: list[str], tokenizer: Tokenizer) -> Iter
         if not sizes["train"].examples:
             raise ValueError(f"{folder} is not written: no example is left for the split 'train'")
         written.write_bytes(tokenizer.to_json().encode())
-    print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}   (mean tokens; share of slots)")
+    print(f"{'split':8}{'examples':>9}{'prompt':>8}{'plan':>8}{'answer':>8}{'pads':>8}  (mean tokens; share of slots)")
     print(*(f"{split:8}{size.row()}\n" for split, size in sizes.items()), sep="", end="")
     print(f"{tokenizer.vocab_size} tokens in {Path(folder) / 'tokenizer.json'}")
 
@@ -76,6 +78,16 @@ def _new_folder_only_if_written(folder: Path) -> Iterator[None]:
         raise
 
 
+def _telling(done: str, examples: list[Example]) -> Iterator[Example]:
+    """The examples; on the way it prints every two seconds how many are done."""
+    told = time.monotonic()
+    for n, example in enumerate(examples, 1):
+        yield example
+        if time.monotonic() - told > 2:
+            told = time.monotonic()
+            print(f"{done}: {n:,} of {len(examples):,} examples", flush=True)
+
+
 def _check_splits(splits: dict[str, list[Example]]) -> None:
     """Raise ValueError for what is no split or no example, before any of it is used."""
     if not splits.get("train"):
@@ -83,7 +95,7 @@ def _check_splits(splits: dict[str, list[Example]]) -> None:
     for split, examples in splits.items():
         if not re.fullmatch(r"[\w-]+", split):
             raise ValueError(f"split {split!r}: expected a name of letters, digits, '-' and '_'")
-        for example in examples:
+        for example in _telling(f"checked for {split}", examples):
             with _naming(split, example):
                 _check_texts(example)
 
@@ -194,6 +206,9 @@ def _advice(missing: Path) -> str:
     others, script = sorted(path.stem for path in missing.parent.glob("*.jsonl")), missing.with_name("prepare.py")
     if others:
         return f"there are {', '.join(others)}"
+    if not missing.parent.exists():
+        beside = sorted(path.parent.name for path in missing.parent.parent.glob("*/tokenizer.json"))
+        return f"there is no folder {missing.parent}; data sets beside it: {', '.join(beside) or 'none'}"
     return f"`python {script}` writes it" if script.exists() else "a script as in data/README.md writes it"
 
 

@@ -125,10 +125,14 @@ def test_the_same_examples_give_the_same_bytes_in_another_process(tmp_path):
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
-def test_the_report_counts_examples_tokens_and_pads(tmp_path, capsys):
+def test_the_report_counts_examples_tokens_and_pads(tmp_path, capsys, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("data.time.monotonic", lambda: next(clock))  # a second per example
     train = [Example("fish", (Round("fish fish", (Span("fish", "fish " * 4),)),))] * 3  # 2 units of 3 hold 4 tokens
     write_dataset(tmp_path, {"train": train}, 400, UNIT)
-    header, row, end = capsys.readouterr().out.splitlines()
+    *progress, header, row, end = capsys.readouterr().out.splitlines()
+    steps = ("checked for train", "read for the tokenizer", "wrote for train")
+    assert progress == [f"{step}: 3 of 3 examples" for step in steps] and len(header) <= 80
     assert header.split()[:6] == ["split", "examples", "prompt", "plan", "answer", "pads"]
     assert row.split() == ["train", "3", "1.0", "4.0", "6.0", "33.3%"]
     assert end.startswith(f"{Tokenizer.load(tmp_path / 'tokenizer.json').vocab_size} tokens in ")
@@ -363,6 +367,9 @@ def test_a_missing_file_is_an_error_that_says_what_to_run(tmp_path):
     (tmp_path / "prepare.py").touch()
     with pytest.raises(ValueError, match="does not exist: `python .*prepare.py` writes it"):
         read_split(str(tmp_path / "train.jsonl"))
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(ValueError, match=f"there is no folder .*taks; data sets beside it: {tmp_path.name}"):
+        read_split(tmp_path.parent / "taks" / "train.jsonl")
 
 
 def test_what_a_file_holds_is_the_tagged_answer(tmp_path):
