@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import ModelConfig, Transformer
 from pretrained import tokens
-from tags import EOS, USER
+from tags import ASSISTANT, EOS, USER
 from tokenizer import Tokenizer
 
 TYPES = ("llama", "qwen2", "qwen3")  # model_type of config.json
@@ -323,4 +323,7 @@ def new_tokens(rows: list[int | None], tokenizer: Tokenizer) -> Iterator[tuple[i
     for token, row in enumerate(rows):
         if row is None:
             words = re.search(r"\d+|[a-zA-Z]+(?!.*\d)", named.get(token, ""))
-            yield token, [piece for piece in tokenizer.encode(words[0]) if rows[piece] is not None] if words else []
+            about = tokenizer.encode(words[0]) if words else []
+            if named.get(token) == ASSISTANT:  # about what stands before an answer; after its name comes "istant" again
+                about = tokenizer.encoding.encode_ordinary("\n\n")
+            yield token, [piece for piece in about if rows[piece] is not None]

@@ -57,8 +57,8 @@ def read(folder: str | Path, unit: int = 10) -> tuple[Tokenizer, list[int | None
 def _read(saved: dict[str, Any], unit: int) -> tuple[Tokenizer, list[int | None]]:
     model, added = saved["model"], {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
     if model.get("byte_fallback") and "ByteLevel" in json.dumps(saved.get("pre_tokenizer")):
-        raise ValueError("it is byte-level BPE and falls back to bytes, both at once: transformers writes this for a GGUF file, "
-                         "and cuts texts wrong; python pretrained/gguf.py FILE.gguf writes a right one")  # fmt: skip
+        raise ValueError("byte-level BPE with byte_fallback, expected without: transformers writes this for a GGUF file, and "
+                         "cuts texts wrong; python pretrained/gguf.py FILE.gguf writes a right one")  # fmt: skip
     if model.get("byte_fallback") or (saved.get("decoder") or {}).get("type") == "Metaspace":
         raise ValueError(f"a SentencePiece tokenizer, expected byte-level BPE: {ADVICE}")
     if model.get("type", "BPE") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):

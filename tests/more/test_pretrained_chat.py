@@ -13,7 +13,7 @@ from config import SampleConfig
 from masks import PROMPT
 from measure.eval import EvalConfig, evaluate
 from pretrained.chat import as_published
-from pretrained.llama import look
+from pretrained.llama import load, look
 from sample import Sampler
 from tags import Example, Round
 
@@ -122,3 +122,13 @@ def test_the_folder_of_a_run_is_no_pretrained_model(fresh):
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="name a file in it"):
         Sampler.load(folder, SampleConfig())
+
+
+def test_the_token_before_an_answer_begins_as_an_empty_line(fresh):
+    """In training; as the mean of the pieces of its name it would be followed by the rest of the name."""
+    pretrained = look(published(fresh(), "llama", "smollm"))
+    tokenizer, weight = pretrained.tokenizer, load(pretrained).embedding.weight.detach()
+    empty = weight[tokenizer.encoding.encode_ordinary("\n\n")].mean(0)
+    named = weight[tokenizer.encode("assistant")].mean(0)
+    distance = [float((weight[tokenizer.assistant] - about).std()) for about in (empty, named)]
+    assert distance[0] < 0.15 * float(weight.std()) < distance[1]

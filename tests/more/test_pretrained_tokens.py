@@ -185,7 +185,7 @@ PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "â
 
 
 REFUSED = [
-    ({"model": {"byte_fallback": True}}, "SentencePiece"), ({"decoder": METASPACE}, "SentencePiece"),
+    ({"model": {"byte_fallback": True}}, "pretrained/gguf.py"), ({"decoder": METASPACE}, "SentencePiece"),
     ({"model": {"type": "Unigram"}}, "Unigram"), ({"model": {"type": "WordPiece"}}, "WordPiece"),
     ({"normalizer": PREPEND}, "normalizer is Prepend"), ({"pre_tokenizer": METASPACE}, "pre_tokenizer"),
     ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, "NFC, NFKC, expected a"),
