@@ -5,7 +5,7 @@
 
 An answer is exact if each of its lines is right: data sets with a checker (data/tasks/families.py) are scored by
 it, others by chrF and what else readers see (measure/readers.py). A broken or cut answer counts as it is: mostly
-wrong, and in the time. Costs are means per answer; "plan" is the passes that write plan and text, "draft" those of a
+wrong, and in the time. "same plan" is the share of plans that equal the reference's word for word. Costs are means per answer; "plan" is the passes that write plan and text, "draft" those of a
 --draft model. Likelihoods are in nats per token, those of denoised spans as the negative ELBO.
 """
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from config import SampleConfig
 from data import read_split
+from decode import Answer
 from loss import JointLoss, validate
 from measure import readers
 from measure.quality import COSTS, WIDTH, aligned, cell, checker, distinct, score, spans_per_answer, wrong_lines
@@ -130,6 +131,20 @@ class Answers:
                 raise
 
 
+def passes_so_far() -> Callable[[Answer], None] | None:
+    """A `watch` that says, in a terminal and at most once a second, how far a batch is; None elsewhere."""
+    start = told = time.monotonic()
+
+    def watch(answer: Answer) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told > 1:
+            told, passes = now, answer.plan_passes + answer.denoise_passes
+            said = f"\rthis batch: {passes} passes, {now - start:.0f} s"
+            print(f"{said:40}", end="", file=sys.stderr, flush=True)
+
+    return watch if sys.stderr.isatty() else None
+
+
 def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: Answers) -> list[dict]:
     """Results in the order of the examples; prompts of similar length share a batch. Prints progress.
 
@@ -143,12 +158,13 @@ def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: A
     for n in range(0, len(order), batch):
         part = order[n : n + batch]
         sampler.config = replace(first, seed=first.seed + len(answers.results))
-        results = [answer.result() for answer in sampler.answer([examples[i].prompt for i in part])]
+        answered = sampler.answer([examples[i].prompt for i in part], passes_so_far())
+        results = [answer.result() for answer in answered]
         answers.add(dict(zip(part, results)))
         done += len(part)
         left = (time.perf_counter() - start) / done * (len(order) - done)
         progress = f"\r{len(answers.results)}/{len(examples)} answers, {left:.0f} s left "
-        print(progress, end="", file=sys.stderr, flush=True)
+        print(f"{progress:40}", end="", file=sys.stderr, flush=True)
     sampler.config = first
     print(file=sys.stderr)
     return [answers.results[i] for i in range(len(examples))]
@@ -218,6 +234,7 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
     sequences = [Sequence(layout) for layout in layouts]
     loss, exact = JointLoss(sampler.model, tokenizer.pad + 1), method.attention == "causal"
     draws = 1 if exact or method.plan == "none" else draws  # no noise, nothing to repeat
+    print(f"computing likelihoods of {len(examples)} reference answers", file=sys.stderr, flush=True)
     found = validate(loss, sequences, tokenizer, sampler.device, float(exact), draws=draws)
     span = found.get("causal" if exact else "span", 0.0)
     return {"plan_nll": found.get("plan", 0.0), "span_elbo": span, "span_elbo_error": found.get("span_error"),
@@ -227,13 +244,16 @@ def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
 # ---------------------------------------------------------------- report
 
 
+SAID = {"plan_right": "same plan"}  # as the reference, word for word
+
+
 def table(scores: dict[str, dict]) -> Iterator[str]:
     """Markdown lines of `score`: quality, then costs; those that no answer has are left out."""
     whole = scores["all"]
     shares = [name for name in ("exact", "right_lines", "plan_right", "valid") if name in whole]
     costs = ["plan_passes", "denoise_passes", "draft_passes", "critical_path", "positions"]
     for form, columns in (("{:.1%}", ["n", *shares]), ("{:.1f}", ["passes", *(c for c in costs if whole[c])])):
-        heads = [name.removesuffix("_passes").replace("_", " ") for name in ("family", *columns)]
+        heads = [SAID.get(name, name.removesuffix("_passes").replace("_", " ")) for name in ("family", *columns)]
         yield from aligned(heads, ([cell(name), *(str(row[c]) if c == "n" else form.format(row[c]) for c in columns)]
                                    for name, row in scores.items()))  # fmt: skip
         yield ""

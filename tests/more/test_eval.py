@@ -1,5 +1,6 @@
 """Evaluation: what the figures of a report mean, and that an interrupted one goes on where it was."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from test_quality import EXAMPLE, result_of
 from config import MethodConfig, SampleConfig
 from data import read_split, write_dataset
 from measure import eval as evaluation
-from measure.eval import Answers, EvalConfig, answer_all, evaluate, lines
+from measure.eval import Answers, EvalConfig, answer_all, evaluate, lines, passes_so_far
 from plumbing.settings import command
 from sample import Sampler
 from tags import format_answer
@@ -326,3 +327,17 @@ def test_json_is_one_object_and_nothing_else_and_an_error_is_one_line(config, fi
         monkeypatch.setattr(sys, "argv", [*options, *wrong])
         with pytest.raises(SystemExit, match=rf"^eval.py: [^\n]*{said}[^\n]*$"):
             command(evaluation.main)
+
+
+def test_only_a_terminal_is_told_within_a_batch_and_once_a_second(monkeypatch):
+    terminal, clock = io.StringIO(), iter([0, 0.5, 1.5, 2, 3])
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("measure.eval.time.monotonic", lambda: next(clock))
+    assert passes_so_far() is None
+    terminal.isatty = lambda: True
+    clock = iter([0, 0.5, 1.5, 2, 3])
+    watch = passes_so_far()
+    for passes in range(1, 5):
+        watch(SimpleNamespace(plan_passes=passes, denoise_passes=1))
+    assert [line.strip() for line in terminal.getvalue().split("\r")[1:]] == [
+        "this batch: 3 passes, 2 s", "this batch: 5 passes, 3 s"]  # fmt: skip

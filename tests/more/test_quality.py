@@ -161,7 +161,7 @@ def test_a_report_fits_a_terminal(monkeypatch, capsys):
     evaluation.main()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert all(f" {name} |" in out for name in ("exact", "plan right", "draft", "critical path", "positions"))
+    assert all(f" {name} |" in out for name in ("exact", "same plan", "draft", "critical path", "positions"))
     assert "drafted: 10000.0, accepted: 10000.0" in out and "answers that repeat themselves: 100.0%" in out
 
 
