@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -305,7 +306,8 @@ def main() -> None:
     if args.list:
         for number, path in assignments().items():
             module = checked(path)
-            print(f"{number}  {module.TITLE} ({module.HOURS} hours; {', '.join(module.FUNCTIONS)})")
+            print(f"{number}  {module.TITLE} ({module.HOURS} hours)")
+            print(textwrap.fill(", ".join(module.FUNCTIONS), 80, initial_indent="   ", subsequent_indent="   "))
     elif args.all:
         for number in assignments():
             out = args.out / f"hw{number}"
