@@ -26,7 +26,7 @@ from measure.pictures import save
 from measure.study import Model, Study
 from plumbing.device import find
 from plumbing.files import write_whole
-from plumbing.settings import ROOT, command
+from plumbing.settings import ROOT, Help, command
 
 CLAIMS: dict[str, Callable[[Found], Claim]] = {
     "frontier": claims.frontier, "training": claims.training, "times": claims.times, "topics": claims.topics,
@@ -92,8 +92,9 @@ def draw(found: Found, names: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CLAIMS, default=[], help="claims to measure (default: all)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--only", nargs="+", choices=CLAIMS, default=[], metavar="CLAIM",
+                        help="claims to measure: %(choices)s (default: all)")  # fmt: skip
     parser.add_argument("--preset", choices=("full", "minutes"), default="full", help="(default: %(default)s)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every training (default: 0 1 2)"
