@@ -2,7 +2,7 @@
 
     python demo/play.py
 
-A server, for this machine alone, that runs the project's own sampler. The page is show/play.html with show/play.js; in it
+A server, for this machine alone, that runs the project's own sampler. The page is show/playground.html with its script; in it
 the player of all recordings (show/player.html) plays the answers.
 """
 
@@ -43,9 +43,9 @@ SAFE = "default-src 'none'; frame-ancestors 'self'; base-uri 'none'; form-action
 INLINE = SAFE + "style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # as player.html itself says
 OWN = SAFE + "style-src 'self'; script-src 'self'; connect-src 'self'; frame-src 'self'"
 FILES = {
-    "/": ("play.html", "text/html"),
-    "/play.css": ("play.css", "text/css"),
-    "/play.js": ("play.js", "text/javascript"),
+    "/": ("playground.html", "text/html"),
+    "/playground.css": ("playground.css", "text/css"),
+    "/playground.js": ("playground.js", "text/javascript"),
 }
 ASKED = {  # path -> what a request says
     "/answer": {"id": str, "model": str, "decode": str, "prompt": str, "settings": dict},

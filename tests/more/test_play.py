@@ -77,7 +77,7 @@ def test_other_hosts_and_origins_are_refused(server):
     port, own = server.server_port, "Only this machine's own page may ask for answers."
     assert server.server_address[0] == "127.0.0.1"
     for host in each(["evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", None]):
-        for path in ("/", "/player", "/options", "/play.js"):
+        for path in ("/", "/player", "/options", "/playground.js"):
             status, (line,), _ = ask(server, "GET", path, Host=host)
             assert (status, line) == (403, {"error": "This page is for this machine alone."})
         assert ask(server, "POST", "/answer", request(), Host=host, Origin=f"http://{host}")[:2] == (
@@ -107,7 +107,7 @@ def test_what_is_no_request_of_the_page_gets_one_sentence(server):
 
 
 def test_pages_may_load_nothing_but_what_is_theirs(server):
-    for path, script in each([("/", "'self'"), ("/play.js", "'self'"), ("/player", "'unsafe-inline'")]):
+    for path, script in each([("/", "'self'"), ("/playground.js", "'self'"), ("/player", "'unsafe-inline'")]):
         status, text, headers = ask(server, "GET", path)
         policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
         assert status == 200 and policy["default-src"] == "'none'" and policy["script-src"] == script
