@@ -2,8 +2,8 @@
 
     python demo/play.py
 
-A server, for this machine alone, that runs the project's own sampler. The page is show/playground.html with its script; in it
-the player of all recordings (show/player.html) plays the answers.
+A server, for this machine alone, that runs the project's own sampler. The page is show/playground.html with its script;
+in it the player of all recordings (show/player.html) plays the answers.
 """
 
 import argparse
