@@ -91,14 +91,17 @@ def independence(f: Found) -> Claim:
         rows.append([label, spread(greedy), "100", spread(hot), bound])
         found[label] = hot
     kept = max(mean(found[n]) for n in ("planned, sparse", "parallel autoregression")) <= 100 * exact["apart"] + 5
+    free, lifted = mean(found["autoregression"]), mean(found["planned, sparse, the plan names the colour"])
+    verdict = ("cannot be told: not even autoregression has learnt to agree" if free < 60 else
+               "measured above it: spans prefer the same colour, or see each other" if not kept else
+               f"sparse spans keep to the bound, a plan that names the shared choice {'lifts' if lifted > 60 else 'does not lift'} it")
     return Claim(
         "What independence costs, exactly",
         "the paper has no figure",
         f"total correlation {exact['total_correlation']:.2f} nats per answer: spans drawn apart, each colour as often as in "
         f"the data, agree in {100 * exact['apart']:.1f}% of answers; measured {spread(found['planned, sparse'])} (sparse), "
         f"{spread(found['planned, dense'])} (dense), {spread(found['planned, sparse, the plan names the colour'])} (named)",
-        "**no claim of the paper**; " + ("sparse spans keep to the bound, a plan that names the shared choice lifts it"
-                                         if kept else "measured above it: spans prefer the same colour, or see each other"),
+        f"**no claim of the paper**; {verdict}",
         ["In `coupled` all spans have one of four colours, which nothing decides. Given prompt and plan, K spans have a total "
          "correlation of (K - 1) log 4. Spans that prefer the same colour agree more often, all of them if they are greedy: that "
          "is habit, not knowledge. Right answers in per cent, and the best possible for the data's distribution (a wrong word "

@@ -64,7 +64,8 @@ def prepare(folder: str) -> None:
 
 def page(found: dict[str, Claim], seeds: list[int]) -> str:
     """The page: a table of all claims, then each with what was measured."""
-    lines = [HEAD.format(seeds=", ".join(map(str, seeds))), "| claim | the paper | here | |", "|---|---|---|---|"]
+    few = "\n**Fewer than three seeds: leads, not results.**\n" if len(seeds) < 3 else ""
+    lines = [HEAD.format(seeds=", ".join(map(str, seeds))) + few, "| claim | the paper | here | |", "|---|---|---|---|"]
     lines += [f"| [{c.title}](#{name}) | {c.paper} | {c.here} | {c.verdict} |" for name, c in found.items()]
     for name, claim in found.items():
         lines += [

@@ -188,9 +188,15 @@ def test_rivals_are_not_compared_at_a_setting_that_ruins_the_answers():
 
 
 def test_agreement_above_what_spans_drawn_apart_reach_is_said():
-    high, low = (claimed("independence", lambda name, sample: {"exact": e} if "temperature" in sample else {}).verdict
-                 for e in (0.8, 0.05))  # fmt: skip
-    assert "measured above it" in high and "keep to the bound" in low
+    def verdict(free: float, apart: float, named: float) -> str:
+        shares = {"ar": free, "named": named}
+        change = lambda name, sample: {"exact": shares.get(name, apart)} if "temperature" in sample else {}
+        return claimed("independence", change).verdict
+
+    assert "measured above it" in verdict(0.9, 0.8, 0.9)
+    assert "keep to the bound, a plan that names the shared choice lifts it" in verdict(0.9, 0.05, 0.9)
+    assert "keep to the bound, a plan that names the shared choice does not lift it" in verdict(0.9, 0.05, 0.1)
+    assert "cannot be told" in verdict(0.1, 0.05, 0.1)
 
 
 def test_a_figure_shows_its_seeds_where_they_differ():
