@@ -132,3 +132,10 @@ def test_the_token_before_an_answer_begins_as_an_empty_line(fresh):
     named = weight[tokenizer.encode("assistant")].mean(0)
     distance = [float((weight[tokenizer.assistant] - about).std()) for about in (empty, named)]
     assert distance[0] < 0.15 * float(weight.std()) < distance[1]
+
+
+def test_what_the_model_lacks_is_never_likely(fresh):
+    """Lengths have logits of 0 where real tokens have some of 10 and more; in training they begin otherwise."""
+    model, tokenizer, _ = as_published(chat(fresh(), tie_word_embeddings=False))
+    for weight in each([model.embedding.weight, model.output.weight]):
+        assert not weight[tokenizer.length_id(1) :].any() and weight[tokenizer.eos].any()
