@@ -48,7 +48,7 @@ def read(path: str, column: str = "step", unit: float = 1) -> dict[str, dict[flo
             raise ValueError(f"it has no column {column}")
         for name in (start + loss for loss in LOSSES for start in ("", VALIDATION)):
             values = {float(row[column]) / unit: float(row[name]) for row in rows if row.get(name)}
-            if not all(0 <= x < LARGEST for x in values):
+            if not all(0 <= x < LARGEST and abs(y) < LARGEST for x, y in values.items()):
                 raise ValueError(f"{column} of {name}: expected numbers from 0 to below {LARGEST:.0e}")
             found |= {name: values} if any(values.values()) else {}
     except (KeyError, ValueError, TypeError, csv.Error) as error:

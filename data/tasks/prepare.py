@@ -36,7 +36,7 @@ class PrepareConfig:
 
 
 def draw(family: str, split: str, count: int, seed: int, owners: dict[str, str],
-         families: dict[str, Callable]) -> tuple[list[Example], Counter]:  # fmt: skip
+         families: dict[str, Callable] = FAMILIES) -> tuple[list[Example], Counter]:  # fmt: skip
     """Draw `count` examples of one of the families with new prompts, and count why others were dropped.
 
     `owners` says which split each known prompt belongs to; the prompts drawn here are added.
