@@ -38,8 +38,7 @@ LESSONS = {  # each sets up one prompt and up to three answers: model, way to de
     "topics": {
         "title": "Why topics?",
         "say": "Both answers have four spans of the same lengths. In the second all that its plan says of a span is a number: "
-        "no span knows which part of the answer is its own. (This model never saw numbers; one trained with them does "
-        "better, but only by the order of the prompt.)",
+        "no span knows which part of the answer is its own. (This model was trained with names and never saw numbers.)",
         "prompt": PROMPTS["tasks"][0],
         "runs": [("tasks/planned", "planned", {"threshold": 0.9}),
                  ("tasks/planned", "planned", {"threshold": 0.9, "plan": "topic 1 4; topic 2 3; topic 3 4; topic 4 3"})],
@@ -47,7 +46,8 @@ LESSONS = {  # each sets up one prompt and up to three answers: model, way to de
     "independent": {
         "title": "Why must spans be independent?",
         "say": "The colour is to be one for all, and only chance decides which. Spans that do not see each other each draw "
-        "their own; text that is written left to right sees what it chose before. Try other seeds.",
+        "their own. Text written left to right can see what it chose before, but this small model has not learnt to "
+        "look: at temperature 1 both mix colours. At temperature 0 both agree. Try other seeds.",
         "prompt": PROMPTS["tasks"][9],
         "runs": [("tasks/joint", "planned", {"temperature": 1.0}), ("tasks/ar", "ar", {"temperature": 1.0})],
     },
