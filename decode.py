@@ -233,6 +233,12 @@ class WrittenPlan(Phase):
         if not answer.grammar.allowed()[token]:  # only without constraints
             answer.broken = True
             return None
+        if self.config.constrained and answer.grammar.repeats(token):
+            name = round_.topics.pop().name
+            self.layout.cut(len(self.layout) - len(name) - 1)  # 1: <topic>
+            answer.cached = min(answer.cached, len(self.layout) - 1)  # the pass before the topic is done once more
+            answer.grammar.take_back()
+            return self
         answer.cut |= self.config.constrained and answer.grammar.out_of_room()
         answer.grammar.advance(token)
         if token in (tokenizer.sync, tokenizer.eos):

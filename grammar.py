@@ -22,6 +22,9 @@ class Grammar:
     when its topic closes (with its name, even if spans do not repeat it), so every plan parses and fits. It allows all that training accepts
     (`Tokenizer.encode_span`): a name is any text of up to MAX_NAME tokens that is not blank. Where
     `allowed` leaves one token, that token needs no forward pass of its own.
+
+    No plan names a topic twice; models that loop do. Whether a name is a second one shows only where it ends: `repeats`
+    says so, and `take_back` drops it and ends the plan. To forbid the name would give it an odd ending instead.
     """
 
     def __init__(self, tokenizer: Tokenizer, positions_left: int, length_scale: float = 1.0, plans: bool = True,
@@ -35,7 +38,9 @@ class Grammar:
         self.tokenizer, self.positions_left, self.plans = tokenizer, max(positions_left, 1), plans
         self.slots = _slots(tokenizer.unit, length_scale)
         self.state = "text"
-        self.name_tokens = self.length = 0  # of the open topic: tokens of its name so far, and its length in units
+        self.length = 0  # of the open topic, in units
+        self.name: tuple[int, ...] = ()  # tokens of its name so far
+        self.names: tuple[tuple[int, ...], ...] = ()  # of the topics of this plan that are complete
         self.blank: bytes | None = b""  # bytes of its name as long as all may be white space, then None
         self._allowed: np.ndarray | None = None
 
@@ -76,29 +81,38 @@ class Grammar:
             raise ValueError(f"the grammar does not allow {tok.name(token)!r} here ({self.state})")
         self.positions_left, self._allowed, self.given = self.positions_left - 1, None, self.given[1:]
         if self.state == "name" and token < tok.pad:
-            self.name_tokens, self.blank = self.name_tokens + 1, _still_blank(self.blank, tok.tokens[token])
+            self.name, self.blank = (*self.name, token), _still_blank(self.blank, tok.tokens[token])
         elif self.state == "name":
             self.state, self.length = "close", tok.length_of(token)
         elif self.state == "close":
-            self.positions_left -= _scaffold(self.name_tokens) + self.slots[self.length - 1]
-            self.state, self.name_tokens, self.blank = "planned", 0, b""
+            self.positions_left -= _scaffold(len(self.name)) + self.slots[self.length - 1]
+            self.state, self.names, self.name, self.blank = "planned", (*self.names, self.name), (), b""
         elif token == tok.topic:
             self.state = "name"
         elif token == tok.sync:
-            self.state, self.complete = "text", False
+            self.state, self.complete, self.names = "text", False, ()
         elif token == tok.eos:
             self.state = "done"
+
+    def repeats(self, token: int) -> bool:
+        """Whether a token would end a name that this plan already has, in a plan that the model makes."""
+        return self.state == "name" and token > self.tokenizer.eos and self.name in self.names and not self.given
+
+    def take_back(self) -> None:
+        """Drop the topic whose name is open, and allow no more topics in this plan."""
+        self.positions_left, self._allowed = self.positions_left + 1 + len(self.name), None  # 1: <topic>
+        self.state, self.name, self.blank, self.complete = "planned", (), b"", True
 
     def _mask(self) -> np.ndarray:
         tok, mask = self.tokenizer, np.zeros(self.tokenizer.vocab_size, dtype=bool)
         if self.state == "close":
             mask[tok.topic_end] = True
         elif self.state == "name":
-            mask[: tok.pad] = self._fits(self.name_tokens + 1)
+            mask[: tok.pad] = self._fits(len(self.name) + 1)
             if self.blank is not None:
-                mask[: tok.pad] &= ~_blank_after(tok, self.blank) | self._fits(self.name_tokens + 2)
+                mask[: tok.pad] &= ~_blank_after(tok, self.blank) | self._fits(len(self.name) + 2)
             if self.blank is None or self.blank.decode(errors="replace").strip():
-                longest = bisect_right(self.slots, self._slots_left(self.name_tokens))
+                longest = bisect_right(self.slots, self._slots_left(len(self.name)))
                 mask[tok.eos + 1 : tok.eos + 1 + longest] = True
         elif self.state != "done":
             mask[tok.eos] = True
@@ -107,7 +121,9 @@ class Grammar:
             mask[: tok.pad] = self.state == "text" and self.positions_left >= 2
         if self.given:
             if not mask[self.given[0]]:
-                raise ValueError("--plan has no room in --max_tokens: give fewer topics or shorter ones, or more tokens")
+                raise ValueError(
+                    "--plan has no room in --max_tokens: give fewer topics or shorter ones, or more tokens"
+                )
             mask[:] = np.arange(len(mask)) == self.given[0]
         return mask
 
@@ -117,7 +133,7 @@ class Grammar:
 
     def _slots_left(self, name_tokens: int, before: int = 0) -> int:
         """Positions left for the slots of a topic whose name comes to have that many tokens."""
-        plan = before + (name_tokens - self.name_tokens) + 2  # 2: its length and </topic>
+        plan = before + (name_tokens - len(self.name)) + 2  # 2: its length and </topic>
         return self.positions_left - plan - _scaffold(name_tokens) - 1  # 1: <eos>
 
 
@@ -126,7 +142,9 @@ def plan_tokens(plan: str, tokenizer: Tokenizer) -> list[int]:
     tokens = []
     for topic in filter(str.strip, plan.split(";")):
         if not (typed := re.fullmatch(r"\s*(.*\S)\s+([0-9]+)\s*", topic)):
-            raise ValueError(f'--plan, {topic.strip()[:60]!r}: expected topics with lengths, such as "habitat 1; food 2"')
+            raise ValueError(
+                f'--plan, {topic.strip()[:60]!r}: expected topics with lengths, such as "habitat 1; food 2"'
+            )
         name, _ = tokenizer.encode_span(Span(typed[1], "", int(typed[2])))
         tokens += [tokenizer.topic, *name, tokenizer.length_id(int(typed[2])), tokenizer.topic_end]
     return tokens

@@ -159,14 +159,14 @@ class DraftedPlan(WrittenPlan):
     def prepare(self) -> None:
         """Write drafts and draft slots behind what is known, until `take` has checked them."""
         stream, answer, sync = self.stream, self.answer, self.tokenizer.sync
-        stream.known = len(self.layout)
+        stream.cached, stream.known = answer.cached, len(self.layout)
         (proposed, stream.probs), stream.drafts, stream.counted = self.proposed(), [], []
         self.grammars = [answer.grammar]
         for n, token in enumerate(proposed):
             grammar = self.grammars[-1]
             forced = grammar.forced() if self.config.constrained else None
             token = token if forced is None else forced
-            if not grammar.allowed()[token]:
+            if not grammar.allowed()[token] or grammar.repeats(token):
                 break
             if (q := stream.probs[n]) is not None:  # so checked drafts were drawn from what is allowed
                 stream.probs[n] = q.where(torch.from_numpy(grammar.allowed()).to(q.device), 0)

@@ -92,9 +92,13 @@ def independence(f: Found) -> Claim:
         found[label] = hot
     kept = max(mean(found[n]) for n in ("planned, sparse", "parallel autoregression")) <= 100 * exact["apart"] + 5
     free, lifted = mean(found["autoregression"]), mean(found["planned, sparse, the plan names the colour"])
-    verdict = ("cannot be told: not even autoregression has learnt to agree" if free < 60 else
-               "measured above it: spans prefer the same colour, or see each other" if not kept else
-               f"sparse spans keep to the bound, a plan that names the shared choice {'lifts' if lifted > 60 else 'does not lift'} it")
+    verdict = (
+        "cannot be told: not even autoregression has learnt to agree"
+        if free < 60
+        else "measured above it: spans prefer the same colour, or see each other"
+        if not kept
+        else f"sparse spans keep to the bound, a plan that names the shared choice {'lifts' if lifted > 60 else 'does not lift'} it"
+    )
     return Claim(
         "What independence costs, exactly",
         "the paper has no figure",

@@ -142,15 +142,22 @@ def frontier(f: Found) -> Claim:
             rows.append([name if n == 0 else "", shown(sample), *cells, *costs, ""])
         areas[name] = [probes.aup(curve, best) for curve in curves]
         rows[-1][-1] = spread(areas[name], "{:.0f}")
-    behind = [name for name, (model, settings, draft) in POINTS.items()
-              if max(mean(map(right, f.reports(model, sample, draft))) for sample in settings or ("",)) < 60]
+    behind = [
+        name
+        for name, (model, settings, draft) in POINTS.items()
+        if max(mean(map(right, f.reports(model, sample, draft))) for sample in settings or ("",)) < 60
+    ]
     ar, planned = (f.reports(model, sample) for model, sample in (("ar", ""), ("planned", SURE)))
     gain = mean(map(passes, ar)) / mean(map(passes, planned))
     better = ahead_of({name: [(mean(over(r, "critical_path") for r in reports), mean(map(right, reports)))
                               for reports in (f.reports(model, sample, draft) for sample in settings or ("",))]
                        for name, (model, settings, draft) in POINTS.items()})  # fmt: skip
-    verdict = told({"": [best]}, f"**differs**: ahead of it: {', '.join(better)}" if better else
-                   "**agrees**: nothing else is as often right on as short a critical path")
+    verdict = told(
+        {"": [best]},
+        f"**differs**: ahead of it: {', '.join(better)}"
+        if better
+        else "**agrees**: nothing else is as often right on as short a critical path",
+    )
     return Claim(
         "Planned diffusion is on the front of quality against latency",
         "1.27 times (dense) and 1.81 times (sparse) as fast as autoregression, win rates 49.2 and about 44 against 50",

@@ -40,6 +40,7 @@ class Drafter:
         """The next `--ahead` tokens of an answer's plan or text, and what each was drawn from (None if greedy)."""
         layout, known, grammar = answer.layout, len(answer.layout), answer.grammar.copy()
         cache, read = self.caches.get(answer) or (self.new_cache(answer), 0)
+        read = min(read, known - 1)  # a topic may have been taken back
         tokens, probs = [], []
         while len(tokens) < answer.config.ahead and not grammar.done and answer.tokenizer.sync not in tokens:
             forced = grammar.forced()

@@ -101,9 +101,21 @@ class NaiveSampler:
             text, topics, last = [], [], None
             while last not in (tok.sync, tok.eos):
                 last = self.next_token(grammar)
+                self.cost["critical_path"] += 1
+                if tok.length_of(last) and topics[-1][0] in [
+                    name for name, _ in topics[:-1]
+                ]:  # a second time: taken back
+                    del self.tokens[-1 - len(topics.pop()[0]) :]
+                    grammar, self.endless = before
+                    grammar.complete = self.endless.complete = True
+                    self.computed = min(self.computed, len(self.tokens) - 1)
+                    continue
+                if last == tok.topic:
+                    before = [Grammar.copy(g) for g in (grammar, self.endless)]
+                    for copied in before:
+                        copied._allowed = None
                 grammar.advance(last)
                 self.endless.advance(last)
-                self.cost["critical_path"] += 1
                 if last == tok.topic:
                     topics.append([[], 0])
                 elif tok.length_of(last):

@@ -33,9 +33,9 @@ whole plan, then its spans in the order of the plan, each with its topic and a c
 it back. Where the tagged text is wrong, `reader.fail(message, piece)` says where: `piece` is the number of the text
 or tag that is wrong. (`reader.next` is the number of the piece to be read next.)
 
-**The automaton** (grammar.py). `_mask` is given and asks for four facts: `state`, `length`, `name_tokens` and `blank`
-of the open topic, and how many `positions_left` there are. `advance` keeps them up to date. Each token takes a
-position. When a topic closes its whole scaffold is paid for: the tags, name and colon of its span (`_scaffold`), and
+**The automaton** (grammar.py). `_mask` is given and asks for four facts: `state`, `length`, `name` and `blank`
+of the open topic, and how many `positions_left` there are. `advance` keeps them up to date, and the `names` of the
+plan so far, for `repeats`. Each token takes a position. When a topic closes its whole scaffold is paid for: the tags, name and colon of its span (`_scaffold`), and
 its slots. `_fits` and `_slots_left` look ahead: what would be left for slots if the open topic got a name of so many
 tokens, were closed, and the answer ended with `<eos>`?
 
@@ -209,10 +209,10 @@ WRONG = (
     Wrong("empty spans are shown", "tags.py",
           "(r.text, *(s.text for s in r.spans)) if text]", "(r.text, *(s.text for s in r.spans))]", loses="plain"),
     Wrong("text may follow a plan in its round", "grammar.py",
-          'self.state, self.name_tokens, self.blank = "planned", 0, b""',
-          'self.state, self.name_tokens, self.blank = "text", 0, b""', loses="states"),
+          'self.state, self.names, self.name, self.blank = "planned", (*self.names, self.name), (), b""',
+          'self.state, self.names, self.name, self.blank = "text", (*self.names, self.name), (), b""', loses="states"),
     Wrong("the tags and name of a span are not paid for", "grammar.py",
-          "self.positions_left -= _scaffold(self.name_tokens) + self.slots[self.length - 1]",
+          "self.positions_left -= _scaffold(len(self.name)) + self.slots[self.length - 1]",
           "self.positions_left -= self.slots[self.length - 1]", loses="budget"),
     Wrong("no position is left for <eos>", "grammar.py",
           "- plan - _scaffold(name_tokens) - 1  # 1: <eos>", "- plan - _scaffold(name_tokens)", loses="budget"),
