@@ -333,16 +333,24 @@ def plans(f: Found) -> Claim:
         whole = [r["scores"]["all"] for r in reports]
         share = [w["plan_passes"] / (w["plan_passes"] + w["content_tokens"]) for w in whole]
         sound &= min(w["valid"] for w in whole) > 0.95
-        found[label] = [spread([100 * w["valid"] for w in whole]), spread([w["length_error"] for w in whole], "{:.2f}")]
-        spans = ", ".join(f"{n}: {100 * part:.0f}%" for n, part in reports[0]["spans_per_answer"].items())
+        found[label] = [
+            spread([100 * w["valid"] for w in whole]),
+            spread([w["length_error"] for w in whole], "{:.2f}"),
+            spread([w["length_bias"] for w in whole], "{:+.2f}"),
+        ]
+        counts = {n for r in reports for n in r["spans_per_answer"]}
+        spans = ", ".join(
+            f"{n}: {100 * mean(r['spans_per_answer'].get(n, 0) for r in reports):.0f}%" for n in sorted(counts)
+        )
         rows.append([label, *found[label], spread([100 * w["plan_right"] for w in whole]), spans,
                      spread([100 * s for s in share]), spread([100 * r["pad_share"] for r in reports])])  # fmt: skip
     return Claim(
         "Plans are minimal and reliable",
         "plans are nearly always valid, and their lengths unbiased",
-        "; ".join(f"{label}: {valid}% valid and whole, lengths off by {off} units" for label, (valid, off) in found.items()),
+        "; ".join(f"{label}: {valid}% valid and whole, lengths off by {off} units, mean {bias}"
+                  for label, (valid, off, bias) in found.items()),
         "**agrees**, as far as it can be tested: the grammar makes every plan valid here" if sound else
         "**differs**: plans are cut off",
-        table(["", "valid, %", "length off by, units", "plan as in the reference, %", "spans per answer",
+        table(["", "valid, %", "length off by, units", "mean error (+: too long)", "plan as in the reference, %", "spans per answer",
                "passes for plan and text / (these + content tokens), %", "`[PAD]` in slots, %"], rows),
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """The pictures of the page on the paper, from the same figures as its tables. Needs matplotlib."""
 
+import textwrap
 from statistics import mean
 
+from measure.beyond import WAYS
 from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, chrf, over, passes, right, scaled, shown
 from measure.models import EPOCHS, STUDIED
 from measure.pictures import Label, marker, tidy, write_labels
@@ -114,17 +116,14 @@ def independence(f: Found, figure) -> None:
     from plumbing.settings import locate
 
     axis = figure.subplots()
-    ways = {"sparse": ("planned", SURE), "sparse, one slot\nper pass": ("planned", "--steps_ratio 1"),
-            "dense": ("dense", SURE), "dense, one slot\nper pass": ("dense", "--threshold 1"),
-            "sparse, the plan\nnames the colour": ("named", SURE), "autoregression": ("ar", "")}  # fmt: skip
-    for x, (model, sample) in enumerate(ways.values()):
+    for x, (model, sample) in enumerate(WAYS.values()):
         values = [100 * over(r, "exact", ("coupled",)) for r in f.reports(model, f"{sample} --temperature 1")]
         axis.bar(x, mean(values), color="C0", width=0.6)
         axis.vlines(x, min(values), max(values), color="black", lw=1)
     bound = 100 * bounds(read_split(locate(TOWNS) / "test.jsonl"))["apart"]
     axis.axhline(bound, color="C3", lw=1, ls="--")
     axis.annotate("spans drawn apart, each colour as often", (-0.4, bound + 2), color="C3", fontsize=9)
-    axis.set_xticks(range(len(ways)), ways, fontsize=8)
+    axis.set_xticks(range(len(WAYS)), [textwrap.fill(way, 14) for way in WAYS], fontsize=8)
     tidy(axis)
     axis.set_ylabel("coupled answers that agree, %, temperature 1")
 

@@ -62,6 +62,12 @@ def prepare(folder: str) -> None:
             raise ValueError(f"{folder} cannot be prepared, see above")
 
 
+def judged(claim: Claim, seeds: list[int]) -> Claim:
+    """The claim; from fewer than three seeds nothing is told."""
+    few = len(seeds) < 3 and claim.verdict.startswith(("**agrees", "**differs"))
+    return replace(claim, verdict=f"**cannot** be told from so few seeds ({len(seeds)})") if few else claim
+
+
 def page(found: dict[str, Claim], seeds: list[int]) -> str:
     """The page: a table of all claims, then each with what was measured."""
     few = "\n**Fewer than three seeds: leads, not results.**\n" if len(seeds) < 3 else ""
@@ -112,7 +118,7 @@ def main() -> None:
     names = args.only or (list(CLAIMS) if full else list(MINUTES))
     for folder in (TOWNS, RECIPES) if full else (TOWNS,):
         prepare(folder)
-    for variant in (variants.untagged, variants.named, variants.skeleton):
+    for variant in (variants.untagged, variants.coupled, variants.named, variants.skeleton):
         variants.write_variant(TOWNS, Path(VARIANTS) / variant.__name__, variant)
     models = MODELS if full else {name: shortened(model) for name, model in MODELS.items()}
     folder = ROOT / "docs" if full else args.out
@@ -120,7 +126,7 @@ def main() -> None:
     found = Found(study, args.seeds if full else args.seeds[:1])
     done = {}
     for name in names:
-        done[name] = CLAIMS[name](found)
+        done[name] = judged(CLAIMS[name](found), found.seeds)
         print(f"{name}: {done[name].here}. {done[name].verdict}", flush=True)
     draw(found, [picture for claim in done.values() for picture in claim.pictures], folder)
     if not args.only:

@@ -53,9 +53,9 @@ def row_of(example: Example, result: dict, check: Callable | None, rounds: Itera
     if rounds is not None:
         reference = [(s.topic, s.length) for r in rounds for s in r.spans]
         planned = [(t["topic"], t["length"]) for r in result["rounds"] for t in r["plan"]]
-        off = [abs(a - b) for (topic, a), (other, b) in zip(reference, planned) if topic == other]
+        off = [b - a for (topic, a), (other, b) in zip(reference, planned) if topic == other]
         row |= {"plan_right": float(reference == planned), "n_spans": len(planned)}
-        row |= {"topics_right": len(off), "length_error": sum(off)}
+        row |= {"topics_right": len(off), "length_error": sum(map(abs, off)), "length_bias": sum(off)}
     return row
 
 
@@ -96,6 +96,7 @@ def score(examples: list[Example], results: list[dict], check: Callable | None, 
     for means in scores.values():
         if means.get("topics_right"):
             means["length_error"] /= means["topics_right"]
+            means["length_bias"] /= means["topics_right"]
     return scores
 
 

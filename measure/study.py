@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -104,7 +105,8 @@ class Study:
 
     def train(self, name: str, seed: int) -> Path:
         """The checkpoint of a training, which is run now if it is not there. Raises ValueError if it fails."""
-        model, folder = self.models[name], self.out / f"{name.replace(' ', '-')}-{seed}-{self.key(name, seed)}"
+        model, called = self.models[name], re.sub(r"\W+", "-", name)
+        folder = self.out / f"{called}-{seed}-{self.key(name, seed)}"
         path = folder / "model.safetensors"
         if path.exists():
             return path

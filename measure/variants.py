@@ -3,7 +3,8 @@
 | variant    | what changes                                                                                          |
 |------------|-------------------------------------------------------------------------------------------------------|
 | `untagged` | `<sync/>` is deleted, as in the paper's ablation: one round, whose text no longer waits for its spans |
-| `named`    | topics of `coupled` end with the colour that the spans share: the plan says what they must agree on   |
+| `coupled`  | of all families this one alone                                                                        |
+| `named`    | so, and its topics end with the colour that the spans share: the plan says what they must agree on    |
 | `skeleton` | Skeleton-of-Thought as ordinary text: a request for the skeleton, and one for each of its points      |
 """
 
@@ -30,12 +31,15 @@ def untagged(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
     yield replace(example, rounds=(Round(text, tuple(span for round_ in example.rounds for span in round_.spans)),))
 
 
-def named(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
-    rounds = example.rounds
+def coupled(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
     if example.family == "coupled":
-        spans = [(span, re.search(rf"\b({'|'.join(COLOURS)})\b", span.text)[0]) for span in rounds[0].spans]
-        rounds = (Round(spans=tuple(replace(span, topic=f"{span.topic} {colour}") for span, colour in spans)),)
-    yield replace(example, rounds=rounds)
+        yield example
+
+
+def named(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:
+    for example in coupled(example, tokenizer):
+        spans = [(span, re.search(rf"\b({'|'.join(COLOURS)})\b", span.text)[0]) for span in example.rounds[0].spans]
+        yield replace(example, rounds=(Round(spans=tuple(replace(s, topic=f"{s.topic} {c}") for s, c in spans)),))
 
 
 def skeleton(example: Example, tokenizer: Tokenizer) -> Iterator[Example]:

@@ -19,6 +19,7 @@ from model import Transformer
 from plumbing import device as devices
 from plumbing.settings import one_line
 from pretrained.llama import load, look, read_json
+from pretrained.lora import holds_adapters, load_adapted
 from tokenizer import Tokenizer
 from training.checkpoint import load_checkpoint
 
@@ -45,11 +46,13 @@ class Around:
 def model_to_sample(
     path: Path, device: torch.device | str
 ) -> tuple[Transformer, Tokenizer, dict[str, Any], Callable[[Layout], int]]:
-    """Of a checkpoint or a pretrained folder the model, in the type to sample in, its tokenizer, how it was trained, and
+    """Of a checkpoint, whole or with adapters alone, or a pretrained folder the model, in the type to sample in, its tokenizer, how it was trained, and
     what puts a chat template around a prompt, if it has one. Raises ValueError if the file or folder cannot be read."""
     if (path / "config.json").exists():
         model, tokenizer, around = as_published(path, device)
         info = {"method": {"method": "ar"}}
+    elif holds_adapters(path):
+        (model, tokenizer, info), around = load_adapted(path, device), lambda layout: 0
     else:
         model, tokenizer, info, _ = load_checkpoint(path, device)
         around = lambda layout: 0

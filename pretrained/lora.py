@@ -17,8 +17,10 @@ from torch import nn
 from config import TrainConfig
 from model import Transformer
 from plumbing.files import UNREADABLE, atomic, write_whole
-from pretrained.llama import places
+from plumbing.settings import locate
+from pretrained.llama import load, look, places
 from tokenizer import Tokenizer
+from training.checkpoint import empty_model
 from training.run import Weights
 
 LAYERS = ("attention.qkv", "attention.out", "gate_up", "down")  # of a block
@@ -82,9 +84,9 @@ def trained(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def merged(model: Transformer) -> dict[str, torch.Tensor]:
-    """The weights of a plain Transformer that computes the same, on the CPU, in the 16-bit type of the model."""
-    weights, half = {}, getattr(torch, model.config.half)
+def merged(model: Transformer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a plain Transformer that computes the same, on the CPU."""
+    weights = {}
     for name in places(model.config):
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
@@ -92,7 +94,7 @@ def merged(model: Transformer) -> dict[str, torch.Tensor]:
             value = module.merged() if kind == "weight" else module.base.bias
         else:
             value = getattr(module, kind)
-        weights[name] = value.detach().to("cpu", half)
+        weights[name] = value.detach().to("cpu", dtype)
     return weights
 
 
@@ -121,6 +123,39 @@ def restore(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, t
     return info, {name[6:]: value.to(device) for name, value in tensors.items() if name.startswith("state.")}, unit
 
 
+def holds_adapters(path: Path) -> bool:
+    """Whether a file is a checkpoint that holds adapters alone: of a run that was interrupted, or one to be shared."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "model.embedding.new" in file.keys()
+    except UNREADABLE:  # load_checkpoint says what is wrong
+        return False
+
+
+def load_adapted(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
+    """Of a checkpoint that holds adapters alone the model, with these merged into what its run began with, its
+    tokenizer, and how it was made. Raises ValueError, naming the folder that is missing or another one."""
+    with safe_open(path, "pt") as file:
+        text = file.metadata()
+    config, tokenizer = TrainConfig(**json.loads(text["info"])["train"]), Tokenizer.from_json(text["tokenizer"])
+    if not (base := locate(config.init)).is_dir():
+        raise ValueError(
+            f"{path} holds adapters for {config.init}, which is not here: docs/your-own-model.md says how to get it"
+        )
+    pretrained = look(base, tokenizer.unit)
+    if pretrained.tokenizer.tokens != tokenizer.tokens:
+        raise ValueError(
+            f"{path} holds adapters for another model than that of {config.init}: it has another tokenizer"
+        )
+    model = load(pretrained, device, torch.float32)
+    adapt(model, config.lora, config.lora_alpha, tokenizer.pad)
+    info, *_ = restore(path, model)
+    weights = merged(model, torch.float32)
+    plain = empty_model(model.config, {name: [*value.shape] for name, value in weights.items()})
+    plain.load_state_dict(weights, assign=True)
+    return plain.to(device), tokenizer, info
+
+
 class Adapters(Weights):
     """How a run with adapters keeps its model: checkpoints hold what is trained, a finished run all of it, merged."""
 
@@ -138,7 +173,7 @@ class Adapters(Weights):
     def finished(self, out: Path) -> dict[str, Any]:
         """Writes the adapters as `peft` has them, too."""
         save_adapter(out / "adapter", self.model, self.config.init, self.config.lora, self.config.lora_alpha)
-        return {"weights": merged(self.model)}
+        return {"weights": merged(self.model, getattr(torch, self.model.config.half))}
 
 
 # ---------------------------------------------------------------- peft

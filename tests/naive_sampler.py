@@ -94,7 +94,7 @@ class NaiveSampler:
         """Returns a dict: `rounds` as (text ids, [(topic ids, length, slot ids) a span]), `cut`, and the costs."""
         self.begin(prompt)
         tok, config = self.tok, self.config
-        grammar, rounds, last = Grammar(tok, config.max_tokens, config.length_scale), [], None
+        grammar, rounds, last, before = Grammar(tok, config.max_tokens, config.length_scale), [], None, ()
         self.endless = Grammar(tok, 1_000_000, config.length_scale)  # as if there were positions enough
         self.cut = False
         while last != tok.eos:

@@ -54,6 +54,8 @@ def load_checkpoint(
         with safe_open(path, "pt") as file:
             text = file.metadata() or {}
             tokenizer, info = Tokenizer.from_json(text["tokenizer"]), json.loads(text["info"])
+            if "model.embedding.new" in file.keys():
+                raise ValueError("it holds adapters alone: go on with the --lora of its run, or take another --out")
             if not isinstance(info, dict):
                 raise ValueError("nothing says how it was made")
             shapes = {name[6:]: file.get_slice(name).get_shape() for name in file.keys() if name.startswith("model.")}
@@ -89,8 +91,6 @@ def introduction(path: str | Path) -> str:
 
 def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transformer:
     """A model without memory for its weights. Raises ValueError if its weights would not have these shapes."""
-    if "embedding.new" in shapes:
-        raise ValueError("it holds adapters alone: go on with the --lora of its run, or take another --out")
     layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if layers != config.n_layer:
         raise ValueError(f"its config has {config.n_layer} layers, its weights have {layers}")

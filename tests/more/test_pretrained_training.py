@@ -232,7 +232,7 @@ def test_merged_weights_compute_the_same_in_a_plain_model(model_folder):
     model, tokenizer = adapted(model_folder)
     disturbed(model)
     plain = load(look(model_folder))
-    merged = lora.merged(model)
+    merged = lora.merged(model, torch.bfloat16)
     assert {p.dtype for p in merged.values()} == {torch.bfloat16}
     plain.load_state_dict({name: p.float() for name, p in merged.items()})
     exact, near = our_logits(model, text(tokenizer)), our_logits(plain, text(tokenizer))
@@ -285,6 +285,25 @@ def test_a_finished_run_leaves_its_adapters_as_peft_has_them_and_a_small_checkpo
     assert not [name for name in held if ".base." in name or name.endswith(".old")]
     model, tokenizer, *_ = load_checkpoint(tmp_path / "model.safetensors")
     assert isinstance(model.blocks[0].attention.qkv, torch.nn.Linear)
+
+
+def test_a_checkpoint_of_adapters_alone_is_sampled_on_what_its_run_began_with(data, folder, tmp_path, monkeypatch):
+    made = trainer(data, tmp_path / "run", folder, lora=2)
+    disturbed(made.model)
+    made.train()
+    path, tokens = tmp_path / "run" / "checkpoint.safetensors", text(made.tokenizer)
+    model, tokenizer, info = lora.load_adapted(path, "cpu")
+    near, far = our_logits(made.model.float(), tokens), our_logits(load(look(folder)), tokens)  # near: from 16 bits
+    exact = our_logits(model, tokens)
+    assert (exact - near).square().mean() < 1e-3 * (exact - far).var()
+    assert (tokenizer.tokens, info["method"]["method"]) == (made.tokenizer.tokens, made.data.method.method)
+    sampler = Sampler.load(path, SampleConfig(max_tokens=30))
+    assert sampler.answer(["otter"])[0].result()["plan_passes"] > 0
+    assert not lora.holds_adapters(tmp_path / "run" / "model.safetensors") and not lora.holds_adapters(tmp_path)
+    shutil.move(folder, tmp_path / "away")
+    with pytest.raises(ValueError, match="holds adapters for .*, which is not here: docs/your-own-model.md"):
+        Sampler.load(path, SampleConfig())
+    shutil.move(tmp_path / "away", folder)
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(data, folder, tmp_path):
