@@ -8,7 +8,10 @@ from conftest import each
 from runs import Crash, assert_same, crash, interrupt, losses, make, run
 
 import train
+from config import SampleConfig
+from data import read_split
 from loss import validate
+from sample import Sampler
 from training import run as run_module
 from training.bookkeeping import Log
 from training.checkpoint import load_checkpoint
@@ -73,7 +76,8 @@ def test_so_does_a_run_without_spans(folder, fresh):
 def test_a_checkpoint_is_saved_before_its_validation(whole, folder, tmp_path, monkeypatch):
     """Whatever goes wrong there loses nothing, and a run that goes on makes up for the row of the log."""
     method, expected = whole
-    monkeypatch.setattr(train, "validate", crash)
+    saved = tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr(train, "validate", lambda *args: (crash if saved.exists() else validate)(*args))
     for step in (4, 8, 12):
         with pytest.raises(Crash):
             run(folder, tmp_path, method=method)
@@ -109,6 +113,22 @@ def test_a_run_killed_before_one_of_its_last_files_writes_both_when_run_again(
 
 
 # ---------------------------------------------------------------- the log
+
+
+def test_a_few_validation_prompts_are_answered_by_what_was_saved(folder, tmp_path, monkeypatch, capsys):
+    prompts, kept = [], [example.prompt for example in read_split(folder / "val.jsonl")]
+    begin = Sampler.begin
+    monkeypatch.setattr(Sampler, "begin", lambda self, asked: prompts.extend(asked) or begin(self, asked))
+    run(folder, tmp_path, steps=8)
+    monkeypatch.undo()
+    rows = losses(tmp_path)
+    sampler = Sampler.load(tmp_path / "checkpoint.safetensors", SampleConfig(max_tokens=500))
+    answers, asked = sampler.answer(prompts[: len(prompts) // 2]), prompts[: len(prompts) // 2]
+    assert {*asked} <= {*kept} and prompts[: len(asked)] == prompts[len(asked) : 2 * len(asked)]
+    assert float(rows[-1]["looping"]) == sum(answer.looping for answer in answers) / len(answers)
+    assert 0 <= float(rows[-1]["complete"]) <= 1 and not rows[0]["complete"]
+    said = capsys.readouterr().out.replace("\n  ", "  ")
+    assert "of answers complete" in said and said.index("validation:") < said.index("step 1/8")
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_it(folder, tmp_path, monkeypatch):

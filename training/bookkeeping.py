@@ -132,7 +132,7 @@ class Progress:
 class Log:
     """log.csv: a row of losses every so many updates. Rows that a resumed run writes again are dropped first."""
 
-    COLUMNS = ("step", "tokens", "seconds", *TERMS, *(f"val_{name}" for name in TERMS))
+    COLUMNS = ("step", "tokens", "seconds", *TERMS, *(f"val_{name}" for name in TERMS), "complete", "looping")
 
     def __init__(self, path: Path, step: int):
         """Keep the whole rows up to `step`, whatever else is in the file."""

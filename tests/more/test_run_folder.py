@@ -160,7 +160,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(whole, folder,
     assert_same(losses(tmp_path), expected)
 
 
-REST = "," * (2 * len(TERMS) - 2)  # the columns after plan and span, empty
+REST = "," * (2 * len(TERMS) - 2 + 2)  # the columns after plan and span, empty
 
 
 ROW = "1,100,0.5,1.00000,2.00000" + REST
