@@ -331,7 +331,7 @@ def plans(f: Found) -> Claim:
     ):
         reports = f.reports(name, sample)
         whole = [r["scores"]["all"] for r in reports]
-        share = [w["plan_passes"] / (w["plan_passes"] + w["content_tokens"]) for w in whole]
+        share = [w["plan_passes"] / w["passes"] for w in whole]
         sound &= min(w["valid"] for w in whole) > 0.95
         found[label] = [
             spread([100 * w["valid"] for w in whole]),
@@ -352,5 +352,5 @@ def plans(f: Found) -> Claim:
         "**agrees**, as far as it can be tested: the grammar makes every plan valid here" if sound else
         "**differs**: plans are cut off",
         table(["", "valid, %", "length off by, units", "mean error (+: too long)", "plan as in the reference, %", "spans per answer",
-               "passes for plan and text / (these + content tokens), %", "`[PAD]` in slots, %"], rows),
+               "passes for plan and text, % of all", "`[PAD]` in slots, %"], rows),
     )  # fmt: skip
