@@ -44,10 +44,8 @@ class RoundTokens:
 
 
 class Answer:
-    """What all ways to decode share: the layout so far, the phase that the answer is in, and what it has cost.
-
-    `phase` is what happens next; None once the answer is finished. `device`: of the generator that draws its tokens.
-    """
+    """What all ways to decode share: the layout so far, the phase that the answer is in (None once it is finished), and
+    what it has cost. `device`: of the generator that draws its tokens."""
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, config: SampleConfig, method: MethodConfig, decoder: Decoder,
                  seed: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
@@ -161,9 +159,7 @@ class Phase:
     def draw(logits: Tensor, readings: list[Reading], config: SampleConfig, generators: Generators,
              pad: int) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Tokens (N,) from the logits (N, V) of all that the readings of some answers ask for, and which are kept.
-
-        Here a reading asks for one token, and keeps it.
-        """
+        Here a reading asks for one token, and keeps it."""
         token = draw(probabilities(logits, config), generators) if config.temperature else logits.argmax(-1)
         return token, torch.ones_like(token, dtype=torch.bool)
 
@@ -338,10 +334,7 @@ class Denoise(Phase):
         return self if unfinished else next_round(self.answer)
 
     def retire(self, unfinished: list[Unfinished]) -> None:
-        """Finished spans are no longer computed: nothing sees them before `<sync/>`, whose pass reads them once more.
-
-        Where siblings see each other, they have to stay.
-        """
+        """Compute finished spans no longer: nothing sees them before `<sync/>`. Where siblings do, they have to stay."""
         self.unfinished = unfinished
 
 
