@@ -10,7 +10,7 @@ Measured is the training of random weights of that shape on one sequence: an upd
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -75,12 +75,17 @@ def empty(config: ModelConfig, lora: int) -> Transformer:
     return model
 
 
-def activations(config: ModelConfig, half: int) -> int:
-    """Bytes per token that a block keeps for its backward pass. `half`: bytes of a number that matrices multiply."""
+def activations(config: ModelConfig, half: int, length: int = 0) -> int:
+    """Bytes per token that a block keeps for its backward pass. `half`: bytes of a number that matrices multiply.
+
+    On a CPU attention computes in float32, with a mask that each block keeps: `length` tokens in a sequence there.
+    """
     c, q, kv = config, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     norms = 2 * (FLOAT32 + half) * c.d_model  # inputs, and outputs as the next layer multiplies them
     # with norms on queries and keys, what goes into them and what comes out, in float32
     attention = half * (q + 2 * kv) + half * (q + kv) + 2 * half * q + 2 * FLOAT32 * (q + kv) * c.qk_norm
+    if length:
+        attention = FLOAT32 * (2 * q + 2 * kv + length) + half * q
     return norms + attention + half * 4 * c.d_ff  # gate, up, silu(gate) and their product
 
 
@@ -91,14 +96,15 @@ def step_temporaries(config: ModelConfig) -> int:
     return 2 * FLOAT32 * n + 2 * (4 * n + 3 * square)  # updates and their stack; five steps in bfloat16
 
 
-def memory(config: ModelConfig, tokens: int, lora: int = 0, recompute: bool = False, half: int = 2) -> dict[str, float]:
-    """Bytes of each part, and their `peak`, for a micro-batch of `tokens`; `half` as in `activations`."""
+def memory(config: ModelConfig, tokens: int, lora: int = 0, recompute: bool = False, half: int = 2,
+           length: int = 0) -> dict[str, float]:  # fmt: skip
+    """Bytes of each part, and their `peak`, for a micro-batch of `tokens`; `half` and `length` as in `activations`."""
     c, model = config, empty(config, lora)
     every, learnt = model.n_params(), sum(p.numel() for p in trained(model).values())
     embeddings = (1 if c.tied else 2) * c.vocab_size * c.d_model
     embedding = half * c.vocab_size * c.d_model
     copies = half * (every - embeddings) + embedding if half < FLOAT32 else 0  # that autocast makes of the weights
-    kept = activations(c, half) * tokens
+    kept = activations(c, half, length) * tokens
     parts = {
         "weights": half * (every - learnt) + FLOAT32 * learnt,
         "optimizer": FLOAT32 * (2 * learnt if lora else every + embeddings),  # momentum; AdamW has two moments
@@ -178,7 +184,7 @@ def main() -> None:
         some_batch(config.tokens),
     )
     half, options = torch.finfo(fast_dtype(place)).bits // 8, (config.lora, config.recompute)
-    parts = memory(replace(shape), batch.n_tokens, *options, half)
+    parts = memory(shape, batch.n_tokens, *options, half, batch.n_tokens * (place.type == "cpu"))
     print(f"{config.measure}, {batch.n_tokens} tokens, {name_of(place)}", *(f"{k:12} {v / GIB:7.2f} GiB" for k, v in parts.items()),
           f"{'measured':12} {measured(shape, batch, *options, place) / GIB:7.2f} GiB", sep="\n")  # fmt: skip
 

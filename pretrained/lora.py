@@ -39,6 +39,7 @@ class Adapted(nn.Module):
             nn.init.kaiming_uniform_(a, math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.base.weight.dtype)  # once: autocast would make, and keep, a copy per adapter
         added = torch.cat([F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b)], dim=-1)
         return self.base(x) + self.scale * added
 
