@@ -52,7 +52,7 @@ class EvalConfig:
     split: str = setting("test", "split to measure on")
     limit: int = setting(0, "measure on the first examples only, this many (0: all)", at_least=0)
     batch: int = setting(16, "prompts answered together; 1 for the latency of a single user", at_least=1)
-    draws: int = setting(8, "noisings per round for the ELBO", at_least=1)
+    draws: int = setting(8, "noisings per round for the ELBO (0: no likelihoods)", at_least=0)
     draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens of plan and text: speculative decoding")
     judge: str = setting("", "autoregressive checkpoint of the same data: perplexity of the answers under it")
     answers: str = setting("", "file (.jsonl) that keeps the answers; an interrupted evaluation goes on with it")
@@ -226,7 +226,9 @@ def quality(sampler: Sampler, examples: list[Example], results: list[dict], chec
 
 
 def likelihoods(sampler: Sampler, examples: list[Example], draws: int) -> dict:
-    """Nats per token of the reference answers."""
+    """Nats per token of the reference answers; 0 without draws."""
+    if not draws:
+        return {"plan_nll": 0.0, "span_elbo": 0.0, "span_elbo_error": None, "spans_exact": False}
     tokenizer, method = sampler.tokenizer, sampler.method
     layouts = [encode(example, tokenizer, method.in_training) for example in examples]
     for layout in layouts:

@@ -24,7 +24,7 @@ from plumbing.files import write_whole
 from plumbing.settings import ROOT, locate
 
 DATA_FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "tokenizer.json")
-KEPT = ("scores", "readers", "plan_nll", "span_elbo", "span_elbo_error", "pad_share", "spans_per_answer")  # of a report
+KEPT = ("scores", "readers", "pad_share", "spans_per_answer")  # of a report
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Study:
 
         def measure() -> dict:
             drafter = str(self.train(draft, seed)) if draft else ""
-            found = evaluate(EvalConfig(str(self.train(name, seed)), data, limit=limit, draws=1, draft=drafter,
+            found = evaluate(EvalConfig(str(self.train(name, seed)), data, limit=limit, draws=0, draft=drafter,
                                         device=self.device), sample_config(sample))  # fmt: skip
             return {key: found[key] for key in KEPT}
 

@@ -149,7 +149,7 @@ def evaluations(monkeypatch):
 
     def evaluate(config, sample):
         asked.append((config, sample))
-        return {**dict.fromkeys(KEPT, len(asked)), "plan_nll": 1 / 3, "shown": ["not kept"]}
+        return {**dict.fromkeys(KEPT, len(asked)), "pad_share": 1 / 3, "shown": ["not kept"]}
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     return asked
@@ -158,7 +158,7 @@ def evaluations(monkeypatch):
 def test_a_figure_is_measured_once_with_the_settings_that_it_names(make, evaluations):
     for _ in range(2):
         report = make(limit={"": 5}).report("the model", 0, "--threshold 0.9 --ahead 4 --decode planned", "other")
-        assert {name: report[name] for name in KEPT} == dict.fromkeys(KEPT, 1) | {"plan_nll": 0.33333}
+        assert {name: report[name] for name in KEPT} == dict.fromkeys(KEPT, 1) | {"pad_share": 0.33333}
         assert report["what"].startswith("the model --threshold 0.9") and "shown" not in report
     ((config, sample),) = evaluations
     assert sample == SampleConfig(threshold=0.9, ahead=4, decode="planned") == sample_config(
