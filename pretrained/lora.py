@@ -20,8 +20,7 @@ from plumbing.files import UNREADABLE, atomic, write_whole
 from plumbing.settings import locate
 from pretrained.llama import load, look, places
 from tokenizer import Tokenizer
-from training.checkpoint import empty_model
-from training.run import Weights
+from training.checkpoint import Weights, empty_model
 
 LAYERS = ("attention.qkv", "attention.out", "gate_up", "down")  # of a block
 

@@ -106,3 +106,32 @@ def empty_model(config: ModelConfig, shapes: dict[str, list[int]]) -> Transforme
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     """The name of a tensor that holds NaN or infinity, or None."""
     return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
+
+
+class Weights:
+    """How a run keeps its model: whole. With adapters it is another (pretrained/lora.py)."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def restore(self, path: Path, data: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
+        """Take the weights of a checkpoint. Returns its info, its state and its unit of length.
+
+        Raises ValueError if its tokenizer is not that of `data`, or its model is of another shape.
+        """
+        model, tokenizer, info, state = load_checkpoint(path, self.model.embedding.weight.device)
+        if tokenizer.tokens != self.tokenizer.tokens:
+            raise ValueError(f"{path} has another tokenizer than {data}: take the --data it was trained on")
+        ours, theirs = asdict(self.model.config), asdict(model.config)
+        if other := [f"{name} ({value}, not {ours[name]})" for name, value in theirs.items() if ours[name] != value]:
+            raise ValueError(f"{path} is a model of other {', '.join(other)}: give this run the same")
+        self.model.load_state_dict(model.state_dict())
+        return info, state, tokenizer.unit
+
+    def kept(self) -> dict[str, Any]:
+        """What `save_checkpoint` is told so that the run can go on."""
+        return {}
+
+    def finished(self, out: Path) -> dict[str, Any]:
+        """What it is told of a finished model: weights in 16 bits."""
+        return {"dtype": getattr(torch, self.model.config.half)}

@@ -6,50 +6,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from config import MethodConfig, SampleConfig, TrainConfig
 from data import read_split
 from methods import encode
-from model import Transformer
 from plumbing.device import use_threads
 from plumbing.settings import locate, one_line
+from sample import Sampler
 from tags import Example
-from tokenizer import Tokenizer
 from training.bookkeeping import Log, Processes, Progress, fold
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import Weights, save_checkpoint
 from training.optim import Optimizer
 
 FEW = 8  # validation prompts that are answered
-
-
-class Weights:
-    """How a run keeps its model: whole. With adapters it is another (pretrained/lora.py)."""
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-
-    def restore(self, path: Path, data: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], int]:
-        """Take the weights of a checkpoint. Returns its info, its state and its unit of length.
-
-        Raises ValueError if its tokenizer is not that of `data`, or its model is of another shape.
-        """
-        model, tokenizer, info, state = load_checkpoint(path, self.model.embedding.weight.device)
-        if tokenizer.tokens != self.tokenizer.tokens:
-            raise ValueError(f"{path} has another tokenizer than {data}: take the --data it was trained on")
-        ours, theirs = asdict(self.model.config), asdict(model.config)
-        if other := [f"{name} ({value}, not {ours[name]})" for name, value in theirs.items() if ours[name] != value]:
-            raise ValueError(f"{path} is a model of other {', '.join(other)}: give this run the same")
-        self.model.load_state_dict(model.state_dict())
-        return info, state, tokenizer.unit
-
-    def kept(self) -> dict[str, Any]:
-        """What `save_checkpoint` is told so that the run can go on."""
-        return {}
-
-    def finished(self, out: Path) -> dict[str, Any]:
-        """What it is told of a finished model: weights in 16 bits."""
-        return {"dtype": getattr(torch, self.model.config.half)}
 
 
 @dataclass
@@ -175,8 +143,6 @@ class Run:
 
         Losses fall long before an answer ends by itself.
         """
-        from sample import Sampler  # which needs this module
-
         state, c = self.state, self.config
         examples = read_split(locate(c.data) / "val.jsonl", state.weights.tokenizer)
         examples = examples[:: -(-len(examples) // FEW)]

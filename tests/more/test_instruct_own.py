@@ -22,7 +22,9 @@ def folder(tmp_path_factory):
 def ask(monkeypatch, folder):
     def ask(out, **settings):
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["own.py", "--model", str(folder), "--out", str(out), *options, "--device", "cpu"])
+        monkeypatch.setattr(
+            sys, "argv", ["own.py", "--model", str(folder), "--out", str(out), *options, "--device", "cpu"]
+        )
         command(own.main)
         return [json.loads(row) for row in out.read_text().splitlines()] if out.exists() else []
 
