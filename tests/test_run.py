@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from conftest import each
-from runs import Crash, assert_same, crash, interrupt, losses, make, run
+from runs import ANSWERED, Crash, assert_same, crash, interrupt, losses, make, run
 
 import train
 from config import SampleConfig
@@ -118,6 +118,7 @@ def test_a_run_killed_before_one_of_its_last_files_writes_both_when_run_again(
 def test_a_few_validation_prompts_are_answered_by_what_was_saved(folder, tmp_path, monkeypatch, capsys):
     prompts, kept = [], [example.prompt for example in read_split(folder / "val.jsonl")]
     begin = Sampler.begin
+    monkeypatch.setattr(run_module.Run, "answered", ANSWERED)
     monkeypatch.setattr(Sampler, "begin", lambda self, asked: prompts.extend(asked) or begin(self, asked))
     run(folder, tmp_path, steps=8)
     monkeypatch.undo()

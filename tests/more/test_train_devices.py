@@ -19,7 +19,6 @@ from runs import (
 )
 
 import train
-from training.run import Run
 
 RANKS = """
 import os, sys, train
@@ -58,7 +57,6 @@ def test_the_whole_of_a_training_works_with_the_kernel_in_bfloat16(folder, tmp_p
     """Training, validation, saving and going on, as a GPU does it: the kernel is emulated."""
     monkeypatch.setattr(train, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr("kernels.backends.choose", lambda *args: "kernel")
-    monkeypatch.setattr(Run, "answered", lambda run: {})  # in float32, which the kernel does not take
     run(folder, tmp_path / "whole", **AS_ON_A_GPU)
     interrupt(make(folder, tmp_path / "stopped", **AS_ON_A_GPU), 2, lambda: signal.raise_signal(signal.SIGINT))
     run(folder, tmp_path / "stopped", **AS_ON_A_GPU)
