@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from conftest import each
-from runs import ANSWERED, Crash, assert_same, crash, interrupt, losses, make, run
+from runs import ANSWERED, Crash, assert_same, crash, interrupt, losses, make, rows, run
 
 import train
 from config import SampleConfig
@@ -122,12 +122,12 @@ def test_a_few_validation_prompts_are_answered_by_what_was_saved(folder, tmp_pat
     monkeypatch.setattr(Sampler, "begin", lambda self, asked: prompts.extend(asked) or begin(self, asked))
     run(folder, tmp_path, steps=8)
     monkeypatch.undo()
-    rows = losses(tmp_path)
+    log = rows(tmp_path)
     sampler = Sampler.load(tmp_path / "checkpoint.safetensors", SampleConfig(max_tokens=500))
     answers, asked = sampler.answer(prompts[: len(prompts) // 2]), prompts[: len(prompts) // 2]
     assert {*asked} <= {*kept} and prompts[: len(asked)] == prompts[len(asked) : 2 * len(asked)]
-    assert float(rows[-1]["looping"]) == sum(answer.looping for answer in answers) / len(answers)
-    assert 0 <= float(rows[-1]["complete"]) <= 1 and not rows[0]["complete"]
+    assert float(log[-1]["looping"]) == sum(answer.looping for answer in answers) / len(answers)
+    assert 0 <= float(log[-1]["complete"]) <= 1 and not log[0]["complete"]
     said = capsys.readouterr().out.replace("\n  ", "  ")
     assert "of answers complete" in said and said.index("validation:") < said.index("step 1/8")
 
