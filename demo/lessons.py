@@ -45,11 +45,12 @@ LESSONS = {  # each sets up one prompt and up to three answers: model, way to de
     },
     "independent": {
         "title": "Why must spans be independent?",
-        "say": "The colour is to be one for all, and only chance decides which. Spans that do not see each other each draw "
-        "their own. Text written left to right can see what it chose before, but this small model has not learnt to "
-        "look: at temperature 1 both mix colours. At temperature 0 both agree. Try other seeds.",
-        "prompt": PROMPTS["tasks"][9],
-        "runs": [("tasks/joint", "planned", {"temperature": 1.0}), ("tasks/ar", "ar", {"temperature": 1.0})],
+        "say": "The colour is to be one for all, and only chance decides which. Sparse spans do not see each other: each "
+        "draws its own. Dense spans do, and with a threshold a doubtful colour waits until a sibling has one: click it. In the "
+        "third answer spans are as blind as in the first, but the plan names the colour. Try other seeds.",
+        "prompt": "Choose one colour for the flag, the gate and the boat of Marn.",
+        "runs": [(f"towns/{name}", way, {"temperature": 1.0, "threshold": 0.9})
+                 for name, way in (("planned", "planned"), ("dense", "dense"), ("named", "planned"))],
     },
     "steps": {
         "title": "What do few steps cost?",

@@ -38,7 +38,7 @@ from show.record import record, rows
 
 PORT, LARGEST = 8000, 64 * 1024  # bytes of a request
 SHIPPED = ("tasks/planned", "tasks/joint", "tasks/ar", "recipes/joint", "recipes/planned", "recipes/ar", "recipes/ar-drafts",
-           "towns/planned", "towns/dense")  # fmt: skip
+           "towns/planned", "towns/dense", "towns/named", "towns/ar")  # fmt: skip
 SAFE = "default-src 'none'; frame-ancestors 'self'; base-uri 'none'; form-action 'none'; "
 INLINE = SAFE + "style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # as player.html itself says
 OWN = SAFE + "style-src 'self'; script-src 'self'; connect-src 'self'; frame-src 'self'"

@@ -4,7 +4,7 @@ import textwrap
 from statistics import mean
 
 from measure.beyond import WAYS
-from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, chrf, over, passes, right, scaled, shown
+from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, calls, chrf, over, right, scaled, shown
 from measure.models import EPOCHS, STUDIED
 from measure.pictures import Label, marker, tidy, write_labels
 
@@ -29,11 +29,11 @@ def frontier(f: Found, figure) -> None:
     axis, labels, dots = figure.subplots(), [], []
     for n, (name, (model, settings, draft)) in enumerate(POINTS.items()):
         reports = [f.reports(model, sample, draft) for sample in settings or ("",)]
-        points = sorted((mean(map(passes, r)), mean(map(right, r))) for r in reports)
+        points = sorted((mean(map(calls, r)), mean(map(right, r))) for r in reports)
         axis.plot(*zip(*points), color=f"C{n % 10}", lw=1, **marker(n, 8, 0.3))
         for r in reports:
             axis.vlines(
-                mean(map(passes, r)), min(map(right, r)), max(map(right, r)), color=f"C{n % 10}", lw=3, alpha=0.3
+                mean(map(calls, r)), min(map(right, r)), max(map(right, r)), color=f"C{n % 10}", lw=3, alpha=0.3
             )
         labels.append(Label(name, points[-1], f"C{n % 10}", beside=False))
         dots += points
