@@ -46,7 +46,7 @@ LESSONS = {  # each sets up one prompt and up to three answers: model, way to de
     "independent": {
         "title": "Why must spans be independent?",
         "say": "The colour is to be one for all, and only chance decides which. Sparse spans do not see each other: each "
-        "draws its own. Dense spans do, and with a threshold a doubtful colour waits until a sibling has one: click it. In the "
+        "draws its own. Dense spans do, and with a threshold a doubtful colour waits until a sibling has one. Click a colour to see what was likely there. In the "
         "third answer spans are as blind as in the first, but the plan names the colour. Try other seeds.",
         "prompt": "Choose one colour for the flag, the gate and the boat of Marn.",
         "runs": [(f"towns/{name}", way, {"temperature": 1.0, "threshold": 0.9})
