@@ -114,8 +114,8 @@ def independence(f: Found) -> Claim:
         f"{spread(found['planned, dense'])} (dense), {spread(found['sparse, the plan names the colour'])} (named)",
         f"**no claim of the paper**; {verdict}",
         ["In `coupled` all spans have one of four colours, which nothing decides. Given prompt and plan, K spans have a total "
-         "correlation of (K - 1) log 4. The models learnt `coupled` alone, after the other families: 1,000 updates, both kinds of "
-         "planned diffusion 4,000, since siblings that see each other learn late to use it. Spans that prefer the same colour agree more often, all of them if they are greedy: that "
+         "correlation of (K - 1) log 4. The models learnt `coupled` alone, after the other families: 1,000 updates, planned ones "
+         "4,000, since siblings that see each other learn late to use it. Spans that prefer the same colour agree more often, all of them if they are greedy: that "
          "is habit, not knowledge. Right answers in per cent, and the best possible for the data's distribution (a wrong word "
          "elsewhere counts, too: measured shares are too low rather than too high):", "",
          *table(["", "greedy", "bound", "temperature 1", "bound"], rows)],

@@ -45,12 +45,12 @@ def coupled(train: str, start: str, steps: int = 1000, data: str = "coupled") ->
     return Model(f"{VARIANTS}/{data}", f"{SMALL} {train} --steps {steps}", start)
 
 
-COUPLED = {  # of the others none has learnt to agree; across spans that is seen in one noising of several, and learnt last
+COUPLED = {  # of the others none has learnt to agree; what other spans have is seen in some noisings alone, and learnt last
     "coupled ar": coupled("--method ar", "ar"),
     "coupled parallel-ar": coupled("--method parallel-ar", "parallel-ar"),
     "coupled planned": coupled("--method planned", "coupled ar", 4000),
     "coupled dense": coupled("--method dense", "coupled ar", 4000),
-    "coupled named": coupled("--method planned", "planned", data="named"),
+    "coupled named": coupled("--method planned", "coupled ar", 4000, data="named"),
 }
 EPOCHS, TEXTS = (2, 4, 8, 16), 400  # of the study of epochs, and training recipes
 
