@@ -48,7 +48,7 @@ LESSONS = {  # each sets up one prompt and up to three answers: model, way to de
         "say": "The colour is to be one for all, and only chance decides which. Sparse spans do not see each other: each "
         "draws its own. Dense spans do, and with a threshold a doubtful colour waits until a sibling has one. Click a colour to see what was likely there. In the "
         "third answer spans are as blind as in the first, but the plan names the colour. Try other seeds.",
-        "prompt": "Choose one colour for the flag, the gate and the boat of Marn.",
+        "prompt": "Choose one colour for the bridge, the coats, the tiles and the flag of Brivok.",
         "runs": [(f"towns/{name}", way, {"temperature": 1.0, "threshold": 0.9})
                  for name, way in (("planned", "planned"), ("dense", "dense"), ("named", "planned"))],
     },
