@@ -4,7 +4,21 @@ import textwrap
 from statistics import mean
 
 from measure.beyond import WAYS
-from measure.claims import POINTS, RATIOS, SCALES, SURE, THRESHOLDS, Found, calls, chrf, over, right, scaled, shown
+from measure.claims import (
+    POINTS,
+    RATIOS,
+    SCALES,
+    SURE,
+    THRESHOLDS,
+    Found,
+    calls,
+    chrf,
+    grid_reports,
+    over,
+    right,
+    scaled,
+    shown,
+)
 from measure.models import EPOCHS, STUDIED
 from measure.pictures import Label, marker, tidy, write_labels
 
@@ -97,8 +111,7 @@ def lengths(f: Found, figure) -> None:
 def knobs(f: Found, figure) -> None:
     axis = figure.subplots()
     for n, tau in enumerate(THRESHOLDS):
-        samples = [f"--steps_ratio {r}" + (f" --threshold {tau}" if float(tau) else "") for r in RATIOS]
-        reports = [f.reports(f"planned {EPOCHS[-1]} epochs", sample) for sample in samples]
+        reports = [grid_reports(f, tau, r) for r in RATIOS]
         steps = [mean(r["scores"]["all"]["denoise_passes"] for r in three) for three in reports]
         label = f"threshold {tau}" if float(tau) else "no threshold"
         band(axis, steps, [list(map(chrf, three)) for three in reports], n, len(THRESHOLDS), label)
