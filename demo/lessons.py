@@ -37,25 +37,27 @@ PROMPTS = {  # of the test splits
 LESSONS = {  # each sets up one prompt and up to three answers: model, way to decode, settings
     "topics": {
         "title": "Why topics?",
-        "say": "Both answers have four spans of the same lengths. In the second all that its plan says of a span is a number: "
-        "no span knows which part of the answer is its own. (This model was trained with names and never saw numbers.)",
+        "say": "Both answers have four spans of the same lengths. In the second the plan only numbers them, so no span knows "
+        "which part to write. (The model never saw numbers as topics, which makes it worse.)",
         "prompt": PROMPTS["tasks"][0],
         "runs": [("tasks/planned", "planned", {"threshold": 0.9}),
                  ("tasks/planned", "planned", {"threshold": 0.9, "plan": "topic 1 4; topic 2 3; topic 3 4; topic 4 3"})],
     },
     "independent": {
         "title": "Why must spans be independent?",
-        "say": "The colour is to be one for all, and only chance decides which. Sparse spans do not see each other: each "
-        "draws its own. Dense spans do, and with a threshold a doubtful colour waits until a sibling has one. Click a colour to see what was likely there. In the "
-        "third answer spans are as blind as in the first, but the plan names the colour. Try other seeds.",
+        "say": "All four things should get one colour, and chance picks it. planned: spans do not see each other, so each "
+        "picks its own. dense: spans see each other, and with a threshold an unsure colour waits until another span has "
+        "one; but then all must be computed until the last is finished. named: blind spans again, but the plan has named "
+        "the colour. So a plan has to cut an answer into parts that need nothing of each other, or say what they share. Click a "
+        "colour to see its odds.",
         "prompt": "Choose one colour for the bridge, the coats, the tiles and the flag of Brivok.",
         "runs": [(f"towns/{name}", way, {"temperature": 1.0, "threshold": 0.9})
                  for name, way in (("planned", "planned"), ("dense", "dense"), ("named", "planned"))],
     },
     "steps": {
         "title": "What do few steps cost?",
-        "say": "The first answer fills its spans in a fifth of the passes of the second. What is filled in one pass is drawn "
-        "independently: look for doubled, missing and broken words.",
+        "say": "The first answer fills its spans in a fifth of the passes of the second. Words that are filled in the same pass "
+        "do not know of each other: look for doubled, missing and broken ones.",
         "prompt": PROMPTS["recipes"][0],
         "runs": [("recipes/joint", "planned", {"steps_ratio": 0.1}), ("recipes/joint", "planned", {"steps_ratio": 0.5})],
     },

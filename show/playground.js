@@ -28,6 +28,7 @@ function chooseModel() {
     $("prompts").replaceChildren(...prompts.map((prompt) => new Option(prompt)));
     $("prompts").dataset.data = data;
     $("prompt").value = prompts[0] ?? "";
+    plan = [];
   }
   $("way").replaceChildren(...Object.keys(ways).map((way) => new Option(way)));
   chooseWay();
@@ -75,6 +76,7 @@ const post = (path, what) => fetch(path, { method: "POST", headers: { "Content-T
 // Returns whether there was an answer.
 async function ask(more = {}) {
   if (running) return false;
+  if (!$("prompt").value.trim()) return say("Write a prompt first.", true);
   const sent = { id: crypto.randomUUID(), model: $("model").value, decode: $("way").value, prompt: $("prompt").value,
     settings: { ...settings(), ...more } };
   let answer = null, error = "The server ended before its answer: see its terminal, and start it again with make play.";
@@ -88,7 +90,7 @@ async function ask(more = {}) {
     }
   } catch (broken) { console.error(broken); }
   busy(null);
-  say(answer ? "" : error, !answer && error !== "Cancelled.");
+  say(answer ? "" : error.replace(/^--/, ""), !answer && error !== "Cancelled.");
   if (answer) add(answer, sent.prompt);
   return Boolean(answer);
 }
@@ -111,16 +113,18 @@ function add(answer, prompt) {
     .map((token) => [token.part, token]));
   $("lesson").hidden = $("lesson").dataset.prompt !== prompt;
   show(answer.rounds[0]?.topics);
-  $("player").scrollIntoView({ block: "nearest" });
+  if ($("lesson").hidden) $("player").scrollIntoView({ block: "nearest" }); else $("lesson").scrollIntoView();
 }
 
 function clear() {
   race = { prompt: "", answers: [] };
   plan = [];
+  $("lesson").hidden = true;
   show();
 }
 
 function show(topics = []) {
+  looked = null; // before the player shows a pass: its tokens are those of other answers
   player().load([race]);
   look(-1);
   const text = (tokens) => tokens.map(({ text }) => text).join("").trim();
@@ -245,7 +249,7 @@ function tell(answer, { part, text, since, looks = [] }, pass, seen) {
   const [kind, r, k, n] = part.split("-"), drawn = looks.filter(([n]) => n <= pass).at(-1);
   const place = { slot: () => `slot ${+n + 1} of ${spanName(answer, r, k)}`, text: () => "text" }[kind]?.() ?? "the plan";
   const state = pass < since ? `masked after pass ${pass}` : `${text ? `“${text.trim()}”` : "[PAD]"}, from pass ${since}`;
-  let chance = pass < since ? "No pass has drawn it yet." : "No pass drew it: nothing else was possible here.";
+  let chance = pass < since ? "No pass has predicted it yet." : "No pass drew it: it was given, or nothing else was possible here.";
   if (drawn) chance = `Likeliest in pass ${drawn[0]}${drawn[0] < since ? `, where ${WHY[drawn[1]]}` : ""}:`;
   const bars = (drawn?.[2] ?? []).map(([text, p]) => {
     const bar = element("i");
@@ -256,7 +260,7 @@ function tell(answer, { part, text, since, looks = [] }, pass, seen) {
     element("div", {}, element("p", {}, chance), ...bars));
 }
 
-const WHY = { "": "others were surer", neighbour: "it waited: a neighbour that would get the same token was surer",
+const WHY = { "": "other slots were filled first", neighbour: "it waited: a neighbour that would get the same token was surer",
   text: "it waited: [PAD] comes only after the text before it" };
 const spanName = (answer, r, k) => `“${answer.rounds[r].spans[k].topic || `span ${+k + 1}`}”`;
 
@@ -329,7 +333,11 @@ addEventListener("hashchange", lesson);
 $("form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 $("model").addEventListener("change", chooseModel);
 $("way").addEventListener("change", () => chooseWay());
-$("prompts").addEventListener("change", () => { $("prompt").value = $("prompts").value; });
+$("prompts").addEventListener("change", () => {
+  $("prompt").value = $("prompts").value;
+  plan = [];
+  showPlan();
+});
 $("cancel").addEventListener("click", () => running && post("/cancel", { id: running }));
 $("clear").addEventListener("click", clear);
 $("add").addEventListener("click", () => {
@@ -337,7 +345,11 @@ $("add").addEventListener("click", () => {
   showPlan();
   $("chips").lastChild.querySelector("input").focus();
 });
-$("under").addEventListener("click", () => ask({ plan: plan.map(({ name, length }) => `${name} ${length}`).join("; ") }));
+$("under").addEventListener("click", () => {
+  const blank = plan.findIndex(({ name }) => !name.trim());
+  if (blank < 0) ask({ plan: plan.map(({ name, length }) => `${name} ${length}`).join("; ") });
+  else say(`Topic ${blank + 1} of the plan has no name.`, true);
+});
 $("before").addEventListener("click", () => step(-1));
 $("after").addEventListener("click", () => step(1));
 addEventListener("load", begin); // the player is there

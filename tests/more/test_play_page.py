@@ -70,7 +70,7 @@ def test_three_answers_to_a_prompt_stand_side_by_side_and_a_new_prompt_begins_an
 def test_an_error_is_a_sentence_and_a_way_has_its_own_knobs(tab):
     fill_in(tab, threshold=7)
     answer(tab, answers=0)
-    assert tab.js("$('status').textContent") == "--threshold 7.0: expected at least 0 and at most 1"
+    assert tab.js("$('status').textContent") == "threshold 7.0: expected at least 0 and at most 1"
     assert tab.js("getComputedStyle($('status')).color !== getComputedStyle(document.body).color")
     for model, prompt in each([("tasks/ar", PROMPT + "?"), ("recipes/ar", PROMPTS["recipes"][0])]):
         tab.js(f"$('prompt').value = {PROMPT + '?'!r}")
@@ -245,3 +245,28 @@ def test_the_keyboard_alone_asks_edits_and_looks_inside(tab):
     reach("#after")
     tab.press("Enter", 3)
     assert tab.js("looked.lane === 1 && document.querySelectorAll('#looked p').length > 1")
+
+
+def test_a_word_that_was_looked_at_is_let_go_when_another_prompt_is_answered(tab):
+    answer(tab)
+    tab.js("look(0, 'slot-0-0-3')")
+    tab.until("looked")
+    fill_in(tab, prompt=PROMPTS["tasks"][3])
+    answer(tab)
+    assert not tab.js("looked"), "and `tab` sees that nothing went wrong"
+
+
+def test_what_is_missing_is_said_before_anything_is_asked(tab):
+    tab.js("$('prompt').value = ' '; $('ask').click()")
+    assert tab.js("$('status').textContent") == "Write a prompt first."
+    fill_in(tab)
+    answer(tab)
+    tab.js("$('add').click(); $('under').click()")
+    assert "has no name" in tab.js("$('status').textContent") and tab.js("race.answers.length") == 1
+
+
+def test_a_plan_goes_with_its_prompt(tab):
+    answer(tab)
+    assert tab.js("plan.length")
+    tab.js("$('prompts').selectedIndex = 2; $('prompts').dispatchEvent(new Event('change'))")
+    assert not tab.js("plan.length") and tab.js("$('under').disabled")
