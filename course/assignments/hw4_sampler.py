@@ -64,11 +64,11 @@ decides.
   is not constrained can leave the grammar: set `broken`, and end the answer. `answer.last`: no round follows. Set
   `answer.cut` (never clear it) if it is constrained and `max_tokens` left it one token alone (`Grammar.out_of_room`):
   ask the grammar before you tell it.
-- Where the grammar allows one token, `force` writes it without a pass, if the answer is constrained. `write` can change
-  the phase, so look before you write on.
+- A name that ends a second time (`Grammar.repeats`), if the answer is constrained: take the topic out of round and layout,
+  let the next pass compute the last entry once more, tell the grammar (`take_back`), and go on.
+- Where the grammar allows one token, `force` writes it without a pass, if constrained; that can change the phase.
 - `critical_path` counts a token per pass, which `take` does, and each token that `force` writes.
-- A round after the first begins with `<sync/>` in the layout, as a token of the new round.
-- `begin` must not claim that anything is cached: `answer.cached` says how much is.
+- `begin` writes `<sync/>` as the first token of a later round, and must not claim that it is cached (`answer.cached`).
 - `spans` turns the plan into a scaffold (`span_slots` in tokenizer.py says how many slots) and begins the phase
   `answer.decoder.spans`. `answer.method.repeat_topic` says whether a span begins with its topic.
 
@@ -230,9 +230,10 @@ def scaffold_of_a_plan(rng, size):
     tokenizer, found = small.tokenizer(), {}
     for repeat, scale in ((True, 1.0), (False, 1.0), (True, float(rng.choice([0.3, 0.5, 1.1, 2.5])))):
         answer, phase = by_hand.begun(tokenizer, repeat_topic=repeat, length_scale=scale, max_tokens=400)
-        for _ in range(1 + size):
-            name = str(rng.choice(["otter", "the food", "river animal"]))
+        for name in (names := rng.permutation(["otter", "the food", "river animal", "a den"])[: 1 + size].tolist()):
             phase = by_hand.wished(phase, name, int(rng.integers(1, 5)))
+        for token in (tokenizer.topic, *tokenizer.encode(names[0]), tokenizer.length_id(2)):  # again: it is taken back
+            phase = phase.write(token)
         first = len(answer.layout)
         phase = phase.write(tokenizer.eos)
         y = answer.layout
@@ -266,8 +267,8 @@ def passes_by_hand(rng, size):
     for settings in (dict(steps_ratio=float(rng.choice([0.3, 0.5, 0.8]))), dict(threshold=0.8),
                      dict(steps_ratio=0.5, threshold=0.9)):  # fmt: skip
         answer, phase = by_hand.begun(tokenizer, max_tokens=400, **settings)
-        for length in (3, 1, *(int(n) for n in rng.integers(1, 5, size))):
-            phase = by_hand.wished(phase, "food", length)
+        for name, length in zip("abcdefgh", (3, 1, *(int(n) for n in rng.integers(1, 5, size)))):
+            phase = by_hand.wished(phase, f"food {name}", length)
         phase = phase.write(tokenizer.eos)
         slots = [answer.slots(span) for span in answer.rounds[0].spans]
         sure = {i: rng.random() for i in sum(slots, [])}  # as if the network had said so
@@ -388,6 +389,7 @@ WRONG = (
           "            phase = self.write(forced)", ("plan_by_hand", "exact_cache")),
     Wrong("cut not noted", "decode.py", "answer.cut |= self.config.constrained and", "answer.cut |= False and",
           "plan_by_hand"),
+    Wrong("a topic comes twice", "decode.py", "and answer.grammar.repeats(token):", "and False:", "scaffold_of_a_plan"),
     Wrong("sync belongs to the old round", "decode.py", "write([answer.tokenizer.sync], PLAN, len(answer.rounds))",
           "write([answer.tokenizer.sync], PLAN, len(answer.rounds) - 1)", "plan_by_hand"),
     Wrong("names of topics are text", "decode.py", "(round_.topics[-1].name if round_.topics else round_.text)",
