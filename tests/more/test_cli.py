@@ -203,7 +203,7 @@ WRONG = {  # script: (arguments, what the line names)
         ((*EVAL, "--split", "exam"), ["exam.jsonl", "test, train, val"]),
         ((*EVAL, "--top_p", 2), ["--top_p 2.0"]),
         *(((*EVAL, f"--{name}", value), [f"--{name} {value}"]) for name, value in
-          [("batch", 0), ("batch", -1), ("limit", -1), ("draws", 0), ("show", -1), ("ahead", -1)]),
+          [("batch", 0), ("batch", -1), ("limit", -1), ("draws", -1), ("show", -1), ("ahead", -1)]),
         ((*EVAL, "--device", "abacus"), ["--device abacus"]),
         ((*EVAL, "--answers", "FILES"), ["--answers"]),
         ((*EVAL, "--answers", "FILES/text.safetensors"), ["text.safetensors"]),
