@@ -128,8 +128,10 @@ def random_round(rng, tokenizer, spans=None):
     """Text, a plan of up to 5 spans, or both, or neither; some spans are planned longer than their text needs."""
     made = []
     for _ in range(rng.choice((0, 1, 2, 3, 5)) if spans is None else spans):
-        text = random_text(rng, 4)
-        made.append(Span(rng.choice(TOPICS), text, tokenizer.units(text) + rng.choice((0, 0, 0, 1, 2))))
+        text, names = random_text(rng, 4), [span.topic for span in made]
+        at = TOPICS.index(rng.choice(TOPICS))
+        topic = next(name for name in TOPICS[at:] + TOPICS[:at] if name not in names)  # no plan names a topic twice
+        made.append(Span(topic, text, tokenizer.units(text) + rng.choice((0, 0, 0, 1, 2))))
     return Round(random_text(rng, 5) if rng.random() < 0.6 else "", tuple(made))
 
 

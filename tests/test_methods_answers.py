@@ -78,6 +78,9 @@ def fluent():
 def test_a_perfect_model_writes_the_layout_that_was_learnt(fluent, method):
     """Training and sampling agree on every token and on who sees whom, with the grammar's help and without."""
     for example in examples(fluent, 5):
+        names = [span.topic for round_ in example.rounds for span in round_.spans]
+        if method.rounds == "one" and len({*names}) < len(names):
+            continue  # in one round it would name a topic twice, which no answer does
         layout = encode(example, fluent, method)
         model = Perfect(layout, fluent)
         layout = sampled(layout)

@@ -12,6 +12,8 @@ from config import MethodConfig, SampleConfig
 from grammar import Grammar
 from measure.speculate import Drafter, drafted_by
 from sample import Sampler
+from show.page import Race, page
+from show.record import record
 
 PROMPTS = [SENTENCES[3], SENTENCES[0], "the otter swims", "", "play"]
 
@@ -105,6 +107,18 @@ def test_drafts_and_a_second_model_that_drafts_change_nothing(repeating, tokeniz
             assert [answer.layout for answer in others] == [answer.layout for answer in alone]
             assert not any(answer.broken for answer in others)
     assert taken_back["n"] > 20
+
+
+def test_a_recording_ends_with_the_answer_and_can_be_shown_as_a_page(repeating, tokenizer, taken_back):
+    for settings in each([{}, {"ahead": 3}]):
+        for prompt in PROMPTS:
+            sampler = Sampler(repeating, tokenizer, SampleConfig(max_tokens=120, **settings), MethodConfig("planned"))
+            frames = record(sampler.answer, prompt)
+            (answer,) = sampler.answer([prompt])
+            planned = [[len(topic.name) for topic in round_.topics] for round_ in frames[-1].rounds]
+            assert planned == [[len(topic.name) for topic in round_.topics] for round_ in answer.rounds]
+            assert page([Race(prompt, [("Planned diffusion", "planned", frames)])])
+    assert taken_back["n"]
 
 
 def test_a_given_plan_may_name_a_topic_twice(repeating, tokenizer, taken_back):
