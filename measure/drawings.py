@@ -52,7 +52,7 @@ def frontier(f: Found, figure) -> None:
         labels.append(Label(name, points[-1], f"C{n % 10}", beside=False))
         dots += points
     tidy(axis, xscale="log")
-    axis.set(xlabel="passes per answer (fewer is faster)", ylabel="right answers, %", ylim=(-5, 112))
+    axis.set(xlabel="passes per answer, those of a second model included (fewer is faster)", ylabel="right answers, %", ylim=(-5, 112))
     axis.margins(x=0.25)
     figure.draw_without_rendering()
     write_labels(axis, labels, dots)
@@ -135,7 +135,7 @@ def independence(f: Found, figure) -> None:
         axis.vlines(x, min(values), max(values), color="black", lw=1)
     bound = 100 * bounds(read_split(locate(TOWNS) / "test.jsonl"))["apart"]
     axis.axhline(bound, color="C3", lw=1, ls="--")
-    axis.annotate("spans drawn apart, each colour as often", (-0.4, bound + 2), color="C3", fontsize=9)
+    axis.annotate("spans drawn apart, each colour as often", (0.6, bound + 2), color="C3", fontsize=9)
     axis.set_xticks(range(len(WAYS)), [textwrap.fill(way, 14) for way in WAYS], fontsize=8)
     tidy(axis)
     axis.set_ylabel("coupled answers that agree, %, temperature 1")

@@ -1,6 +1,6 @@
 """The paper, claim by claim: train what its page needs, measure it, and write docs/paper.md and its pictures.
 
-    python measure/paper.py                       # about eight hours of one CPU core; resumes; draws what is measured
+    python measure/paper.py                       # about six hours of one CPU core; resumes; draws what is measured
     python measure/paper.py --only topics sync    # these claims, without the page
     python measure/paper.py --preset minutes      # few updates, one seed: shows how it works, and no answer is right
 
