@@ -52,7 +52,11 @@ def frontier(f: Found, figure) -> None:
         labels.append(Label(name, points[-1], f"C{n % 10}", beside=False))
         dots += points
     tidy(axis, xscale="log")
-    axis.set(xlabel="passes per answer, those of a second model included (fewer is faster)", ylabel="right answers, %", ylim=(-5, 112))
+    axis.set(
+        xlabel="passes per answer, those of a second model included (fewer is faster)",
+        ylabel="right answers, %",
+        ylim=(-5, 112),
+    )
     axis.margins(x=0.25)
     figure.draw_without_rendering()
     write_labels(axis, labels, dots)
