@@ -107,13 +107,12 @@ class NaiveSampler:
                 ]:  # a second time: taken back
                     del self.tokens[-1 - len(topics.pop()[0]) :]
                     grammar, self.endless = before
-                    grammar.complete = self.endless.complete = True
+                    for g in before:
+                        g.complete, g._allowed = True, None
                     self.computed = min(self.computed, len(self.tokens) - 1)
                     continue
                 if last == tok.topic:
-                    before = [Grammar.copy(g) for g in (grammar, self.endless)]
-                    for copied in before:
-                        copied._allowed = None
+                    before = grammar.copy(), self.endless.copy()
                 grammar.advance(last)
                 self.endless.advance(last)
                 if last == tok.topic:

@@ -119,12 +119,15 @@ def test_a_few_validation_prompts_are_answered_by_what_was_saved(folder, tmp_pat
     prompts, kept = [], [example.prompt for example in read_split(folder / "val.jsonl")]
     begin = Sampler.begin
     monkeypatch.setattr(run_module.Run, "answered", ANSWERED)
+    threads = []
+    monkeypatch.setattr(run_module, "use_threads", lambda: threads.append("those of training"))
     monkeypatch.setattr(Sampler, "begin", lambda self, asked: prompts.extend(asked) or begin(self, asked))
     run(folder, tmp_path, steps=8)
     monkeypatch.undo()
     log = rows(tmp_path)
     sampler = Sampler.load(tmp_path / "checkpoint.safetensors", SampleConfig(max_tokens=500))
     answers, asked = sampler.answer(prompts[: len(prompts) // 2]), prompts[: len(prompts) // 2]
+    assert len(threads) == 2, "once per validation, after a model of its own was loaded"
     assert {*asked} <= {*kept} and prompts[: len(asked)] == prompts[len(asked) : 2 * len(asked)]
     assert float(log[-1]["looping"]) == sum(answer.looping for answer in answers) / len(answers)
     assert 0 <= float(log[-1]["complete"]) <= 1 and not log[0]["complete"]
