@@ -45,7 +45,7 @@ def coupled(train: str, start: str, steps: int = 1000, data: str = "coupled") ->
     return Model(f"{VARIANTS}/{data}", f"{SMALL} {train} --steps {steps}", start)
 
 
-COUPLED = {  # of the others none has learnt to agree; what other spans have is seen in some noisings alone, and learnt last
+COUPLED = {  # none of the others has learnt to agree; dense spans learn it late, since few noisings show a sibling's colour
     "coupled ar": coupled("--method ar", "ar"),
     "coupled parallel-ar": coupled("--method parallel-ar", "parallel-ar"),
     "coupled planned": coupled("--method planned", "coupled ar", 4000),

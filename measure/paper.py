@@ -48,11 +48,11 @@ Three seeds that do not overlap happen by chance once in twenty comparisons; 200
 sampling error, 64 recipes about 2 of chrF. Only planned methods were tuned (`--even_rounds`). The towns were made so
 that a span needs its topic, and the second round of `sums` the first.
 
-The [shipped models](results.md) are larger and trained longer, and show the other side. On recipes the joint
-model, distilled and with drafts, has chrF 56.3 in 28 passes (19,228 updates), autoregression 53.9 in 205 (1,200), with
-drafts 55.3 in 92 (2,574). But its parts agree less: of the ingredients in the steps 76% are in the list (autoregression 84, real recipes 96). On tasks planned diffusion has
-all facts, lookups and transforms right in a tenth of the passes after 3,000 updates; after a third of them three seeds
-had 54 to 86%, autoregression 98 to 100.
+The [shipped models](results.md) are larger and trained longer, and show the other side. On recipes the joint model,
+distilled and with drafts, has chrF 56.3 in 28 passes (19,228 updates), autoregression 53.9 in 205 (1,200), with drafts
+55.3 in 92 (2,574). But its parts agree less: of the ingredients in the steps 76% are in the list (autoregression 84, real
+recipes 96). On tasks planned diffusion has all facts, lookups and transforms right in a tenth of the passes after 3,000
+updates; after a third of them three seeds had 54 to 86%, autoregression 98 to 100.
 """
 
 

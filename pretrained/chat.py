@@ -46,8 +46,9 @@ class Around:
 def model_to_sample(
     path: Path, device: torch.device | str
 ) -> tuple[Transformer, Tokenizer, dict[str, Any], Callable[[Layout], int]]:
-    """Of a checkpoint, whole or with adapters alone, or a pretrained folder the model, in the type to sample in, its tokenizer, how it was trained, and
-    what puts a chat template around a prompt, if it has one. Raises ValueError if the file or folder cannot be read."""
+    """The model of a checkpoint, whole or with adapters alone, or of a pretrained folder, in the type to sample in; its
+    tokenizer, how it was trained, and what puts its chat template, if it has one, around a prompt. Raises ValueError if
+    the file or folder cannot be read."""
     if (path / "config.json").exists():
         model, tokenizer, around = as_published(path, device)
         info = {"method": {"method": "ar"}}

@@ -133,8 +133,8 @@ def holds_adapters(path: Path) -> bool:
 
 
 def load_adapted(path: Path, device: torch.device | str) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
-    """Of a checkpoint that holds adapters alone the model, with these merged into what its run began with, its
-    tokenizer, and how it was made. Raises ValueError, naming the folder that is missing or another one."""
+    """The model of a checkpoint that holds adapters alone, merged into what its run began with; its tokenizer, and how it
+    was made. Raises ValueError that names the pretrained folder if it is missing or another one."""
     with safe_open(path, "pt") as file:
         text = file.metadata()
     config, tokenizer = TrainConfig(**json.loads(text["info"])["train"]), Tokenizer.from_json(text["tokenizer"])

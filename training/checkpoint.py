@@ -1,4 +1,7 @@
-"""Checkpoints: model, tokenizer and how it was trained, as one safetensors file. Loading one executes no code."""
+"""Checkpoints: model, tokenizer and how it was trained, as one safetensors file. Loading one executes no code.
+
+`Weights` is how a run keeps its model in them.
+"""
 
 import json
 from dataclasses import asdict
