@@ -31,42 +31,58 @@ TEMPLATES = {  # a list of words, and what is asked of each
         "Give me {n} tips for {x}, one sentence each.", "Give {n} reasons for {x}. Keep each to one sentence.",
         "Name {n} mistakes that people make when {x}, one sentence each.",
         "What do I need for {x}? List {n} things with a short explanation each.",
-        "List {n} benefits of {x} and explain each in one sentence.",
+        "List {n} benefits of {x} and explain each in one sentence.", "What should I know about {x}? Three short points.",
+        "How do I begin with {x}? Answer in two sentences.",
     ),
     "kind": (
         "List {n} {x} and describe each in one sentence.", "Name {n} {x} and say what each is known for, in one sentence.",
         "Which {n} {x} would you recommend to a beginner? One sentence each.",
-        "Write a list of {n} {x}, each with a short explanation.",
+        "Write a list of {n} {x}, each with a short explanation.", "Can you name {n} {x}? Say a few words about each.",
+        "Compare {n} {x} in a short list.",
     ),
     "thing": (
         "Name {n} advantages of {x}, each in one sentence.", "Name {n} parts of {x} and what each is for, one sentence each.",
         "List {n} interesting facts about {x}, one sentence each.", "Give me {n} uses of {x}, with a sentence for each.",
-        "What are {n} problems with {x}? Explain each in one sentence.",
+        "What are {n} problems with {x}? Explain each in one sentence.", "Explain in two sentences what {x} is good for.",
+        "Tell me about {x} in a short list of {n} points.",
     ),
     "place": (
         "Name {n} things to see in {x} and describe each in one sentence.", "List {n} dishes from {x}, with a sentence for each.",
-        "Give {n} reasons to visit {x}, one sentence each.",
+        "Give {n} reasons to visit {x}, one sentence each.", "Plan {n} days in {x}, a sentence for each day.",
+        "Describe the food, the weather and the people of {x}, one sentence each.",
     ),
 }  # fmt: skip
 WORDS = {
-    "do": "learning to swim, saving money, sleeping better, cooking rice, training a dog, writing a letter, planting a tree, "
-    "moving to a new city, studying for an exam, giving a speech, riding a bicycle, packing for a trip, growing tomatoes, "
-    "learning a language, running a marathon, keeping a diary, reading more books, cleaning a kitchen, buying a used car, "
-    "hiking in the mountains, playing chess, painting a room, raising chickens, baking bread, starting a small shop, "
-    "taking photographs, working from home, caring for an old cat, choosing a school, making new friends, drinking enough "
-    "water, hosting a dinner, learning the guitar, sewing a button, camping in winter, watching birds, keeping bees, "
-    "writing a story, leading a team, preparing for an interview",
-    "kind": "fruits, vegetables, trees, birds, rivers, planets, tools of a carpenter, musical instruments, board games, kinds of "
-    "cheese, famous painters, famous scientists, herbs, dances, sports, inventions, metals, spices, insects, big cats, soups, "
-    "kinds of bread, desserts, breakfast dishes, card games, flowers, garden tools, kitchen tools, kinds of tea, dog breeds, "
-    "ways to travel, jobs in a hospital, school subjects, hobbies, kinds of weather, oceans, famous novels, materials for "
-    "clothes, sources of energy, programming languages",
+    "do": "learning to swim, saving money, sleeping better, cooking rice, training a dog, writing a letter, planting a "
+    "tree, moving to a new city, studying for an exam, giving a speech, riding a bicycle, packing for a trip, "
+    "growing tomatoes, learning a language, running a marathon, keeping a diary, reading more books, cleaning a "
+    "kitchen, buying a used car, hiking in the mountains, playing chess, painting a room, raising chickens, "
+    "baking bread, starting a small shop, taking photographs, working from home, caring for an old cat, choosing "
+    "a school, making new friends, drinking enough water, hosting a dinner, learning the guitar, sewing a button, "
+    "camping in winter, watching birds, keeping bees, writing a story, leading a team, preparing for an "
+    "interview, repairing a bicycle, learning to draw, keeping plants alive, eating less sugar, walking every "
+    "day, singing in a choir, building a table, teaching children, travelling alone, cooking for two, using less "
+    "plastic, fishing in a lake, learning to dance, saving water, tidying a desk, waking up early, writing a "
+    "poem, running a small farm, learning to type, staying calm",
+    "kind": "fruits, vegetables, trees, birds, rivers, planets, tools of a carpenter, musical instruments, board games, "
+    "kinds of cheese, famous painters, famous scientists, herbs, dances, sports, inventions, metals, spices, "
+    "insects, big cats, soups, kinds of bread, desserts, breakfast dishes, card games, flowers, garden tools, "
+    "kitchen tools, kinds of tea, dog breeds, ways to travel, jobs in a hospital, school subjects, hobbies, kinds "
+    "of weather, oceans, famous novels, materials for clothes, sources of energy, programming languages, kinds of "
+    "fish, shoes, drinks without alcohol, animals of the forest, famous buildings, kinds of dances, languages of "
+    "Europe, vehicles, kinds of rock, salads, toys, holidays, wild flowers, fabrics, kinds of boats, sea animals, "
+    "jobs in a school, nuts, sandwiches, ways to save energy",
     "thing": "a bicycle, the sun, a public library, a garden, email, a wooden house, solar power, a train, a mobile phone, "
-    "a dictionary, coffee, the moon, a sailing boat, a school uniform, olive oil, a smartphone, rain, a dishwasher, wool, "
-    "a compass, a map, salt, a microscope, electric cars, honey, a farm, glass, plastic bags, a museum, a camera, vinegar, "
-    "a hammer, online courses, a theatre, a backpack, the internet, a piano, paper, a greenhouse, a refrigerator",
-    "place": "Japan, Italy, Mexico, Egypt, France, India, Brazil, Greece, Norway, Kenya, Canada, Spain, China, Turkey, Peru, "
-    "Morocco, Thailand, Ireland, Portugal, Vietnam, Iceland, Cuba, Poland, Australia, Argentina, Scotland, Austria, Hungary",
+    "a dictionary, coffee, the moon, a sailing boat, a school uniform, olive oil, a smartphone, rain, a "
+    "dishwasher, wool, a compass, a map, salt, a microscope, electric cars, honey, a farm, glass, plastic bags, a "
+    "museum, a camera, vinegar, a hammer, online courses, a theatre, a backpack, the internet, a piano, paper, a "
+    "greenhouse, a refrigerator, a bridge, a clock, bamboo, a candle, chocolate, a lighthouse, a newspaper, wind "
+    "power, a robot, silk, a telescope, a bakery, a canal, a football, a violin, soap, a tent, a lake, an "
+    "umbrella, a windmill",
+    "place": "Japan, Italy, Mexico, Egypt, France, India, Brazil, Greece, Norway, Kenya, Canada, Spain, China, Turkey, "
+    "Peru, Morocco, Thailand, Ireland, Portugal, Vietnam, Iceland, Cuba, Poland, Australia, Argentina, Scotland, "
+    "Austria, Hungary, Chile, Nepal, Finland, Croatia, Jordan, Sweden, Indonesia, Belgium, Ghana, Malta, Denmark, "
+    "New Zealand",
 }
 
 
@@ -90,6 +106,7 @@ def prompts(seed: int) -> list[str]:
     """All prompts, in an order that the seed decides."""
     made = [template.format(n=n, x=x) for kind, templates in TEMPLATES.items()
             for template, x, n in itertools.product(templates, WORDS[kind].split(", "), NUMBERS)]  # fmt: skip
+    made = list(dict.fromkeys(made))  # a template without a number comes once
     random.Random(seed).shuffle(made)
     return made
 
