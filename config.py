@@ -158,10 +158,10 @@ class SampleConfig:
     decode: str = setting(
         "", "method to decode by, of those that the model was trained for; default: the first of them"
     )
-    steps_ratio: float = setting(0.0, "denoising steps of a round at most, as a share of its longest span's slots; 0: "
-                                      "0.5, or with a threshold as many as that takes", at_least=0, at_most=1,
+    steps_ratio: float = setting(0.0, "most passes in which a round is denoised, as a share of its longest span's slots: 0.25 "
+                                      "fills about four slots of it per pass; 0: 0.5, or with a threshold no limit", at_least=0, at_most=1,
                                  acts=[NOISED])  # fmt: skip
-    threshold: float = setting(0.0, "if above 0: fill all slots of at least this confidence as well",
+    threshold: float = setting(0.0, "if above 0: a pass also fills every slot whose likeliest token has this probability or more",
                                at_least=0, at_most=1, acts=[NOISED])  # fmt: skip
     order: str = setting("entropy", "which slots count as certain and are filled first (a threshold takes confidence)",
                          among=ORDERS, acts=[NOISED, ORDERED])  # fmt: skip
@@ -175,7 +175,7 @@ class SampleConfig:
     temperature: float = setting(0.0, "0 takes the likeliest token; else 0.01 or more", at_least=0, at_most=100)
     top_p: float = setting(1.0, "draw from the likeliest tokens that have this probability together",
                            above=0, at_most=1, acts=[DRAWN])  # fmt: skip
-    constrained: bool = setting(True, "write plans under the grammar; without it an answer that leaves it is broken",
+    constrained: bool = setting(True, "take only tokens that make a valid plan; without it an answer whose plan is not one ends there, broken",
                                 acts=[STREAMS])  # fmt: skip
     ahead: int = setting(0, "tokens drafted ahead in plan, text and causal spans, then checked", at_least=0, at_most=64,
                          acts=[STREAMS])  # fmt: skip

@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import MethodConfig, TrainConfig
-from data import read_split
+from config import MethodConfig, SampleConfig, TrainConfig
+from data import advice, read_split
 from drafting.training import ArrangeDrafts
 from kernels.backends import attend_by
 from loss import JointLoss, counts, term_weights, validate
+from methods import encode
 from model import ModelConfig, Transformer
 from noise import TERMS, Arrange
 from plumbing.device import fast_dtype, use_threads
-from plumbing.settings import add_settings, command, locate, pick, refuse_idle
+from plumbing.settings import Help, add_settings, command, locate, pick, refuse_idle
 from pretrained.llama import Pretrained, load, look
 from pretrained.lora import Adapters
+from sample import Sampler
 from tags import Example
 from tokenizer import Tokenizer
 from training.batches import TrainingData
@@ -37,12 +39,16 @@ from training.bookkeeping import CtrlC, Processes, Progress, flops_of
 from training.optim import Optimizer, only_new_tokens
 from training.run import Run, State, Weights, introduce
 
+FEW = 8  # validation prompts that are answered
+
 
 def read(folder: Path, init: str) -> tuple[Tokenizer, Pretrained | None, list[Example], list[Example]]:
     """The tokenizer, the pretrained model that `init` may name, and the training and validation examples of a folder.
 
     Raises ValueError if some are missing or do not fit the tokenizer.
     """
+    if not folder.exists():
+        raise ValueError(advice(folder / "train.jsonl"))
     tokenizer, start = Tokenizer.load(folder / "tokenizer.json"), locate(init or ".")
     pretrained = look(start, tokenizer.unit) if init and start.is_dir() else None
     tokenizer = pretrained.tokenizer if pretrained else tokenizer
@@ -68,6 +74,7 @@ class Trainer:
         self.tokenizer, pretrained, *splits = read(folder, config.init)
         self.examples = hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest()
         self.trained_on = introduce(folder, splits[1])
+        self.few = splits[1][:: -(-len(splits[1]) // FEW)]
         arrange = ArrangeDrafts(config.ahead) if config.ahead else Arrange()
         self.data = TrainingData(config, method_config, self.tokenizer, *splits, arrange, say)
         torch.manual_seed(config.seed)
@@ -133,6 +140,18 @@ class Trainer:
         return validate(self.loss, data.validation, self.tokenizer, self.device, data.method.causal,
                         data.arrange if self.config.ahead else None)  # fmt: skip
 
+    def answer(self, checkpoint: Path) -> dict[str, float]:
+        """Of a few validation prompts the shares whose answers are complete, and repeat themselves; by what was saved.
+
+        Losses fall long before an answer ends by itself.
+        """
+        longest = max(len(encode(example, self.tokenizer, self.data.method)) for example in self.few)
+        settings = SampleConfig(max_tokens=min(2 * longest, SampleConfig.max_tokens))
+        answers = Sampler.load(checkpoint, settings, self.device).answer([example.prompt for example in self.few])
+        use_threads()  # loading has chosen those of sampling
+        complete = [not answer.cut and not answer.broken for answer in answers]
+        return {"complete": sum(complete) / len(answers), "looping": sum(a.looping for a in answers) / len(answers)}
+
     def train(self) -> None:
         """Train to the end, or until Ctrl-C, which ends the run between two updates and saves."""
         c, progress, say = self.config, self.progress, self.processes.say
@@ -144,20 +163,22 @@ class Trainer:
                 f"on {self.processes.count} x {self.device}")  # fmt: skip
             progress.start()
             at_the_end.enter_context(self.ctrl_c)
-            run.end_update(self.validate)  # what a run that was killed after its last checkpoint had still to do
+            run.end_update(
+                self.validate, self.answer
+            )  # what a run that was killed after its last checkpoint had still to do
             while progress.step < c.steps and not self.stopping:
                 self.update()
                 if progress.step == 1 or run.due(c.log_every):
                     say(progress.line(progress.row()))
                 if run.due(c.validate_every) or self.stopping:
                     run.save()
-                run.end_update(self.validate)
+                run.end_update(self.validate, self.answer)
         if self.stopping and progress.step < c.steps:
             say(f"stopped after {progress.step} updates; the same command goes on from here")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add_settings(parser, TrainConfig, MethodConfig, ModelConfig)
     args = parser.parse_args()
     Trainer(*(pick(config, args) for config in (TrainConfig, ModelConfig, MethodConfig))).train()

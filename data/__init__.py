@@ -185,7 +185,7 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
     """
     path, examples = Path(path), []
     if not path.exists():
-        raise ValueError(f"{path} does not exist: {_advice(path)}")
+        raise ValueError(f"{path} does not exist: {advice(path)}")
     own = path.with_name("tokenizer.json")
     anew = tokenizer and own.exists() and own.read_text(encoding="utf-8") != tokenizer.to_json()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: a text may hold other line breaks
@@ -201,7 +201,7 @@ def read_split(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Exa
     return examples
 
 
-def _advice(missing: Path) -> str:
+def advice(missing: Path) -> str:
     """What to do about a split that is not there."""
     others, script = sorted(path.stem for path in missing.parent.glob("*.jsonl")), missing.with_name("prepare.py")
     if others:

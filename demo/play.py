@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def played(model: Model, config: SampleConfig, prompt: str, go_on: Callable[[Ans
     chosen = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("decode", "plan")}
     changed = [f"{key} {value}" for key, value in chosen.items() if value != getattr(SampleConfig, key)]
     way = model.path.stem + f" as {method}" * (method != model.trained.method)
-    title = " · ".join([way, *["your plan"] * bool(config.plan), *changed])
+    title = " · ".join([way, *[f"plan {shorten(config.plan, 60)}"] * bool(config.plan), *changed])
     (race,) = player.data([Race(prompt, [(title, method, frames)])])
     table = [(player.name(part), *ranges) for part, *ranges in rows(seen[0])]
     return race["answers"][0] | {"prompt": race["prompt"], "rows": table}

@@ -291,7 +291,7 @@ def lines(report: dict) -> Iterator[str]:
     if "n_spans" in whole:
         shares = ", ".join(f"{n}: {share:.0%}" for n, share in report["spans_per_answer"].items())
         yield f"spans per answer: {shares}"
-        yield f"length off by {whole['length_error']:.2f} units per topic"
+        yield f"length off by {whole['length_error']:.2f} units per topic, with its sign by {whole['length_bias']:+.2f}"
     yield from ["", *readers.table(report["readers"]), ""] if report["readers"] else ()
     yield f"different words: {report['distinct_1']:.1%}; different triples of words: {report['distinct_3']:.1%}"
     yield (f"seconds per answer at batch {report['batch']}: median {report['seconds_p50']:.3f}, "

@@ -106,7 +106,7 @@ class Lane {
     this.node.dataset.pass = n;
     this.node.classList.toggle("over", over);
     this.count.textContent = counted(n, "pass", "passes");
-    this.doing.textContent = over ? this.ending : this.passes[n].action;
+    this.doing.textContent = over ? this.ending : this.passes[n - 1]?.action ?? "nothing yet";
     this.costs.textContent = `critical path ${critical_path} · ${counted(positions, "position", "positions")}`
       + (accepted + rejected ? ` · drafts ${accepted} ✓ ${rejected} ✗` : "");
     this.follow(over);
@@ -189,7 +189,7 @@ function start() {
   const frame = /^#frame=(\d+)$/.exec(location.hash);
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   go(frame ? +frame[1] : still ? last : 0);
-  if (!frame && !still) play(true);
+  if (!frame && !still && last) play(true);
 }
 
 function load(recordings) {

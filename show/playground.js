@@ -137,13 +137,15 @@ function show(topics = []) {
 
 // ---------------------------------------------------------------- what differs from the answer before
 
-// Names of the tokens whose words the span of the same topic did not have before.
+// Names of the tokens whose words were not there before: in the span of the same topic, or of one that is no more in the
+// same place.
 function differing(before, now) {
   if (!now) return [];
-  const old = new Map(pieces(before));
-  return pieces(now).flatMap(([key, tokens]) => {
-    const known = old.get(key), comparable = known?.length || (key.startsWith("span") && before.rounds[0]?.topics.length);
-    return comparable ? added(words(known ?? []), words(tokens)).flatMap(({ parts }) => parts) : [];
+  const old = pieces(before), fresh = pieces(now), known = new Map(old), kept = new Map(fresh);
+  return fresh.flatMap(([key, tokens], i) => {
+    const other = old[i] && !kept.has(old[i][0]) ? old[i][1] : [], same = known.get(key) ?? other;
+    const comparable = same.length || (key.startsWith("span") && before.rounds[0]?.topics.length);
+    return comparable ? added(words(same), words(tokens)).flatMap(({ parts }) => parts) : [];
   });
 }
 

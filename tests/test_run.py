@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from conftest import each
-from runs import ANSWERED, Crash, assert_same, crash, interrupt, losses, make, rows, run
+from runs import ANSWER, Crash, assert_same, crash, interrupt, losses, make, rows, run
 
 import train
 from config import SampleConfig
@@ -118,16 +118,16 @@ def test_a_run_killed_before_one_of_its_last_files_writes_both_when_run_again(
 def test_a_few_validation_prompts_are_answered_by_what_was_saved(folder, tmp_path, monkeypatch, capsys):
     prompts, kept = [], [example.prompt for example in read_split(folder / "val.jsonl")]
     begin = Sampler.begin
-    monkeypatch.setattr(run_module.Run, "answered", ANSWERED)
+    monkeypatch.setattr(train.Trainer, "answer", ANSWER)
     threads = []
-    monkeypatch.setattr(run_module, "use_threads", lambda: threads.append("those of training"))
+    monkeypatch.setattr(train, "use_threads", lambda: threads.append("those of training"))
     monkeypatch.setattr(Sampler, "begin", lambda self, asked: prompts.extend(asked) or begin(self, asked))
     run(folder, tmp_path, steps=8)
     monkeypatch.undo()
     log = rows(tmp_path)
     sampler = Sampler.load(tmp_path / "checkpoint.safetensors", SampleConfig(max_tokens=500))
     answers, asked = sampler.answer(prompts[: len(prompts) // 2]), prompts[: len(prompts) // 2]
-    assert len(threads) == 2, "once per validation, after a model of its own was loaded"
+    assert len(threads) == 3, "at the beginning, and once per validation, after a model of its own was loaded"
     assert {*asked} <= {*kept} and prompts[: len(asked)] == prompts[len(asked) : 2 * len(asked)]
     assert float(log[-1]["looping"]) == sum(answer.looping for answer in answers) / len(answers)
     assert 0 <= float(log[-1]["complete"]) <= 1 and not log[0]["complete"]

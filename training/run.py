@@ -6,18 +6,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from config import MethodConfig, SampleConfig, TrainConfig
-from data import read_split
-from methods import encode
-from plumbing.device import use_threads
+from config import MethodConfig, TrainConfig
 from plumbing.settings import locate, one_line
-from sample import Sampler
 from tags import Example
 from training.bookkeeping import Log, Processes, Progress, fold
 from training.checkpoint import Weights, save_checkpoint
 from training.optim import Optimizer
-
-FEW = 8  # validation prompts that are answered
 
 
 @dataclass
@@ -113,10 +107,10 @@ class Run:
         """Whether what comes every so many updates comes now; at the end all of it does."""
         return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
-    def end_update(self, validate: Callable[[], dict[str, float]]) -> None:
+    def end_update(self, validate: Callable[[], dict[str, float]], answer: Callable[[Path], dict[str, float]]) -> None:
         """Write the row of an update that has one, validating first if that is due; all of it after saving.
 
-        Before the first update, say what the model knows already.
+        `answer`: the shares of answers by the saved checkpoint that are complete, and that repeat themselves. Before the first update, say what the model knows already.
         """
         c, progress = self.config, self.progress
         if self.log and progress.step == 0:
@@ -125,7 +119,7 @@ class Run:
             if self.log:
                 row = progress.row()
                 if self.due(c.validate_every):
-                    losses, shares = validate(), self.answered()
+                    losses, shares = validate(), answer(self.checkpoint)
                     row |= {f"val_{name}": value for name, value in losses.items()} | shares
                     self.say_losses(losses, [f"{share:.0%} of answers {name}" for name, share in shares.items()])
                 self.log.write(row)
@@ -137,21 +131,6 @@ class Run:
         """Print the losses of a validation."""
         said = (f"{name} {value:.4f}" for name, value in losses.items())
         self.say(fold(["validation:", *said, "nats per token", *more]))
-
-    def answered(self) -> dict[str, float]:
-        """Of a few validation prompts the shares whose answers are complete, and repeat themselves; by what was saved.
-
-        Losses fall long before an answer ends by itself.
-        """
-        state, c = self.state, self.config
-        examples = read_split(locate(c.data) / "val.jsonl", state.weights.tokenizer)
-        examples = examples[:: -(-len(examples) // FEW)]
-        longest = max(len(encode(example, state.weights.tokenizer, state.method)) for example in examples)
-        settings = SampleConfig(max_tokens=min(2 * longest, SampleConfig.max_tokens))
-        answers = Sampler.load(self.checkpoint, settings, self.processes.device).answer([e.prompt for e in examples])
-        use_threads()  # loading has chosen those of sampling
-        complete = [not answer.cut and not answer.broken for answer in answers]
-        return {"complete": sum(complete) / len(answers), "looping": sum(a.looping for a in answers) / len(answers)}
 
     def save(self) -> None:
         """Write all that the run needs to go on, after what a finished run leaves."""

@@ -52,13 +52,14 @@ TEXTS = [
     ("a.py", PYTHON, ('    """Says."""\n', ""), ("no comment", "a comment")),
     ("a.py", PYTHON, ("# why", "# why not"), ("b):", "b=0):")),
     ("a.py", PYTHON, ("    return a + b, x", "\n    return (\n        a + b, x,\n    )"), ("a + b, x", "a + b")),
+    ("a.py", 'x: int = setting(0, "how many", at_least=0)\n', ("how many", "how few"), ("at_least=0", "at_least=1")),
     ("a.cu", CUDA, ("// why", "// why not"), ("x = 1", "x = 2")),
     ("a.cu", CUDA, ("how */ ", "why */\n\n  "), ("// no comment", "// a comment")),
     ("a.h", CUDA, (";  // why", ";"), ("int x", "long x")),
 ]  # fmt: skip
 
 
-def test_comments_docstrings_and_layout_change_no_hash_and_everything_else_does(fresh):
+def test_comments_docstrings_help_and_layout_change_no_hash_and_everything_else_does(fresh):
     for name, text, same, other in each(TEXTS):
         path, found = fresh() / name, []
         for old, new in (("", ""), same, other):

@@ -157,8 +157,7 @@ def test_an_answer_is_the_sampler_s_with_the_settings_of_its_request_alone(serve
         assert [row[1:] for row in told["rows"]] == [
             [*x] for x in zip(answer.layout.prefix, answer.layout.begin, answer.layout.end)
         ]
-        titles = {"plan": ["your plan"]}
-        changed = sum((titles.get(name, [f"{name} {value}"]) for name, value in settings.items()), [])
+        changed = [f"{name} {value}" for name, value in settings.items()]
         assert sorted(told["title"].split(" · ")) == sorted(["planned", *changed])
 
 

@@ -110,7 +110,7 @@ def test_a_plan_is_edited_and_what_changed_is_marked(tab):
         "craft 4",
         f"river {length}",
     ]
-    assert titles(tab)[1] == "planned · your plan · threshold 0.9"
+    assert titles(tab)[1] == f"planned · plan craft 4; river {length} · threshold 0.9"
     marked = tab.js(
         "[...lanes()[1].querySelectorAll('.span > p')].map((span) => span.querySelectorAll('.changed').length)"
     )
