@@ -54,7 +54,10 @@ class EvalConfig:
     batch: int = setting(16, "prompts answered together; 1 for the latency of a single user", at_least=1)
     draws: int = setting(8, "noisings per round for the ELBO (0: no likelihoods)", at_least=0)
     draft: str = setting("", "smaller checkpoint that drafts the --ahead tokens of plan and text: speculative decoding")
-    judge: str = setting("", "autoregressive checkpoint of the same data: perplexity of the answers under it")
+    judge: str = setting(
+        "",
+        "autoregressive checkpoint of the same data, or a pretrained model's folder: perplexity of the answers under it",
+    )
     answers: str = setting("", "file (.jsonl) that keeps the answers; an interrupted evaluation goes on with it")
     show: int = setting(0, "print this many answers, as Markdown, before the figures", at_least=0)
     device: str = setting("auto", f"where to compute: {', '.join(CHOICES)}")
@@ -173,6 +176,12 @@ def answer_all(sampler: Sampler, examples: list[Example], batch: int, answers: A
 # ---------------------------------------------------------------- figures
 
 
+def hashes_of(path: Path) -> list[str]:
+    """Of a file, or of all files in a folder."""
+    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
+    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+
+
 def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     """All figures, for JSON. Raises ValueError for bad files or settings."""
     place = find(config.device)
@@ -186,9 +195,7 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     examples = read_split(path, sampler.tokenizer)[: config.limit or None]
     if not examples:
         raise ValueError(f"{path} has no examples: name another --split")
-    names = [locate(name) for name in (config.checkpoint, config.draft, path) if name]
-    files = [file for name in names for file in (sorted(name.glob("*.*")) if name.is_dir() else [name])]
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    hashes = [hash_ for name in (config.checkpoint, config.draft, path) if name for hash_ in hashes_of(locate(name))]
     settings = {"files": hashes, "limit": config.limit, "batch": config.batch}
     settings |= {"seeds": "of each prompt"}  # older files hold answers of which one per batch shared a seed
     answers = Answers(config.answers, settings | {"device": str(place)} | asdict(sample_config), len(examples))
@@ -201,7 +208,7 @@ def evaluate(config: EvalConfig, sample_config: SampleConfig) -> dict:
     return {
         **quality(sampler, examples, results, check_answer),
         "examples": readers.fingerprint(examples),
-        "judge": hashlib.sha256(locate(config.judge).read_bytes()).hexdigest()[:16] if config.judge else "",
+        "judge": " ".join(hashes_of(locate(config.judge))) if config.judge else "",
         "readers": readers.figures(examples, [r["text"] for r in results], counts),
         **likelihoods(sampler, examples, config.draws),
         "batch": config.batch,

@@ -28,9 +28,9 @@ from measure.quality import aligned, cell, own_function
 from methods import encode, trained_by
 from noise import Sequence
 from plumbing.settings import Help, command, locate, one_line
+from pretrained.chat import model_to_sample
 from tags import Example, Round, plain_text
 from tokenizer import Tokenizer
-from training.checkpoint import load_checkpoint
 
 DRAWS, LEVEL = 2000, 95  # draws of the bootstrap; per cent of them that an interval holds
 Count = Callable[[Example, str], dict[str, list]]  # an example and an answer's text -> figure's name -> its numbers
@@ -72,25 +72,28 @@ def doubled(example: Example, text: str) -> dict[str, list[int]]:
 
 
 def judged_by(path: str, device: torch.device | str, folder: Path, own: Tokenizer) -> Count:
-    """Nats and tokens of an answer under an autoregressive checkpoint of the same data.
+    """Nats and tokens of an answer under an autoregressive checkpoint of the same data, or a pretrained model as it is.
 
     `own`: the tokenizer of the model that answers. Raises ValueError for another checkpoint.
     """
-    model, tokenizer, info, _ = load_checkpoint(locate(path), device)
+    model, tokenizer, info, around = model_to_sample(locate(path), device)
     method = trained_by(info, path)
     if method.plan != "none":
         raise ValueError(f"--judge {path}: expected an autoregressive model: train one with --method ar")
     file = folder / "tokenizer.json"
     known = {own.to_json(), file.read_text(encoding="utf-8") if file.exists() else ""}
     trained_on = locate(info.get("train", {}).get("data", ""))  # a pretrained model's tokenizer is of no data set
-    if tokenizer.to_json() not in known and trained_on.resolve() != folder.resolve():
+    if not locate(path).is_dir() and tokenizer.to_json() not in known and trained_on.resolve() != folder.resolve():
         raise ValueError(f"--judge {path}: of another data set than {folder}: train one with --data {folder}")
     loss = JointLoss(model, tokenizer.pad + 1)
 
     def judge(example: Example, text: str) -> dict[str, list[float]]:
-        sequence = Sequence(encode(Example(example.prompt, (Round(text),)), tokenizer, method))
-        tokens = len(tokenizer.encode(text)) + 1  # and <eos>
-        return {"perplexity": [validate(loss, [sequence], tokenizer, device)["plan"] * tokens, tokens]}
+        layout, tokens = (
+            encode(Example(example.prompt, (Round(text),)), tokenizer, method),
+            len(tokenizer.encode(text)) + 1,
+        )
+        around(layout)
+        return {"perplexity": [validate(loss, [Sequence(layout)], tokenizer, device)["plan"] * tokens, tokens]}
 
     return judge
 

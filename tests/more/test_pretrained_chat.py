@@ -90,7 +90,7 @@ def test_eval_gives_the_likelihood_under_the_template(fresh, tmp_path):
     row = {"prompt": example.prompt, "answer": "eats fish<eos>"}
     (data / "test.jsonl").write_text(json.dumps(row) + "\n")
     (data / "tokenizer.json").write_text(tokenizer.to_json())
-    report = evaluate(EvalConfig(str(folder), str(data), device="cpu"), SampleConfig(max_tokens=8))
+    report = evaluate(EvalConfig(str(folder), str(data), judge=str(folder), device="cpu"), SampleConfig(max_tokens=8))
     whole = torch.tensor([*tokens, *tokenizer.encode("eats fish"), tokenizer.eos])
     n = torch.arange(len(whole))
     ranges = torch.stack([n + 1, 0 * n, 0 * n], dim=-1)
@@ -99,6 +99,7 @@ def test_eval_gives_the_likelihood_under_the_template(fresh, tmp_path):
         logits = sampler.model.logits(hidden)[start - 1 : -1]
     expected = torch.nn.functional.cross_entropy(logits, whole[start:])
     assert report["plan_nll"] == pytest.approx(float(expected), rel=1e-3)
+    assert report["readers"]["perplexity"]["references"] == pytest.approx(float(expected.exp()), rel=1e-3)
 
 
 def test_a_broken_template_is_refused_in_one_line_that_names_it(fresh):
