@@ -4,8 +4,8 @@
     python data/instruct/prepare.py models/own.jsonl --tokenizer models/SmolLM2 --out data/mine
 
 Answers are greedy, token by token and under the model's own chat template, so what is learnt from them is planning and
-not another way to write; and they need no licence but the model's. Answers that are cut, repeat themselves or have an
-item twice are left out. An interrupted call goes on where it was.
+not another way to write; and they need no licence but the model's. Answers that are cut, repeat themselves, have an
+item twice or no list where one is asked for are left out. An interrupted call goes on where it was.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from plumbing.device import CHOICES, find
 from plumbing.settings import Help, add_settings, check, command, locate, pick, setting
 from sample import Sampler
 
-NUMBERS = ("three", "four", "five")
+NUMBERS, PROSE = ("three", "four", "five"), "two sentences"  # what asks for no list
 TEMPLATES = {  # a list of words, and what is asked of each
     "do": (
         "Give me {n} tips for {x}, one sentence each.", "Give {n} reasons for {x}. Keep each to one sentence.",
@@ -111,11 +111,14 @@ def prompts(seed: int) -> list[str]:
     return made
 
 
-def repeats(text: str) -> bool:
-    """Whether two lines begin with the same three words, or with the same name before a colon; numbers do not count."""
+def good(prompt: str, text: str) -> bool:
+    """Whether an answer has more than one line if a list is asked for, and none that begins as another one does.
+
+    That is with the same three words, or with the same name before a colon; numbers do not count.
+    """
     lines = [re.sub(r"^[\W\d]+", "", line).lower() for line in text.splitlines()]
     heads = [line.split(":")[0] if ":" in line else " ".join(line.split()[:3]) for line in filter(None, lines)]
-    return len({*heads}) < len(heads)
+    return len({*heads}) == len(heads) and (len(heads) > 1 or PROSE in prompt)
 
 
 def main() -> None:
@@ -136,7 +139,7 @@ def main() -> None:
         for n in range(first, len(asked), config.batch):
             answers = sampler.answer(asked[n : n + config.batch])
             texts = {a.prompt: a.result()["text"] for a in answers if not (a.cut or a.looping)}
-            texts = {prompt: text for prompt, text in texts.items() if not repeats(text)}
+            texts = {prompt: text for prompt, text in texts.items() if good(prompt, text)}
             kept += len(texts)
             file.writelines(
                 json.dumps({"instruction": prompt, "output": text}) + "\n" for prompt, text in texts.items()

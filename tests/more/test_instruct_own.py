@@ -37,11 +37,13 @@ def test_no_prompt_is_made_twice_and_the_seed_decides_their_order():
     assert sorted(own.prompts(1)) == sorted(made) and not any("{" in prompt for prompt in made)
 
 
-def test_an_answer_that_has_an_item_twice_is_told_from_one_that_has_not():
-    for text, twice in each([(LONG, False), (LONG + "\n3. Hammer: for metal.", True), ("", False), (LONG + "\n\n\n", False),
-                             ("Cut the wood first.\n- Cut the wood with care.", True),
-                             ("Cut the wood first.\n- Cut the cloth with care.", False)]):  # fmt: skip
-        assert own.repeats(text) == twice
+def test_a_good_answer_has_no_item_twice_and_a_list_where_one_is_asked_for():
+    for text, once in each([(LONG, True), (LONG + "\n3. Hammer: for metal.", False), (LONG + "\n\n\n", True),
+                            ("Cut the wood first.\n- Cut the wood with care.", False),
+                            ("Cut the wood first.\n- Cut the cloth with care.", True)]):  # fmt: skip
+        assert own.good("Name two tools.", text) == own.good("What is a saw? Answer in two sentences.", text) == once
+    for text in each(["Cut the wood.", "1. Cut it. 2. Sand it.\n"]):
+        assert own.good("How? Answer in two sentences.", text) and not own.good("Name two tools.", text)
 
 
 def test_whole_answers_are_kept_and_an_interrupted_call_goes_on(ask, tmp_path, monkeypatch):
