@@ -15,6 +15,15 @@ from tokenizer import MAX_LENGTH, MAX_NAME, Tokenizer, span_slots
 WHITE_SPACE = [chr(code).encode() for code in range(0x3001) if chr(code).isspace()]  # Unicode has none above
 
 
+def unnumbered(name: str) -> str:
+    """The name of a topic without the number of its item in a list.
+
+    >>> unnumbered("2 mix flour"), unnumbered("2024")
+    ('mix flour', '2024')
+    """
+    return re.sub(r"^\d+ (?=.)", "", name)
+
+
 class Grammar:
     """The automaton of constrained decoding: which tokens may come next in a plan or text.
 
@@ -23,7 +32,7 @@ class Grammar:
     (`Tokenizer.encode_span`): a name is any text of up to MAX_NAME tokens that is not blank. Where
     `allowed` leaves one token, that token needs no forward pass of its own.
 
-    No plan names a topic twice; models that loop do. Whether a name is a second one shows only where it ends: `repeats`
+    No plan names a topic twice, whatever its number in a list; models that loop do. Whether a name is a second one shows only where it ends: `repeats`
     says so, and `take_back` drops it and ends the plan. To forbid the name would give it an odd ending instead.
     """
 
@@ -40,7 +49,7 @@ class Grammar:
         self.state = "text"
         self.length = 0  # of the open topic, in units
         self.name: tuple[int, ...] = ()  # tokens of its name so far
-        self.names: tuple[tuple[int, ...], ...] = ()  # of the topics of this plan that are complete
+        self.names: tuple[str, ...] = ()  # of the topics of this plan that are complete, without numbers
         self.blank: bytes | None = b""  # bytes of its name as long as all may be white space, then None
         self._allowed: np.ndarray | None = None
 
@@ -86,7 +95,7 @@ class Grammar:
             self.state, self.length = "close", tok.length_of(token)
         elif self.state == "close":
             self.positions_left -= _scaffold(len(self.name)) + self.slots[self.length - 1]
-            self.state, self.names, self.name, self.blank = "planned", (*self.names, self.name), (), b""
+            self.state, self.names, self.name, self.blank = "planned", (*self.names, self._called()), (), b""
         elif token == tok.topic:
             self.state = "name"
         elif token == tok.sync:
@@ -96,7 +105,11 @@ class Grammar:
 
     def repeats(self, token: int) -> bool:
         """Whether a token would end a name that this plan already has, in a plan that the model makes."""
-        return self.state == "name" and token > self.tokenizer.eos and self.name in self.names and not self.given
+        ends = self.state == "name" and token > self.tokenizer.eos and not self.given
+        return ends and self._called() in self.names
+
+    def _called(self) -> str:
+        return unnumbered(self.tokenizer.decode(self.name))
 
     def take_back(self) -> None:
         """Drop the topic whose name is open, and allow no more topics in this plan."""

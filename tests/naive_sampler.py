@@ -102,9 +102,9 @@ class NaiveSampler:
             while last not in (tok.sync, tok.eos):
                 last = self.next_token(grammar)
                 self.cost["critical_path"] += 1
-                if tok.length_of(last) and topics[-1][0] in [
-                    name for name, _ in topics[:-1]
-                ]:  # a second time: taken back
+                said = [tok.decode(name) for name, _ in topics]
+                said = [name.split(" ", 1)[-1] if name.split(" ")[0].isdecimal() else name for name in said]
+                if tok.length_of(last) and said[-1] in said[:-1]:  # a second time: taken back
                     del self.tokens[-1 - len(topics.pop()[0]) :]
                     grammar, self.endless = before
                     for g in before:

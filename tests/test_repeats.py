@@ -66,6 +66,15 @@ def test_a_name_that_ends_is_a_second_one_only_if_the_same_plan_has_it(tok):
     assert not grammar.repeats(tok.length_id(1)), "another round is another plan"
 
 
+def test_a_number_in_a_list_makes_no_other_name(tok):
+    for first, second, same in each([("1 otter", "2 otter", True), ("otter", "12 otter", True), ("1", "2", False),
+                                     ("1 otter", "2 Otter", False), ("otter 1", "otter 2", False), ("1 2", "3 2", True)]):  # fmt: skip
+        grammar = Grammar(tok, 500)
+        for token in [tok.topic, *first.encode(), tok.length_id(1), tok.topic_end, tok.topic, *second.encode()]:
+            grammar.advance(token)
+        assert grammar.repeats(tok.length_id(1)) == same
+
+
 def test_what_is_taken_back_leaves_all_as_it_was_but_the_plan_has_no_more_topics(tok):
     before = Grammar(tok, 90)
     for token in [tok.topic, 65, tok.length_id(1), tok.topic_end]:

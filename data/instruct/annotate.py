@@ -15,10 +15,12 @@ from itertools import groupby
 from data.instruct.plans import Cut, build
 from data.instruct.structure import RULES, TEXT, Part, paragraphs, stem
 from data.instruct.topics import lead, name, strip_marker, words_of
+from grammar import unnumbered
 from tags import Round
 from tokenizer import MAX_LENGTH, Tokenizer
 
 COSTS, LEANS = "the plan costs what it saves", "its parts lean on each other"
+SAME = "two of its topics differ in their number alone"
 PROSE = ("paragraph", "line")  # kinds whose parts may lean on the part before
 
 
@@ -74,6 +76,8 @@ def objection(rounds: tuple[Round, ...], tokenizer: Tokenizer) -> str:
         return why
     path = total = 0
     for round_ in rounds:
+        if len({unnumbered(span.topic) for span in round_.spans}) < len(round_.spans):
+            return SAME
         sizes = [len(tokenizer.encode(span.text)) for span in round_.spans]
         plan = sum(3 + len(tokenizer.encode(span.topic)) for span in round_.spans)  # 3: <topic>, length, </topic>
         text = len(tokenizer.encode(round_.text))
