@@ -256,10 +256,10 @@ def main() -> None:
     device = find(args.device)
     server = Server({key: Model(path, device) for key, path in paths.items()})
     url = f"http://127.0.0.1:{server.server_port}/"
-    print(f"{url} (Ctrl-C ends it)", flush=True)
-    if not args.no_browser:
-        threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
     try:
+        print(f"{url} (Ctrl-C ends it)", flush=True)
+        if not args.no_browser:
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
         server.serve_forever()
     except KeyboardInterrupt:
         print()

@@ -39,6 +39,9 @@ class Words(Tokenizer):
     def encode(self, text):
         return minimal.encode(text)
 
+    def decode(self, ids):
+        return " ".join(minimal.WORDS[i] for i in ids)
+
 
 class TorchNumbers:
     """The random numbers of torch, asked for as numpy's: both codes draw the same after the same seed."""

@@ -133,3 +133,17 @@ def test_a_real_model_answers(gguf, tmp_path):
     sampler = Sampler.load(tmp_path / "model", SampleConfig(max_tokens=20))
     (answer,) = sampler.answer(["Name three facts about the otter."])
     assert answer.result()["text"].startswith("1. The otter is a carnivorous mammal")
+
+
+def test_the_shipped_adapter_plans_answers_of_the_real_model():
+    """On models/SmolLM2, as docs/your-own-model.md has it made; where that is missing it says so."""
+    path = ROOT / "checkpoints/smollm2/parallel-ar.safetensors"
+    if not (ROOT / "models/SmolLM2").exists():
+        with pytest.raises(ValueError, match="holds adapters for models/SmolLM2, which is not here: docs/your-own-mod"):
+            Sampler.load(path, SampleConfig())
+        pytest.skip("needs models/SmolLM2: docs/your-own-model.md says how to make it")
+    prompts = ["Give me three reasons to visit Italy.", "Name four tips for learning to swim, one sentence each."]
+    for answer in Sampler.load(path, SampleConfig(max_tokens=300)).answer(prompts):
+        found = answer.result()
+        assert not found["cut"] and not found["looping"] and len(found["rounds"][0]["plan"]) > 1
+        assert found["plan_passes"] + found["denoise_passes"] < found["content_tokens"]

@@ -219,6 +219,7 @@ def test_the_commands_of_the_page_work_on_small_files(hub, tmp_path, monkeypatch
         f"- Food {i}: the otter number {n} eats {i} fish in the sea\n" for i in range(3))} for n in range(40)]  # fmt: skip
     work = tmp_path / "work"
     (work / "alpaca.json").write_text(json.dumps(rows))
+    (work / "models" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(work)
     small = {
         "train.py": ["--steps", "2", "--batch", "2", "--accumulate", "1", "--device", "cpu", "--new_only", "1"],
@@ -228,8 +229,8 @@ def test_the_commands_of_the_page_work_on_small_files(hub, tmp_path, monkeypatch
     seen = []
     for _, script, *options in commands():
         name = script.rpartition("/")[2]
-        if name in ("memory.py", "gguf.py"):
-            continue  # the table is computed in the tests above, a GGUF is read in test_pretrained_gguf.py
+        if name in ("memory.py", "gguf.py", "own.py") or "checkpoints/smollm2/parallel-ar.safetensors" in options:
+            continue  # the table is computed above, a GGUF is read and the adapter sampled in test_pretrained_gguf.py
         monkeypatch.setattr(sys, "argv", [script, *options, *small.get(name, [])])
         runpy.run_path(str(ROOT / script), run_name="__main__")  # ends the test with SystemExit if something is wrong
         seen.append(name)

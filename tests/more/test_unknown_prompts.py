@@ -79,7 +79,9 @@ def test_what_a_checkpoint_says_is_printed_without_control_codes_or_refused_in_a
 def test_the_shipped_checkpoints_say_it_too():
     for path in each(sorted((ROOT / "checkpoints").glob("*/*.safetensors"))):
         name, *prompts = introduction(path).splitlines()
-        data = {"towns": "named" if path.stem == "named" else "coupled"}.get(path.parent.name, path.parent.name)
+        data = {"towns": "named" if path.stem == "named" else "coupled", "smollm2": "mine"}.get(
+            path.parent.name, path.parent.name
+        )
         assert repr(data) in name and len(prompts) == 3 and max(map(len, [name, *prompts])) <= 80
 
 
